@@ -1,0 +1,61 @@
+"""DnCNN (Zhang et al., 2017): the restorer's and the fidelity estimator's stack."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fidelity_jax.models import layers
+
+
+class DnCNN(nn.Module):
+  """3x3 convolutions with ReLU between them; the output is the predicted residual.
+
+  A restorer subtracts the output from its input; a fidelity estimator uses the output
+  itself. Children are `layer0` ... `layer{depth - 1}`, each with a `conv` and, in the
+  middle layers of a network with batch norm, a `bn`.
+
+  Attributes:
+    depth: number of convolutions, at least 2.
+    width: channels between them.
+    channels: channels of the input and, unless `out_channels` is given, the output.
+    out_channels: channels of the output (1 for a cosine fidelity map).
+    batch_norm: after every convolution but the first and the last, instead of a bias.
+    dtype: compute dtype; the output is float32.
+  """
+
+  depth: int = 20
+  width: int = 64
+  channels: int = 3
+  out_channels: int | None = None
+  batch_norm: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns the stack's output, float32 [N, H, W, out_channels].
+
+    Args:
+      x: images [N, H, W, channels] in [0, 1].
+      train: use and update batch statistics, where there are any.
+
+    Raises:
+      ValueError: x has another number of channels.
+    """
+    if x.shape[-1] != self.channels:
+      raise ValueError(f"DnCNN takes {self.channels} channels, got shape {x.shape}")
+    last = self.depth - 1
+    for i in range(self.depth):
+      x = layers.ConvNorm(
+        self.width if i < last else self.out_channels or self.channels,
+        3,
+        pad=1,
+        norm=self.batch_norm and 0 < i < last,
+        kernel_init=layers.he_normal_fan_in,
+        dtype=self.dtype,
+        name=f"layer{i}",
+      )(x, train)
+      if i < last:
+        x = nn.relu(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

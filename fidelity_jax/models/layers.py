@@ -1,0 +1,230 @@
+"""Building blocks shared by every network, with PyTorch's arithmetic.
+
+All features are NHWC. Parameters and batch statistics are float32; convolutions and
+dense layers compute in the module's `dtype`; statistics and means are accumulated in
+float32.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# A tap sees (its number, the feature [N, h, w, C]) and returns the feature to go on
+# with, of the same shape.
+Tap = Callable[[int, jax.Array], jax.Array]
+
+Conv = nn.Conv
+
+# torchvision starts ResNet's and VGG's convolutions so, DnCNN uses fan-in.
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+# nn.Linear's and nn.Conv2d's own default: uniform within 1 / sqrt(fan in).
+torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """Returns images [N, H, W, 3] in [0, 1] shifted and scaled by ImageNet's moments."""
+  mean = jnp.asarray(IMAGENET_MEAN, x.dtype)
+  return (x - mean) / jnp.asarray(IMAGENET_STD, x.dtype)
+
+
+def apply_tap(tap: Tap | None, index: int, feature: jax.Array) -> jax.Array:
+  """Returns `tap(index, feature)` in the feature's own dtype (no tap: unchanged).
+
+  Raises:
+    ValueError: the tap changed the feature's shape.
+  """
+  if tap is None:
+    return feature
+  tapped = tap(index, feature)
+  if tapped.shape != feature.shape:
+    raise ValueError(f"tap {index} turned shape {feature.shape} into {tapped.shape}")
+  return tapped.astype(feature.dtype)
+
+
+def _pool_padding(size: int, window: int, stride: int, pad: int, ceil_mode: bool):
+  """Returns (before, after) padding that gives PyTorch's number of windows."""
+  if not ceil_mode:
+    return pad, pad
+  windows = math.ceil((size + 2 * pad - window) / stride) + 1
+  # The last window has to start inside the image or its leading padding.
+  if (windows - 1) * stride >= size + pad:
+    windows -= 1
+  return pad, max(pad, (windows - 1) * stride + window - size - pad)
+
+
+def max_pool(
+  x: jax.Array, window: int, stride: int, *, pad: int = 0, ceil_mode: bool = False
+) -> jax.Array:
+  """Returns PyTorch's `max_pool2d` of [N, H, W, C] with a square window.
+
+  Args:
+    x: features [N, H, W, C].
+    window: side of the window, in pixels.
+    stride: step of the window, in pixels.
+    pad: padding on every side (with minus infinity).
+    ceil_mode: also keep a last window that reaches past the border.
+  """
+  padding = [_pool_padding(n, window, stride, pad, ceil_mode) for n in x.shape[1:3]]
+  return nn.max_pool(x, (window, window), (stride, stride), padding)
+
+
+def _averaging_matrix(size: int, cells: int) -> np.ndarray:
+  """Returns [cells, size]; row i averages size * i/cells to size * (i+1)/cells."""
+  matrix = np.zeros((cells, size), np.float32)
+  for i in range(cells):
+    start, stop = i * size // cells, -((-(i + 1) * size) // cells)
+    matrix[i, start:stop] = 1 / (stop - start)
+  return matrix
+
+
+def adaptive_average_pool(x: jax.Array, cells: int) -> jax.Array:
+  """Returns PyTorch's `adaptive_avg_pool2d` of [N, H, W, C]: [N, cells, cells, C].
+
+  Sizes that do not divide give overlapping windows, as in PyTorch; sizes below `cells`
+  repeat pixels. Accumulates in float32 and returns the input's dtype.
+  """
+  height, width = x.shape[1:3]
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if (height, width) == (cells, cells):
+    return x
+  if cells == 1:
+    y = y.mean((1, 2), keepdims=True)
+  else:
+    rows = jnp.asarray(_averaging_matrix(height, cells), y.dtype)
+    columns = jnp.asarray(_averaging_matrix(width, cells), y.dtype)
+    y = jnp.einsum("nhwc,ih,jw->nijc", y, rows, columns, precision="highest")
+  return y.astype(x.dtype)
+
+
+def flatten_chw(x: jax.Array) -> jax.Array:
+  """Returns [N, H, W, C] as [N, C * H * W], channels outermost as in PyTorch."""
+  return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+
+class BatchNorm(nn.Module):
+  """PyTorch's batch norm over [N, H, W, C], statistics per channel.
+
+  Unlike `nn.BatchNorm`, the running variance takes the unbiased batch variance, and
+  the batch variance is computed from centred values.
+
+  Attributes:
+    epsilon: added to the variance.
+    momentum: weight of the old running statistics (1 minus PyTorch's momentum).
+    dtype: of the result; the arithmetic is float32.
+  """
+
+  epsilon: float = 1e-5
+  momentum: float = 0.9
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns x normalized by the batch's (train) or the running statistics."""
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if train:
+      mean = y.mean((0, 1, 2))
+      # The variance does not change with the mean to first order: no gradient there.
+      var = jnp.square(y - jax.lax.stop_gradient(mean)).mean((0, 1, 2))
+      if not self.is_initializing():
+        count = math.prod(x.shape[:3])
+        unbiased = var * (count / max(count - 1, 1))
+        keep, take = self.momentum, 1 - self.momentum
+        running_mean.value = keep * running_mean.value + take * mean
+        running_var.value = keep * running_var.value + take * unbiased
+    else:
+      mean, var = running_mean.value, running_var.value
+    y = (y - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+    return y.astype(self.dtype)
+
+
+class ConvNorm(nn.Module):
+  """A square convolution and its batch norm: children `conv` and `bn`.
+
+  Attributes:
+    features: output channels.
+    kernel: side of the kernel.
+    stride: step, in pixels.
+    pad: zero padding on every side.
+    norm: batch norm after a convolution without bias; off: a convolution with bias,
+      which is also what a folded network uses.
+    epsilon: batch norm's.
+    kernel_init: of the convolution.
+    dtype: compute dtype.
+  """
+
+  features: int
+  kernel: int
+  stride: int = 1
+  pad: int = 0
+  norm: bool = True
+  epsilon: float = 1e-5
+  kernel_init: Callable[..., jax.Array] = he_normal_fan_out
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns [N, h, w, features]; no activation."""
+    x = Conv(
+      self.features,
+      (self.kernel, self.kernel),
+      strides=(self.stride, self.stride),
+      padding=((self.pad, self.pad), (self.pad, self.pad)),
+      use_bias=not self.norm,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      name="conv",
+    )(x)
+    if self.norm:
+      x = BatchNorm(self.epsilon, dtype=self.dtype, name="bn")(x, train)
+    return x
+
+
+class Head(nn.Module):
+  """A network's fully connected part: [N, F] to logits [N, num_classes].
+
+  Attributes:
+    num_classes: length of the logits.
+    hidden: widths of the ReLU layers before the last one (`fc1`, `fc2`, ...); the last
+      layer is called `logits` in every network.
+    dropout: rates before each layer, one more than `hidden`; 0 for none.
+    hidden_init: of the hidden kernels.
+    dtype: compute dtype; logits are float32.
+  """
+
+  num_classes: int
+  hidden: Sequence[int] = ()
+  dropout: Sequence[float] = (0.0,)
+  hidden_init: Callable[..., jax.Array] = torch_default
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns float32 logits; dropout acts when `train` and uses the rng "dropout"."""
+    for i, width in enumerate(self.hidden):
+      x = nn.Dropout(self.dropout[i], deterministic=not train)(x)
+      x = nn.Dense(
+        width, kernel_init=self.hidden_init, dtype=self.dtype, name=f"fc{i + 1}"
+      )(x)
+      x = nn.relu(x)
+    x = nn.Dropout(self.dropout[-1], deterministic=not train)(x)
+    x = nn.Dense(
+      self.num_classes,
+      kernel_init=nn.initializers.xavier_uniform(),
+      dtype=self.dtype,
+      name="logits",
+    )(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,74 @@
+"""Classifiers by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from fidelity_jax import errors
+from fidelity_jax.models import layers
+from fidelity_jax.models.classifier import Classifier
+from fidelity_jax.models.resnet import ResNet
+
+
+def _resnet(num_classes, dtype, folded, *, stage_sizes, width, block):
+  if block not in ("basic", "bottleneck"):
+    raise errors.UsageError(
+      f'model.block is {block!r}; a ResNet block is "basic" or "bottleneck"'
+    )
+  backbone = ResNet(tuple(stage_sizes), width, block, norm=not folded, dtype=dtype)
+  return Classifier(backbone, layers.Head(num_classes, dtype=dtype))
+
+
+# Per name: the builder and its configurable fields with their default values.
+_MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
+  "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=64, block="basic")),
+  "resnet18": (_resnet, dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic")),
+  "resnet50": (_resnet, dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")),
+}
+
+NAMES = tuple(_MODELS)
+
+
+def near(name: str, known: Any) -> str:
+  """Returns what an error says of the names that could have been meant."""
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  if close:
+    return f"did you mean {' or '.join(map(repr, close))}?"
+  return f"known: {', '.join(known)}"
+
+
+def create(
+  config: Mapping[str, Any],
+  num_classes: int,
+  dtype: Any = jnp.float32,
+  folded: bool = False,
+) -> Classifier:
+  """Returns the classifier that a config names.
+
+  Args:
+    config: a mapping or ConfigDict with `name`, one of `NAMES`, and any of that
+      network's fields; a field that is absent or None takes torchvision's value.
+      `weights` may be there too and is not looked at.
+    num_classes: length of the logits.
+    dtype: compute dtype; parameters and logits are float32.
+    folded: build the network that `fold` makes variables for.
+
+  Raises:
+    errors.UsageError: unknown network, or a field that the network does not have.
+  """
+  name = config.get("name")
+  if name not in _MODELS:
+    raise errors.UsageError(
+      f"model.name: there is no network {name!r}; {near(str(name), _MODELS)}"
+    )
+  build, fields = _MODELS[name]
+  given = {k: v for k, v in config.items() if v is not None}
+  for key in given.keys() - fields.keys() - {"name", "weights"}:
+    raise errors.UsageError(
+      f"model.{key}: network {name!r} has no such field; {near(key, fields)}"
+    )
+  values = {k: given.get(k, default) for k, default in fields.items()}
+  return build(num_classes, dtype, folded, **values)
