@@ -23,11 +23,11 @@ VARIANCE = sum(sigma**2 for sigma in (0.1, 0.2, 0.3, 0.4, 0.5)) / (2 * 6**2)
 # an l2 distance with this mean and standard deviation (sigma^2 times chi-squared
 # with one degree of freedom; the report calls sqrt(2) sigma^2 its variance).
 NORMALIZATION = {
-    "l1": (
-        math.sqrt(VARIANCE) * math.sqrt(2 / math.pi),
-        math.sqrt(VARIANCE) * math.sqrt(1 - 2 / math.pi),
-    ),
-    "l2": (VARIANCE, math.sqrt(2) * VARIANCE),
+  "l1": (
+    math.sqrt(VARIANCE) * math.sqrt(2 / math.pi),
+    math.sqrt(VARIANCE) * math.sqrt(1 - 2 / math.pi),
+  ),
+  "l2": (VARIANCE, math.sqrt(2) * VARIANCE),
 }
 
 _COSINE_EPS = 1e-6
@@ -43,7 +43,7 @@ def check_kind(kind: str) -> str:
     near = difflib.get_close_matches(str(kind), KINDS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise errors.UsageError(
-        f"unknown fidelity map {kind!r}: {hint}choose one of {', '.join(KINDS)}"
+      f"unknown fidelity map {kind!r}: {hint}choose one of {', '.join(KINDS)}"
     )
   return kind
 

@@ -41,13 +41,13 @@ def check_method(method: str) -> str:
     near = difflib.get_close_matches(str(method), METHODS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise errors.UsageError(
-        f"unknown resize method {method!r}: {hint}choose one of {', '.join(METHODS)}"
+      f"unknown resize method {method!r}: {hint}choose one of {', '.join(METHODS)}"
     )
   return method
 
 
 def resize2d(
-    x: jax.Array, size: tuple[int, int], method: str = "bilinear"
+  x: jax.Array, size: tuple[int, int], method: str = "bilinear"
 ) -> jax.Array:
   """Resizes the two spatial axes.
 
@@ -88,7 +88,7 @@ def _resize_axis(x: jax.Array, axis: int, n_out: int, method: str) -> jax.Array:
   n_in = x.shape[axis]
   if n_in < 1 or n_out < 1:
     raise errors.UsageError(
-        f"cannot resize an axis of {n_in} to {n_out}: both must be at least 1"
+      f"cannot resize an axis of {n_in} to {n_out}: both must be at least 1"
     )
   if n_in == n_out:
     return x
@@ -98,10 +98,10 @@ def _resize_axis(x: jax.Array, axis: int, n_out: int, method: str) -> jax.Array:
     np.add.at(matrix, (np.arange(n_out)[:, None], indices), weights)
     # The default precision on accelerators would round the input.
     out = jax.lax.dot_general(
-        x,
-        jnp.asarray(matrix, x.dtype),
-        (((axis,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
+      x,
+      jnp.asarray(matrix, x.dtype),
+      (((axis,), (1,)), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.moveaxis(out, -1, axis)
   shape = [1] * x.ndim
@@ -110,12 +110,12 @@ def _resize_axis(x: jax.Array, axis: int, n_out: int, method: str) -> jax.Array:
   for tap in range(indices.shape[1]):
     index = indices[:, tap]
     part = jnp.take(
-        x,
-        index,
-        axis=axis,
-        mode="clip",
-        indices_are_sorted=True,
-        unique_indices=bool(np.all(np.diff(index) > 0)),
+      x,
+      index,
+      axis=axis,
+      mode="clip",
+      indices_are_sorted=True,
+      unique_indices=bool(np.all(np.diff(index) > 0)),
     )
     out += part * jnp.asarray(weights[:, tap].reshape(shape), x.dtype)
   return out

@@ -55,19 +55,19 @@ class ConvStack(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     if min(x.shape[1:3]) < 2:
       raise errors.UsageError(
-          f"a calibration map of {x.shape[1]}x{x.shape[2]} is too small to pad by "
-          "reflection: use a larger image"
+        f"a calibration map of {x.shape[1]}x{x.shape[2]} is too small to pad by "
+        "reflection: use a larger image"
       )
     for i in range(self.num_convs):
       last = i == self.num_convs - 1
       x = nn.Conv(
-          1 if last else self.channels,
-          (3, 3),
-          padding="REFLECT",
-          dtype=self.dtype,
-          kernel_init=_kernel_init(),
-          bias_init=_bias_init(9 * x.shape[-1]),
-          name=f"conv_{i}",
+        1 if last else self.channels,
+        (3, 3),
+        padding="REFLECT",
+        dtype=self.dtype,
+        kernel_init=_kernel_init(),
+        bias_init=_bias_init(9 * x.shape[-1]),
+        name=f"conv_{i}",
       )(x)
       if not last:
         x = nn.relu(x)
@@ -88,17 +88,17 @@ class TwoLayers(nn.Module):
 
   def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
     layer = nn.Dense(
-        features,
-        dtype=self.dtype,
-        kernel_init=_kernel_init(),
-        bias_init=_bias_init(x.shape[-1]),
-        name=name,
+      features,
+      dtype=self.dtype,
+      kernel_init=_kernel_init(),
+      bias_init=_bias_init(x.shape[-1]),
+      name=name,
     )
     return layer(x)
 
 
 def fidelity_feature(
-    confidence: jax.Array, length: int, method: str = "bilinear"
+  confidence: jax.Array, length: int, method: str = "bilinear"
 ) -> jax.Array:
   """Returns phi, the confidence map as a vector (report, 4.3.4).
 
@@ -118,37 +118,12 @@ def fidelity_feature(
   columns = jnp.swapaxes(rows, 1, 2)
   halves = (length - length // 2, length // 2)
   return jnp.concatenate(
-      [
-          resize1d(image.reshape(batch, -1), half, method)
-          for image, half in zip((rows, columns), halves, strict=True)
-      ],
-      axis=-1,
+    [
+      resize1d(image.reshape(batch, -1), half, method)
+      for image, half in zip((rows, columns), halves, strict=True)
+    ],
+    axis=-1,
   )
-
-
-def steer(
-    maps: Sequence[tuple[Map, Map]],
-) -> Callable[[int, jax.Array], jax.Array]:
-  """Returns the tap function g -> 2 sigmoid(w_i) g + b_i for a backbone.
-
-  Args:
-    maps: (w_i, b_i) per tap from `Calibration.spatial_maps`, each
-      [N, h_i, w_i, 1] or None, which leaves that factor or term out.
-
-  Returns:
-    tap(i, g): g is the feature [N, h_i, w_i, C] at tap i; the result has g's shape
-    and dtype.
-  """
-
-  def tap(index: int, feature: jax.Array) -> jax.Array:
-    weight, bias = maps[index]
-    if weight is not None:
-      feature = feature * (2 * nn.sigmoid(weight)).astype(feature.dtype)
-    if bias is not None:
-      feature = feature + bias.astype(feature.dtype)
-    return feature
-
-  return tap
 
 
 class Calibration(nn.Module):
@@ -193,20 +168,20 @@ class Calibration(nn.Module):
     for name in ("num_convs", "channels", "num_taps"):
       if getattr(self, name) < 1:
         raise errors.UsageError(
-            f"calibration.{name} is {getattr(self, name)}: must be at least 1"
+          f"calibration.{name} is {getattr(self, name)}: must be at least 1"
         )
     super().__post_init__()
 
   def setup(self):
     stacks = lambda name: [
-        ConvStack(self.num_convs, self.channels, self.dtype, name=f"{name}_{i}")
-        for i in range(self.num_taps)
+      ConvStack(self.num_convs, self.channels, self.dtype, name=f"{name}_{i}")
+      for i in range(self.num_taps)
     ]
     layers = lambda name: TwoLayers(
-        check_hidden(self.feature_size, self.ratio),
-        self.feature_size,
-        self.dtype,
-        name=name,
+      check_hidden(self.feature_size, self.ratio),
+      self.feature_size,
+      self.dtype,
+      name=name,
     )
     if self.spatial_multiplication:
       self.multiplication = stacks("multiplication")
@@ -218,10 +193,10 @@ class Calibration(nn.Module):
       self.concatenation_layers = layers("channel_concatenation")
 
   def __call__(
-      self,
-      features: jax.Array,
-      confidence: jax.Array,
-      tap_sizes: Sequence[tuple[int, int]],
+    self,
+    features: jax.Array,
+    confidence: jax.Array,
+    tap_sizes: Sequence[tuple[int, int]],
   ) -> tuple[tuple[tuple[Map, Map], ...], jax.Array]:
     """Runs every module, which is what `init` needs.
 
@@ -234,7 +209,7 @@ class Calibration(nn.Module):
     return maps, self.channel(features, confidence)
 
   def spatial_maps(
-      self, confidence: jax.Array, tap_sizes: Sequence[tuple[int, int]]
+    self, confidence: jax.Array, tap_sizes: Sequence[tuple[int, int]]
   ) -> tuple[tuple[Map, Map], ...]:
     """Returns (w_i, b_i) per tap (report, 4.3.1 to 4.3.3).
 
@@ -256,12 +231,12 @@ class Calibration(nn.Module):
     """
     if len(tap_sizes) != self.num_taps:
       raise errors.UsageError(
-          f"{len(tap_sizes)} tap sizes for a calibration of {self.num_taps} taps"
+        f"{len(tap_sizes)} tap sizes for a calibration of {self.num_taps} taps"
       )
     if tuple(tap_sizes[0]) != confidence.shape[1:3]:
       raise errors.UsageError(
-          f"the first tap is {tuple(tap_sizes[0])} but the confidence map "
-          f"{confidence.shape[1:3]}: both must have the image's size"
+        f"the first tap is {tuple(tap_sizes[0])} but the confidence map "
+        f"{confidence.shape[1:3]}: both must have the image's size"
       )
     off = (None,) * self.num_taps
     weights, biases = off, off
@@ -270,6 +245,31 @@ class Calibration(nn.Module):
     if self.spatial_addition:
       biases = self._chain(self.addition, confidence, tap_sizes)
     return tuple(zip(weights, biases, strict=True))
+
+  @staticmethod
+  def steer(
+    maps: Sequence[tuple[Map, Map]],
+  ) -> Callable[[int, jax.Array], jax.Array]:
+    """Returns the tap function g -> 2 sigmoid(w_i) g + b_i for a backbone.
+
+    Args:
+      maps: (w_i, b_i) per tap from `spatial_maps`, each
+        [N, h_i, w_i, 1] or None, which leaves that factor or term out.
+
+    Returns:
+      tap(i, g): g is the feature [N, h_i, w_i, C] at tap i; the result has g's shape
+      and dtype.
+    """
+
+    def tap(index: int, feature: jax.Array) -> jax.Array:
+      weight, bias = maps[index]
+      if weight is not None:
+        feature = feature * (2 * nn.sigmoid(weight)).astype(feature.dtype)
+      if bias is not None:
+        feature = feature + bias.astype(feature.dtype)
+      return feature
+
+    return tap
 
   def channel(self, features: jax.Array, confidence: jax.Array) -> jax.Array:
     """Returns the feature after the channel modules (report, 4.3.4 and 4.3.5).
@@ -323,7 +323,7 @@ class Ensemble(nn.Module):
 
   @nn.compact
   def __call__(
-      self, calibrated: jax.Array, plain: jax.Array, confidence: jax.Array
+    self, calibrated: jax.Array, plain: jax.Array, confidence: jax.Array
   ) -> jax.Array:
     """See the class; `confidence` is [N, H, W, 1], the features are [N, F]."""
     hidden = check_hidden(self.feature_size, self.ratio)
@@ -342,7 +342,7 @@ def check_hidden(feature_size: int, ratio: float) -> int:
   hidden = int(feature_size * ratio)
   if feature_size < 2 or hidden < 1:
     raise errors.UsageError(
-        f"calibration.ratio {ratio} of a feature of {feature_size} leaves {hidden} "
-        "hidden units: at least 1 is needed"
+      f"calibration.ratio {ratio} of a feature of {feature_size} leaves {hidden} "
+      "hidden units: at least 1 is needed"
     )
   return hidden
