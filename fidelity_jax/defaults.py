@@ -1,0 +1,179 @@
+"""Configs of stages and experiments with the report's values (METHOD section 6).
+
+An experiment is the config of its last stage; its parents' configs are nested in it.
+What an experiment's stages have in common (seed, dataset, image size, degradation) is
+set at the top and inherited: a parent follows it until it is overridden itself.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from fidelity_jax import data
+
+
+def inherit(config: ConfigDict) -> ConfigDict:
+  """Returns a config whose fields follow those of `config` until overridden."""
+  return ConfigDict(
+    {
+      name: inherit(config[name])
+      if isinstance(config[name], ConfigDict)
+      else config.get_oneway_ref(name)
+      for name in config
+    }
+  )
+
+
+def degradation(kind: str, mixture: str | None) -> ConfigDict:
+  """Returns the config of one degradation; see `fidelity_jax.degradations`.
+
+  Args:
+    kind: "awgn", "salt_and_pepper", ...
+    mixture: "discrete" or "continuous" over `level`, by default the kind's own.
+  """
+  return ConfigDict(
+    {
+      "kind": kind,
+      "level": config_dict.placeholder(object),
+      "mixture": mixture if mixture else config_dict.placeholder(str),
+      "vary": config_dict.placeholder(str),
+    }
+  )
+
+
+def base(kind: str, dataset: str) -> ConfigDict:
+  """Returns what every experiment's top level has, for a last stage of this kind."""
+  config = ConfigDict()
+  config.kind = kind
+  config.seed = 0
+  config.dataset = data.default_config(dataset)
+  # "auto" computes in bfloat16 on accelerators and in float32 on CPU.
+  config.precision = "auto"
+  config.checkpoint_seconds = 60.0
+  config.degradation = degradation("awgn", "discrete")
+  return config
+
+
+def stage(root: ConfigDict, kind: str) -> ConfigDict:
+  """Returns the beginnings of a parent stage of the experiment `root`."""
+  config = ConfigDict()
+  config.kind = kind
+  config.seed = root.get_oneway_ref("seed")
+  config.dataset = inherit(root.dataset)
+  config.precision = root.get_oneway_ref("precision")
+  config.checkpoint_seconds = root.get_oneway_ref("checkpoint_seconds")
+  config.degradation = inherit(root.degradation)
+  return config
+
+
+def training(
+  config: ConfigDict,
+  optimizer: str,
+  learning_rate: float,
+  batch_size: int,
+  epochs: int,
+) -> None:
+  """Adds the fields of the training loop to a stage's config."""
+  config.optimizer = optimizer
+  config.learning_rate = learning_rate
+  config.batch_size = batch_size
+  config.epochs = epochs
+  config.warmup_epochs = 5
+
+
+def classifier(config: ConfigDict, source: str = "clean") -> ConfigDict:
+  """Fills in a classifier stage: ResNet-50, fine-tuned from torchvision's weights.
+
+  Args:
+    config: from `base` or `stage`.
+    source: what it is trained on: "clean", "degraded" or "restored" (setups 1 to 3).
+  """
+  config.source = source
+  config.model = ConfigDict(
+    {
+      "name": "resnet50",
+      "stage_sizes": config_dict.placeholder(tuple),
+      "width": config_dict.placeholder(int),
+      "block": config_dict.placeholder(str),
+      "transform_input": config_dict.placeholder(bool),
+      # A path, a name such as "torchvision/resnet50", "torchvision" for the network's
+      # own ImageNet weights, or None for random ones.
+      "weights": config_dict.placeholder(str),
+    }
+  )
+  config.model.weights = "torchvision"
+  config.label_smoothing = 0.1
+  training(config, "sgd", 1e-3, 64, 120)
+  return config
+
+
+def restorer(config: ConfigDict) -> ConfigDict:
+  """Fills in a restorer stage: DnCNN-20 from scratch, batch_size in patches."""
+  config.model = ConfigDict(
+    {
+      "depth": 20,
+      "width": 64,
+      "batch_norm": False,
+      "weights": config_dict.placeholder(str),
+    }
+  )
+  config.degradation.level = None
+  config.degradation.mixture = "continuous"
+  config.patch_size = 50
+  config.patch_stride = 25
+  training(config, "adam", 1e-4, 128, 120)
+  return config
+
+
+def estimator(config: ConfigDict) -> ConfigDict:
+  """Fills in a fidelity map estimator stage: as the restorer."""
+  restorer(config)
+  config.fidelity = ConfigDict({"map": "l1", "estimator_input": "degraded"})
+  return config
+
+
+def calibration(config: ConfigDict, source: str) -> ConfigDict:
+  """Fills in a calibration stage, its ensemble phase, and the evaluation.
+
+  Args:
+    config: from `base`.
+    source: where the fidelity map comes from: "oracle", "pretrained" or "end_to_end".
+  """
+  config.fidelity = ConfigDict(
+    {"source": source, "map": "l1", "estimator_input": "degraded"}
+  )
+  config.model = ConfigDict(
+    {
+      "ratio": 0.5,
+      "num_convs": 3,
+      "channels": 16,
+      "resize": "bilinear",
+      "spatial_multiplication": True,
+      "spatial_addition": True,
+      "residual": True,
+      "channel_multiplication": True,
+      "channel_concatenation": True,
+    }
+  )
+  # Recompute the estimator's activations in end-to-end training, to save memory.
+  config.rematerialize = False
+  config.label_smoothing = 0.1
+  training(config, "sgd", 1e-3, 64, 50)
+  config.ensemble = ConfigDict(
+    {"enabled": True, "learning_rate": 1e-3, "epochs": 25, "warmup_epochs": 5}
+  )
+  evaluation(config)
+  config.parents = ConfigDict()
+  config.parents.classifier = classifier(stage(config, "classifier"))
+  config.parents.restorer = restorer(stage(config, "restorer"))
+  if source != "oracle":
+    parent = estimator(stage(config, "estimator"))
+    parent.fidelity.map = config.fidelity.get_oneway_ref("map")
+    parent.fidelity.estimator_input = config.fidelity.get_oneway_ref("estimator_input")
+    # The same config, hence the same stage, as the method's own restorer.
+    parent.parents = ConfigDict({"restorer": inherit(config.parents.restorer)})
+    config.parents.estimator = parent
+  return config
+
+
+def evaluation(config: ConfigDict) -> None:
+  """Adds the fields of the evaluation (METHOD section 7)."""
+  config.evaluation = ConfigDict({"rounds": 10, "batch_size": 64, "examples": 5})

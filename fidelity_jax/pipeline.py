@@ -1,0 +1,139 @@
+"""METHOD section 1: from degraded image to logits, through the fidelity map."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fidelity_jax import fidelity, models
+
+PyTree = Any
+
+
+def restore(restorer: models.DnCNN, variables: PyTree, degraded: jax.Array) -> jax.Array:
+  """Returns the restored image r = clip(d - R(d)), float32 [N, H, W, 3] in [0, 1]."""
+  residual = restorer.apply(variables, degraded)
+  return jnp.clip(degraded - residual.astype(jnp.float32), 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """The proposed method's networks and how they are wired.
+
+  Variables are passed to every call as a dictionary: "restorer", "classifier",
+  "calibration", and where used "estimator" and "ensemble", each as its module's `init`
+  returns it.
+
+  Attributes:
+    classifier: the frozen classifier, batch norm folded.
+    restorer: the frozen restorer, batch norm folded.
+    calibration: the trainable modules.
+    ensemble: the ensemble module, or None for the calibrated feature alone.
+    estimator: the fidelity map estimator, or None for the oracle map.
+    map_kind: "l1", "l2" or "cosine".
+    estimator_input: "degraded" or "restored".
+    rematerialize: recompute the estimator's activations in the backward pass instead
+      of keeping them; saves memory in end-to-end training.
+  """
+
+  classifier: models.Classifier
+  restorer: models.DnCNN
+  calibration: models.Calibration
+  ensemble: models.Ensemble | None = None
+  estimator: models.DnCNN | None = None
+  map_kind: str = "l1"
+  estimator_input: str = "degraded"
+  rematerialize: bool = False
+
+  def restore(self, variables: PyTree, degraded: jax.Array) -> jax.Array:
+    """Returns the restored image; see `restore`. No gradient flows into it."""
+    restored = restore(self.restorer, variables["restorer"], degraded)
+    return jax.lax.stop_gradient(restored)
+
+  def fidelity_map(
+    self,
+    variables: PyTree,
+    degraded: jax.Array,
+    restored: jax.Array,
+    clean: jax.Array | None,
+  ) -> jax.Array:
+    """Returns the map m, float32 [N, H, W, 3] (cosine: 1 channel).
+
+    Args:
+      variables: see the class.
+      degraded: float32 [N, H, W, 3] in [0, 1].
+      restored: likewise.
+      clean: likewise; used by the oracle map only.
+    """
+    if self.estimator is None:
+      return fidelity.oracle_map(restored, clean, self.map_kind)
+    estimate = self.estimator.apply
+    if self.rematerialize:
+      estimate = jax.checkpoint(estimate)
+    seen = degraded if self.estimator_input == "degraded" else restored
+    return estimate(variables["estimator"], seen).astype(jnp.float32)
+
+  def calibrated(
+    self, variables: PyTree, restored: jax.Array, confidence: jax.Array
+  ) -> jax.Array:
+    """Returns the calibrated feature h, [N, F].
+
+    Args:
+      variables: see the class.
+      restored: float32 [N, H, W, 3] in [0, 1].
+      confidence: f, float32 [N, H, W, 1].
+    """
+    calibrate = functools.partial(self.calibration.apply, variables["calibration"])
+    sizes = self.classifier.tap_sizes(restored.shape[1:3])
+    maps = calibrate(confidence, sizes, method="spatial_maps")
+    features = self.classifier.apply(
+      variables["classifier"],
+      models.layers.normalize(restored),
+      tap=self.calibration.steer(maps),
+      method="features",
+    )
+    return calibrate(features, confidence, method="channel")
+
+  def plain(self, variables: PyTree, images: jax.Array) -> jax.Array:
+    """Returns the frozen backbone's own feature of `images`, [N, F]."""
+    images = models.layers.normalize(images)
+    return self.classifier.apply(variables["classifier"], images, method="features")
+
+  def classify(self, variables: PyTree, features: jax.Array) -> jax.Array:
+    """Returns the frozen head's logits, float32 [N, K]."""
+    return self.classifier.apply(variables["classifier"], features, method="classify")
+
+  def logits(
+    self, variables: PyTree, degraded: jax.Array, clean: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the logits of the whole method, float32 [N, K].
+
+    Args:
+      variables: see the class.
+      degraded: float32 [N, H, W, 3] in [0, 1].
+      clean: likewise; used by the oracle map only.
+    """
+    restored = self.restore(variables, degraded)
+    confidence = fidelity.confidence(
+      self.fidelity_map(variables, degraded, restored, clean), self.map_kind
+    )
+    features = self.calibrated(variables, restored, confidence)
+    if self.ensemble is not None:
+      features = self.ensemble.apply(
+        variables["ensemble"], features, self.plain(variables, restored), confidence
+      )
+    return self.classify(variables, features)
+
+  def init_calibration(self, key: jax.Array, size: tuple[int, int]) -> PyTree:
+    """Returns fresh calibration variables for images of `size` (H, W)."""
+    confidence = jnp.zeros((1, *size, 1))
+    features = jnp.zeros((1, self.classifier.feature_size))
+    sizes = self.classifier.tap_sizes(size)
+    return self.calibration.init(key, features, confidence, sizes)
+
+  def init_ensemble(self, key: jax.Array) -> PyTree:
+    """Returns fresh ensemble variables."""
+    features = jnp.zeros((1, self.classifier.feature_size))
+    return self.ensemble.init(key, features, features, jnp.zeros((1, 8, 8, 1)))

@@ -1,0 +1,65 @@
+"""Train a classifier on clean, degraded or restored images (report section 3.2)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fidelity_jax import models, pipeline
+from fidelity_jax.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationTask(base.Task):
+  """Cross-entropy of a backbone and its head, all of it trained.
+
+  Attributes:
+    classifier: the network.
+    inputs: gives clean and degraded images.
+    source: "clean" (setup 1), "degraded" (setup 2) or "restored" (setup 3).
+    image_size: side of the images, pixels.
+    label_smoothing: see `base.smoothed_cross_entropy`.
+    initial: variables to start from, or None for random ones.
+    restorer: the frozen restorer; "restored" only.
+    frozen: {"restorer": variables} for "restored", else {}.
+  """
+
+  classifier: models.Classifier
+  inputs: base.Inputs
+  source: str
+  image_size: int
+  label_smoothing: float = 0.1
+  initial: Any = None
+  restorer: models.DnCNN | None = None
+  frozen: Any = dataclasses.field(default_factory=dict)
+
+  def init(self, key, initial):
+    images = jnp.zeros((1, self.image_size, self.image_size, 3))
+    variables = initial or self.classifier.init(key, images)
+    return variables["params"], variables.get("batch_stats", {})
+
+  def loss(self, params, model_state, frozen, batch, *, train, key):
+    clean, degraded = self.inputs(batch, train)
+    if self.source == "clean":
+      images = clean
+    elif self.source == "degraded":
+      images = degraded
+    else:
+      images = pipeline.restore(self.restorer, frozen["restorer"], degraded)
+    variables = {"params": params, "batch_stats": model_state}
+    images = models.layers.normalize(jax.lax.stop_gradient(images))
+    if train:
+      (logits, aux_logits), updates = self.classifier.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+      )
+      model_state = updates.get("batch_stats", {})
+    else:
+      logits, aux_logits = self.classifier.apply(variables, images, train=False)
+    entropy = lambda x: base.smoothed_cross_entropy(
+      x, batch["label"], self.label_smoothing
+    )
+    # GoogLeNet's auxiliary heads count 0.3 each (METHOD section 2).
+    losses = entropy(logits) + sum(0.3 * entropy(aux) for aux in aux_logits)
+    metrics = {"loss": losses, "accuracy": base.correct(logits, batch["label"])}
+    return jnp.mean(losses), (model_state, metrics)

@@ -1,0 +1,351 @@
+"""The only training loop.
+
+It knows tasks, batches and checkpoints, and nothing of what a task trains. The step is
+one compiled function; the host only feeds it, and looks at numbers now and then.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from fidelity_jax import (
+  checkpoints,
+  data,
+  errors,
+  metrics,
+  optimizer,
+  progress,
+  randomness,
+  sharding,
+  signals,
+)
+from fidelity_jax.tasks import Task
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to train, whatever the task (METHOD section 6).
+
+  Attributes:
+    seed: the experiment's seed.
+    image_size: side of the images, pixels.
+    images_per_step: images in one global batch.
+    epochs: epochs in all.
+    warmup_epochs: epochs of linear warm-up.
+    learning_rate: peak learning rate.
+    optimizer: "sgd" or "adam".
+    checkpoint_seconds: longest time between checkpoints.
+    workers: processes that decode images; 0 uses threads.
+  """
+
+  seed: int
+  image_size: int
+  images_per_step: int
+  epochs: int
+  warmup_epochs: int
+  learning_rate: float
+  optimizer: str
+  checkpoint_seconds: float
+  workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What training gave: the best step and its validation score."""
+
+  step: int
+  score: float
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: optimizer steps done, int32 scalar.
+    params: what trains.
+    model_state: batch statistics and the like.
+    opt_state: the optimizer's state.
+    averages: running averages of the epoch under way.
+    bad_step: the first step whose loss was not finite, or -1.
+  """
+
+  step: jax.Array
+  params: PyTree
+  model_state: PyTree
+  opt_state: PyTree
+  averages: metrics.Averages
+  bad_step: jax.Array
+
+  def variables(self) -> PyTree:
+    """Returns what the stage's checkpoint is for."""
+    variables = {"params": self.params}
+    return variables | ({"batch_stats": self.model_state} if self.model_state else {})
+
+  def training(self) -> PyTree:
+    """Returns what only resuming needs."""
+    return {"opt_state": self.opt_state, "averages": self.averages}
+
+
+def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int):
+  """Returns the step function (state, frozen, batch) -> state, to be jitted."""
+  root = randomness.purpose_key(seed, "dropout")
+
+  def train_step(state: TrainState, frozen: PyTree, batch) -> TrainState:
+    key = jax.random.fold_in(root, state.step)
+    loss = functools.partial(
+      task.loss, frozen=frozen, batch=batch, train=True, key=key
+    )
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    (value, (model_state, values)), grads = gradient(state.params, state.model_state)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    ones = jnp.ones(len(values["loss"]))
+    first_bad = (state.bad_step < 0) & ~jnp.isfinite(value)
+    return TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      model_state=model_state,
+      opt_state=opt_state,
+      averages=metrics.merge(state.averages, metrics.averages(values, ones)),
+      bad_step=jnp.where(first_bad, state.step, state.bad_step),
+    )
+
+  return train_step
+
+
+def make_eval_step(task: Task):
+  """Returns (params, model_state, frozen, batch) -> averages, to be jitted."""
+
+  def eval_step(params, model_state, frozen, batch) -> metrics.Averages:
+    _, (_, values) = task.loss(
+      params, model_state, frozen, batch, train=False, key=jax.random.key(0)
+    )
+    mask = jnp.repeat(batch["mask"], task.patches_per_image)
+    return metrics.averages(values, mask)
+
+  return eval_step
+
+
+class Trainer:
+  """One stage's training: its compiled functions, data, files and state."""
+
+  def __init__(
+    self,
+    title: str,
+    task: Task,
+    settings: Settings,
+    train_data: data.Dataset,
+    validation_data: data.Dataset,
+    directory: pathlib.Path,
+  ):
+    """Prepares to train.
+
+    Args:
+      title: what to call it in progress lines.
+      task: what to train.
+      settings: how.
+      train_data: training examples.
+      validation_data: validation examples.
+      directory: the stage's directory, which exists.
+
+    Raises:
+      UsageError: if the batch does not fit the data or the devices.
+    """
+    self.title, self.task, self.settings = title, task, settings
+    self.train_data, self.validation_data = train_data, validation_data
+    self.directory = directory
+    if settings.images_per_step > len(train_data):
+      raise errors.UsageError(
+        f"{title}: a batch of {settings.images_per_step} images is larger than the "
+        f"training set of {len(train_data)}: lower batch_size."
+      )
+    self.steps_per_epoch = len(train_data) // settings.images_per_step
+    self.total_steps = self.steps_per_epoch * settings.epochs
+    self.schedule = optimizer.learning_rate_schedule(
+      settings.learning_rate,
+      self.steps_per_epoch,
+      settings.epochs,
+      settings.warmup_epochs,
+    )
+    self.tx = optimizer.create(settings.optimizer, self.schedule)
+    self.mesh = sharding.make_mesh()
+    sharding.check_batch(self.mesh, settings.images_per_step, title)
+    self.batch_sharding = sharding.batch(self.mesh)
+    self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))
+    step = make_train_step(task, self.tx, settings.seed)
+    self.train_step = jax.jit(step, donate_argnums=0)
+    self.eval_step = jax.jit(make_eval_step(task))
+
+  def initial_state(self) -> TrainState:
+    """Returns the state before the first step, on the devices."""
+    key = randomness.purpose_key(self.settings.seed, f"{self.title}/init")
+
+    def init(key, initial):
+      params, model_state = self.task.init(key, initial)
+      batch = {
+        "image": jnp.zeros((1, *[self.settings.image_size] * 2, 3), jnp.uint8),
+        **{name: jnp.zeros(1, jnp.int32) for name in ("label", "index", "epoch")},
+        "mask": jnp.ones(1),
+      }
+      values = jax.eval_shape(
+        make_eval_step(self.task), params, model_state, self.task.frozen, batch
+      )
+      return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state=self.tx.init(params),
+        averages=metrics.zeros_like(values),
+        bad_step=jnp.int32(-1),
+      )
+
+    replicated = sharding.replicated(self.mesh)
+    initial = jax.device_put(self.task.initial, replicated)
+    return jax.jit(init, out_shardings=replicated)(key, initial)
+
+  def validate(self, state: TrainState) -> dict[str, float]:
+    """Returns the validation metrics; every epoch draws the same degradations."""
+    batches = data.eval_iterator(
+      self.validation_data,
+      image_size=self.settings.image_size,
+      batch_size=sharding.round_up(self.mesh, self.settings.images_per_step),
+      num_workers=0,
+      **sharding.host_shard(),
+    )
+    total = None
+    for batch in data.prefetch_to_device(batches, self.batch_sharding):
+      part = self.eval_step(state.params, state.model_state, self.frozen, batch)
+      total = part if total is None else metrics.merge(total, part)
+    return metrics.compute(total, "validation/")
+
+  def run(self) -> Result:
+    """Trains to the end, resuming from the latest checkpoint if there is one.
+
+    Raises:
+      RunError: if the loss is not a number, or a checkpoint is damaged.
+      Stopped: on SIGTERM or SIGINT, once everything is saved.
+    """
+    saved = checkpoints.Checkpoints(self.directory / "checkpoints")
+    try:
+      return self._run(saved)
+    finally:
+      saved.close()
+
+  def _run(self, saved: checkpoints.Checkpoints) -> Result:
+    state = self.initial_state()
+    best: dict[str, Any] = {"step": None, "score": -math.inf}
+    if (start := saved.latest()) is not None:
+      variables, training, best = saved.restore(
+        start, state.variables(), state.training()
+      )
+      state = state.replace(
+        step=jnp.int32(start),
+        params=variables["params"],
+        model_state=variables.get("batch_stats", {}),
+        **training,
+      )
+      progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")
+    start = start or 0
+    writer = metrics.MetricWriter(self.directory, start)
+    bar = progress.Progress(self.title, self.total_steps, start)
+    last_save, epoch_start = time.monotonic(), time.monotonic()
+    batches = data.train_iterator(
+      self.train_data,
+      image_size=self.settings.image_size,
+      batch_size=self.settings.images_per_step,
+      seed=self.settings.seed,
+      epochs=self.settings.epochs,
+      start_step=start,
+      num_workers=self.settings.workers,
+      **sharding.host_shard(),
+    )
+    prefetched = data.prefetch_to_device(batches, self.batch_sharding)
+    if self.total_steps == 0:
+      best = self._finish_epoch(0, state, best, writer, saved, {})
+    try:
+      for step in range(start + 1, self.total_steps + 1):
+        state = self.train_step(state, self.frozen, next(prefetched))
+        epoch, within = divmod(step, self.steps_per_epoch)
+        stopping = signals.received() is not None
+        overdue = time.monotonic() - last_save > self.settings.checkpoint_seconds
+        if within == 0:
+          self._check_finite(state)
+          took = time.monotonic() - epoch_start
+          record = {
+            "epoch": epoch,
+            "learning_rate": float(self.schedule(step - 1)),
+            **metrics.compute(state.averages, "train/"),
+            "steps_per_second": self.steps_per_epoch / took,
+          }
+          state = state.replace(averages=metrics.zeros_like(state.averages))
+          must = stopping or overdue or step == self.total_steps
+          before = best["step"]
+          best = self._finish_epoch(step, state, best, writer, saved, record, must)
+          if must or best["step"] != before:
+            last_save = time.monotonic()
+          epoch_start = time.monotonic()
+        elif stopping or overdue:
+          self._check_finite(state)
+          saved.save(step, state.variables(), state.training(), best, None)
+          last_save = time.monotonic()
+        if stopping:
+          saved.close()
+        signals.stop_if_received(f"{self.title} at step {step} of {self.total_steps}")
+        if bar.due() or step == self.total_steps:
+          self._check_finite(state)
+          facts = {"epoch": f"{-(-step // self.steps_per_epoch)}/{self.settings.epochs}"}
+          if within:
+            facts["loss"] = metrics.compute(state.averages)["loss"]
+          if best["step"] is not None:
+            score = best["score"] * self.task.score_sign
+            facts[f"best {self.task.score}"] = score
+          bar.update(step, **facts)
+    finally:
+      bar.close()
+      writer.close()
+      batches.close()
+    return Result(best["step"], best["score"] * self.task.score_sign)
+
+  def _finish_epoch(self, step, state, best, writer, saved, record, must=True):
+    """Validates, records, and saves if this is the best step or `must` be saved."""
+    validation = self.validate(state)
+    writer.write(step, record | validation)
+    score = self.task.score_sign * validation[f"validation/{self.task.score}"]
+    improved = best["step"] is None or score > best["score"]
+    if improved:
+      best = {"step": step, "score": score}
+    if improved or must:
+      saved.save(step, state.variables(), state.training(), best, score)
+    return best
+
+  def _check_finite(self, state: TrainState) -> None:
+    """Raises RunError if some step's loss was not finite."""
+    bad = int(state.bad_step)
+    if bad < 0:
+      return
+    batch = next(
+      data.train_iterator(
+        self.train_data,
+        image_size=self.settings.image_size,
+        batch_size=self.settings.images_per_step,
+        seed=self.settings.seed,
+        epochs=self.settings.epochs,
+        start_step=bad,
+      )
+    )
+    keys = ", ".join(self.train_data.keys[i] for i in batch["index"])
+    raise errors.RunError(
+      f"{self.title}: the loss is not finite at step {bad + 1} (learning rate "
+      f"{float(self.schedule(bad)):.3g}): lower learning_rate or look at the records "
+      f"of that batch: {keys}"
+    )
