@@ -5,11 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from fidelity_jax import errors
 from fidelity_jax.models import layers
+from fidelity_jax.models.alexnet import AlexNet
 from fidelity_jax.models.classifier import Classifier
+from fidelity_jax.models.googlenet import AuxiliaryHead, GoogLeNet
 from fidelity_jax.models.resnet import ResNet
+from fidelity_jax.models.vgg import VGG16
 
 
 def _resnet(num_classes, dtype, folded, *, stage_sizes, width, block):
@@ -21,11 +25,40 @@ def _resnet(num_classes, dtype, folded, *, stage_sizes, width, block):
   return Classifier(backbone, layers.Head(num_classes, dtype=dtype))
 
 
+def _alexnet(num_classes, dtype, folded, *, dropout):
+  rates = (dropout, dropout, 0.0)
+  head = layers.Head(num_classes, (4096, 4096), rates, dtype=dtype)
+  return Classifier(AlexNet(norm=not folded, dtype=dtype), head)
+
+
+def _vgg16(num_classes, dtype, folded, *, dropout):
+  rates, init = (0.0, dropout, dropout), nn.initializers.normal(0.01)
+  head = layers.Head(num_classes, (4096, 4096), rates, init, dtype=dtype)
+  return Classifier(VGG16(norm=not folded, dtype=dtype), head)
+
+
+def _googlenet(
+  num_classes, dtype, folded, *, transform_input, dropout, aux_dropout, aux_heads
+):
+  backbone = GoogLeNet(transform_input, norm=not folded, dtype=dtype)
+  head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
+  if folded or not aux_heads:
+    return Classifier(backbone, head)
+  aux = lambda: AuxiliaryHead(num_classes, aux_dropout, dtype)
+  return Classifier(backbone, head, aux(), aux())
+
+
 # Per name: the builder and its configurable fields with their default values.
 _MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
+  "alexnet": (_alexnet, dict(dropout=0.5)),
+  "googlenet": (
+    _googlenet,
+    dict(transform_input=False, dropout=0.2, aux_dropout=0.7, aux_heads=True),
+  ),
   "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=64, block="basic")),
   "resnet18": (_resnet, dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic")),
   "resnet50": (_resnet, dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")),
+  "vgg16": (_vgg16, dict(dropout=0.5)),
 }
 
 NAMES = tuple(_MODELS)

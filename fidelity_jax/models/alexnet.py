@@ -1,0 +1,67 @@
+"""AlexNet (Krizhevsky, 2014, the one-tower version) as torchvision builds it."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fidelity_jax.models import layers
+
+# Per stage: (channels, kernel, stride, padding) of its convolutions. Each of the three
+# stages ends in a 3x3 max pool of stride 2.
+_STAGES = (
+  ((64, 11, 4, 2),),
+  ((192, 5, 1, 2),),
+  ((384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
+)
+
+
+class AlexNet(nn.Module):
+  """The part of AlexNet before its fully connected layers; 5 taps, 9216 features.
+
+  Taps: the input, the feature before each max pool, and the feature before the
+  adaptive average pool to 6x6. Convolutions are called `conv1` ... `conv5`. Images of
+  63 pixels and more.
+
+  Attributes:
+    norm: there is no batch norm; accepted for the interface's sake.
+    dtype: compute dtype.
+  """
+
+  norm: bool = True
+  dtype: Any = jnp.float32
+
+  num_taps: ClassVar[int] = 5
+  feature_size: ClassVar[int] = 256 * 6 * 6
+  epsilon: ClassVar[float] = 1e-5
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns (features [N, 9216] in (C, H, W) order, no auxiliary inputs).
+
+    Args:
+      x: normalized images [N, H, W, 3].
+      tap: called at the five taps.
+      train: accepted for the interface's sake.
+    """
+    x = layers.apply_tap(tap, 0, x.astype(self.dtype))
+    number = 0
+    for stage, convs in enumerate(_STAGES):
+      for features, kernel, stride, pad in convs:
+        number += 1
+        conv = layers.Conv(
+          features,
+          (kernel, kernel),
+          strides=(stride, stride),
+          padding=((pad, pad), (pad, pad)),
+          kernel_init=layers.torch_default,
+          dtype=self.dtype,
+          name=f"conv{number}",
+        )
+        x = nn.relu(conv(x))
+      x = layers.max_pool(layers.apply_tap(tap, stage + 1, x), 3, 2)
+    x = layers.apply_tap(tap, 4, x)
+    return layers.flatten_chw(layers.adaptive_average_pool(x, 6)), ()

@@ -1,0 +1,177 @@
+"""GoogLeNet (Szegedy et al., 2015) with batch norm, as torchvision builds it.
+
+torchvision's branch with a 3x3 convolution where the paper has 5x5, its ceil-mode max
+pools and its batch-norm epsilon of 1e-3 are kept: its weights need them.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fidelity_jax.models import layers
+
+EPSILON = 1e-3
+
+# Per Inception block: channels of the 1x1 branch, of the two 3x3 branches' (1x1
+# reduction, 3x3 convolution), and of the pooling branch's projection. A pool follows
+# 3b and 4e.
+_BLOCKS = {
+  "3a": (64, (96, 128), (16, 32), 32),
+  "3b": (128, (128, 192), (32, 96), 64),
+  "4a": (192, (96, 208), (16, 48), 64),
+  "4b": (160, (112, 224), (24, 64), 64),
+  "4c": (128, (128, 256), (24, 64), 64),
+  "4d": (112, (144, 288), (32, 64), 64),
+  "4e": (256, (160, 320), (32, 128), 128),
+  "5a": (256, (160, 320), (32, 128), 128),
+  "5b": (384, (192, 384), (48, 128), 128),
+}
+
+_kernel_init = nn.initializers.normal(0.01)
+
+
+class _ConvReLU(nn.Module):
+  """Convolution, batch norm, ReLU: children `conv` and `bn`."""
+
+  features: int
+  kernel: int = 1
+  stride: int = 1
+  norm: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    conv = layers.ConvNorm(
+      self.features,
+      self.kernel,
+      self.stride,
+      pad=self.kernel // 2,
+      norm=self.norm,
+      epsilon=EPSILON,
+      kernel_init=_kernel_init,
+      dtype=self.dtype,
+    )
+    nn.share_scope(self, conv)
+    return nn.relu(conv(x, train))
+
+
+class Inception(nn.Module):
+  """Four branches side by side: 1x1, two of 1x1 then 3x3, and max pool then 1x1.
+
+  Attributes:
+    widths: output channels, as in `_BLOCKS`.
+    norm: batch norm (off in a folded network).
+    dtype: compute dtype.
+  """
+
+  widths: tuple[int, tuple[int, int], tuple[int, int], int]
+  norm: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns the branches' outputs, concatenated by channels: [N, H, W, C]."""
+    single, middle, large, pooled = self.widths
+    conv = lambda features, kernel, name: _ConvReLU(
+      features, kernel, norm=self.norm, dtype=self.dtype, name=name
+    )
+    branches = [conv(single, 1, "branch1")(x, train)]
+    for name, (reduced, features) in (("branch2", middle), ("branch3", large)):
+      y = conv(reduced, 1, f"{name}_reduce")(x, train)
+      branches.append(conv(features, 3, name)(y, train))
+    y = layers.max_pool(x, 3, 1, pad=1, ceil_mode=True)
+    branches.append(conv(pooled, 1, "branch4")(y, train))
+    return jnp.concatenate(branches, -1)
+
+
+class AuxiliaryHead(nn.Module):
+  """An auxiliary classifier on an Inception block's output; exists in training only.
+
+  Attributes:
+    num_classes: length of the logits.
+    dropout: rate before the last layer, `logits`.
+    dtype: compute dtype; logits are float32.
+  """
+
+  num_classes: int
+  dropout: float = 0.7
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Returns float32 logits [N, num_classes] of a feature [N, h, w, C]."""
+    x = layers.adaptive_average_pool(x, 4)
+    x = layers.flatten_chw(_ConvReLU(128, dtype=self.dtype, name="conv")(x, train))
+    head = layers.Head(self.num_classes, (1024,), (0.0, self.dropout), dtype=self.dtype)
+    nn.share_scope(self, head)
+    return head(x, train)
+
+
+class GoogLeNet(nn.Module):
+  """The part of GoogLeNet before its fully connected layer; 6 taps, 1024 features.
+
+  Taps: the input, the feature before each of the four max pools of the main path, and
+  the feature before the global average pool. Images of 15 pixels and more.
+
+  `transform_input` re-scales the input from ImageNet's mean and deviation to 0.5 and
+  0.5, which torchvision's own ImageNet weights expect. It acts after tap 0, so that a
+  steered input is re-scaled like any other. The FG-NIC authors' released code leaves
+  it out on the steered path (and has it on the plain one), which feeds the steered
+  network inputs of another scale than it was trained on; that is not reproduced here.
+
+  Attributes:
+    transform_input: whether to re-scale.
+    norm: batch norm (off in a folded network).
+    dtype: compute dtype.
+  """
+
+  transform_input: bool = False
+  norm: bool = True
+  dtype: Any = jnp.float32
+
+  num_taps: ClassVar[int] = 6
+  feature_size: ClassVar[int] = 1024
+  epsilon: ClassVar[float] = EPSILON
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns (features [N, 1024], outputs of blocks 4a and 4d for auxiliary heads).
+
+    Args:
+      x: normalized images [N, H, W, 3].
+      tap: called at the six taps.
+      train: use and update batch statistics.
+    """
+    conv = lambda *args, name: _ConvReLU(
+      *args, norm=self.norm, dtype=self.dtype, name=name
+    )
+    x = layers.apply_tap(tap, 0, x.astype(self.dtype))
+    if self.transform_input:
+      x = _rescale(x)
+    x = layers.apply_tap(tap, 1, conv(64, 7, 2, name="conv1")(x, train))
+    x = layers.max_pool(x, 3, 2, ceil_mode=True)
+    x = conv(64, 1, name="conv2")(x, train)
+    x = layers.apply_tap(tap, 2, conv(192, 3, name="conv3")(x, train))
+    x = layers.max_pool(x, 3, 2, ceil_mode=True)
+    aux_inputs = []
+    for block, widths in _BLOCKS.items():
+      x = Inception(widths, self.norm, self.dtype, name=f"inception{block}")(x, train)
+      if block == "3b":
+        x = layers.max_pool(layers.apply_tap(tap, 3, x), 3, 2, ceil_mode=True)
+      elif block == "4e":
+        x = layers.max_pool(layers.apply_tap(tap, 4, x), 2, 2, ceil_mode=True)
+      elif block in ("4a", "4d"):
+        aux_inputs.append(x)
+    x = layers.apply_tap(tap, 5, x)
+    return layers.flatten_chw(layers.adaptive_average_pool(x, 1)), tuple(aux_inputs)
+
+
+def _rescale(x: jax.Array) -> jax.Array:
+  """Returns x, normalized by ImageNet's moments, as normalized by 0.5 and 0.5."""
+  scale = jnp.asarray(layers.IMAGENET_STD, jnp.float32) / 0.5
+  shift = (jnp.asarray(layers.IMAGENET_MEAN, jnp.float32) - 0.5) / 0.5
+  return (x * scale + shift).astype(x.dtype)
