@@ -1,0 +1,162 @@
+"""Finds the unusable images of a dataset before training, so that its length is fixed.
+
+Every record is decoded once, in parallel. JPEGs are decoded at an eighth of their
+size, which still reads all of the data. Results of files are remembered by path, size
+and modification time.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from absl import logging
+
+from fidelity_jax.data import images
+from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped
+from fidelity_jax.errors import UsageError
+
+_NAMED = 10
+_CHUNK = 64
+
+
+def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Dataset:
+  """Returns the dataset without its unusable records.
+
+  Each of the first ten records left out is named in one line of the log.
+
+  Args:
+    dataset: what to check.
+    strict: stop at the first unusable record instead.
+    cache_dir: where results of files are remembered; None for nowhere.
+
+  Raises:
+    UsageError: `strict`, and a record is unusable; or no usable record is left.
+  """
+  if strict and dataset.skipped:
+    _refuse(dataset, dataset.skipped[0])
+  store = _Store(dataset, cache_dir)
+  unknown = [i for i in range(len(dataset)) if i not in store.reasons]
+  chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
+  workers = os.cpu_count() or 1
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    futures = [pool.submit(_check, dataset, chunk, strict) for chunk in chunks]
+    for future in futures:
+      found = future.result()
+      store.reasons.update(found)
+      bad = [i for i, reason in found.items() if reason]
+      if strict and bad:
+        pool.shutdown(cancel_futures=True)
+        _refuse(dataset, Skipped(dataset.keys[bad[0]], store.reasons[bad[0]]))
+  if unknown:
+    store.save()
+  skipped = [
+    Skipped(dataset.keys[i], store.reasons[i])
+    for i in range(len(dataset))
+    if store.reasons[i]
+  ]
+  if skipped:
+    dataset = dataset.select([i for i in range(len(dataset)) if not store.reasons[i]])
+  if not len(dataset):
+    first = f"; the first is {skipped[0].key}: {skipped[0].reason}" if skipped else ""
+    raise UsageError(
+      f"dataset '{dataset.name}' has no usable image for '{dataset.split}'{first}"
+    )
+  _report(dataset, skipped)
+  return dataset.with_skipped(skipped)
+
+
+def _refuse(dataset: Dataset, skipped: Skipped) -> None:
+  raise UsageError(
+    f"{skipped.key}: {skipped.reason} (dataset '{dataset.name}', dataset.strict=True; "
+    "with strict=False such records are left out)"
+  )
+
+
+def _report(dataset: Dataset, skipped: list[Skipped]) -> None:
+  for one in skipped[:_NAMED]:
+    logging.warning("%s: left out: %s", one.key, one.reason)
+  if skipped:
+    logging.warning(
+      "dataset '%s': %d of %d records of split '%s' left out%s",
+      dataset.name,
+      len(skipped),
+      len(skipped) + len(dataset),
+      dataset.split,
+      f", the first {_NAMED} of them named above" if len(skipped) > _NAMED else "",
+    )
+
+
+def _check(dataset: Dataset, indices: list[int], strict: bool) -> dict[int, str]:
+  """Returns the reason against each record, "" if there is none."""
+  reasons = {}
+  for i in indices:
+    reasons[i] = _reason(dataset, i)
+    if strict and reasons[i]:
+      break
+  return reasons
+
+
+def _reason(dataset: Dataset, index: int) -> str:
+  try:
+    images.check(dataset.records[index], dataset.max_pixels)
+  except images.BadImageError as error:
+    return str(error)
+  return ""
+
+
+class _Store:
+  """What is known of a dataset's files from earlier runs."""
+
+  def __init__(self, dataset: Dataset, cache_dir: Path | None):
+    self.reasons: dict[int, str] = {}
+    self._path = None
+    if cache_dir is None or not isinstance(dataset.records, FileRecords):
+      return
+    root = dataset.records.root
+    digest = hashlib.sha256(f"{root}\n{dataset.max_pixels}".encode()).hexdigest()[:16]
+    self._path = Path(cache_dir) / f"verified-{digest}.json"
+    self._stamps = [_stamp(os.path.join(root, p)) for p in dataset.records.paths]
+    self._known = self._read()
+    for i, (key, stamp) in enumerate(zip(dataset.keys, self._stamps, strict=True)):
+      known = self._known.get(key)
+      if known and stamp and known[0] == stamp:
+        self.reasons[i] = known[1]
+    self._keys = dataset.keys
+
+  def _read(self) -> dict[str, list[str]]:
+    try:
+      known = json.loads(self._path.read_text())
+      return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+      # Absent or damaged: everything is checked again.
+      return {}
+
+  def save(self) -> None:
+    """Writes what is known, in one step; a store that cannot be written is no error."""
+    if self._path is None:
+      return
+    known = self._read()
+    for i, reason in self.reasons.items():
+      if self._stamps[i]:
+        known[self._keys[i]] = [self._stamps[i], reason]
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.NamedTemporaryFile(
+        "w", dir=self._path.parent, delete=False
+      ) as file:
+        json.dump(known, file)
+      os.replace(file.name, self._path)
+    except OSError as error:
+      logging.warning("cannot remember checked images: %s", error)
+
+
+def _stamp(path: str) -> str:
+  try:
+    status = os.stat(path)
+  except OSError:
+    return ""
+  # Permissions change the inode's change time but not the modification time.
+  return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
