@@ -1,0 +1,159 @@
+"""Blurs: Gaussian and motion, uniform or with a level of its own at every pixel.
+
+Images are worked on as rows of W * C values: a shift by one pixel is a shift by C
+values, so all inner loops run over long contiguous rows whatever the channel count.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def gaussian_weights(sigma: jax.Array, kernel_size: int) -> list[jax.Array]:
+  """Returns the normalized 1D Gaussian's weights at distances 0 ... kernel_size // 2.
+
+  The k x k kernel is the product of two of these. Sigma 0 gives exactly (1, 0, 0, ...).
+
+  Args:
+    sigma: standard deviation in pixels, any shape; 0 is allowed.
+    kernel_size: odd, static.
+
+  Returns:
+    kernel_size // 2 + 1 arrays of sigma's shape.
+  """
+  # Below 1e-6 all weights but the centre's underflow to zero anyway.
+  sigma = jnp.maximum(sigma, 1e-6)
+  weights = [jnp.exp(-0.5 * jnp.square(d / sigma)) for d in range(kernel_size // 2 + 1)]
+  total = weights[0] + 2 * sum(weights[1:])
+  return [w / total for w in weights]
+
+
+def gaussian_blur(
+  key: jax.Array, image: jax.Array, level: jax.Array, kernel_size: int = 13
+) -> jax.Array:
+  """Blurs with a normalized Gaussian kernel, reflect padding.
+
+  Args:
+    key: unused: the blur draws nothing.
+    image: float32 [H, W, C] in [0, 1].
+    level: sigma in pixels: a scalar, or a field [H, W, 1]; with a field every output
+      pixel is the sum under the kernel of its own sigma. Sigma 0 is the identity.
+    kernel_size: odd, static.
+
+  Returns:
+    float32 [H, W, C] in [0, 1].
+  """
+  del key
+  channels = image.shape[-1]
+  reach = kernel_size // 2
+  if jnp.ndim(level) == 0:
+    weights = gaussian_weights(level, kernel_size)
+    padded = _rows(_pad(image, reach, 0))
+    shift = lambda d: _window(padded, image.shape, d, 0, (reach, 0))
+    blurred = _symmetric_sum(weights, shift).reshape(image.shape)
+    padded_again = _rows(_pad(blurred, 0, reach))
+    shift = lambda d: _window(padded_again, image.shape, 0, d, (0, reach))
+    blurred = _symmetric_sum(weights, shift)
+  else:
+    weights = gaussian_weights(level, kernel_size)
+    weights = [_rows(jnp.repeat(w, channels, axis=-1)) for w in weights]
+    padded = _rows(_pad(image, reach, reach))
+
+    def row_sum(down):
+      shift = lambda right: _window(padded, image.shape, down, right, (reach, reach))
+      return _symmetric_sum(weights, shift)
+
+    blurred = _symmetric_sum(weights, row_sum)
+  return jnp.clip(blurred.reshape(image.shape), 0, 1)
+
+
+def motion_offsets(orientation: float, reach: int) -> tuple[tuple[int, int], ...]:
+  """Returns the (down, right) offsets of a motion kernel's taps 0 ... reach.
+
+  The line through the kernel's centre is rasterized with one tap per step along its
+  longer axis (the horizontal one at 45 and 135 degrees); the other coordinate is
+  rounded to the nearest pixel, halves away from the centre. Tap -k lies opposite to
+  tap k. The kernel of length L is made of the taps with |k| <= (L - 1) / 2, 1 / L each:
+  L taps that just fit its L x L square.
+
+  Args:
+    orientation: degrees, clockwise from the horizontal as seen on the screen: 0 is a
+      row, 45 the down-right diagonal, 90 a column, 135 the down-left diagonal.
+    reach: (longest L - 1) / 2.
+  """
+  angle = math.radians(orientation % 180)
+  down, right = math.sin(angle), math.cos(angle)
+  longest = max(abs(down), abs(right))
+  # The small term keeps halves that are exact on paper (45, 30 degrees) from falling
+  # either way with the last bit of the sine.
+  nearest = lambda x: int(math.copysign(math.floor(abs(x) + 0.5 + 1e-9), x))
+  return tuple(
+    (nearest(k * down / longest), nearest(k * right / longest))
+    for k in range(reach + 1)
+  )
+
+
+def motion_blur(
+  key: jax.Array,
+  image: jax.Array,
+  level: jax.Array,
+  orientation: float = 45.0,
+  max_length: int = 31,
+) -> jax.Array:
+  """Blurs along a line, reflect padding.
+
+  Args:
+    key: unused: the blur draws nothing.
+    image: float32 [H, W, C] in [0, 1].
+    level: the line's length in pixels: a scalar, or a field [H, W, 1]; with a field
+      every output pixel is the mean along the line of its own length. Rounded to the
+      nearest odd length, even numbers up: 2 floor(level / 2) + 1. Length 1 is the
+      identity, and so is 0.
+    orientation: degrees, static; see `motion_offsets`, which defines the kernel.
+    max_length: odd, static: the longest line the compiled function can draw; longer
+      levels are cut to it.
+
+  Returns:
+    float32 [H, W, C] in [0, 1].
+  """
+  del key
+  reach = max_length // 2
+  offsets = motion_offsets(orientation, reach)
+  pad = tuple(max(abs(offset[axis]) for offset in offsets) for axis in (0, 1))
+  padded = _rows(_pad(image, *pad))
+  shift = lambda down, right: _window(padded, image.shape, down, right, pad)
+  half = jnp.minimum(jnp.floor(level / 2), reach)
+  if jnp.ndim(level) > 0:
+    half = _rows(jnp.repeat(half, image.shape[-1], axis=-1))
+  total = shift(0, 0)
+  for k, (down, right) in enumerate(offsets[1:], start=1):
+    pair = shift(down, right) + shift(-down, -right)
+    total = total + jnp.where(k <= half, pair, 0)
+  blurred = total / (2 * half + 1)
+  return jnp.clip(blurred.reshape(image.shape), 0, 1)
+
+
+def _pad(image: jax.Array, vertical: int, horizontal: int) -> jax.Array:
+  widths = ((vertical, vertical), (horizontal, horizontal), (0, 0))
+  return jnp.pad(image, widths, mode="reflect")
+
+
+def _rows(image: jax.Array) -> jax.Array:
+  """[H, W, C] as [H, W * C]."""
+  return image.reshape(image.shape[0], -1)
+
+
+def _window(padded, shape, down, right, pad) -> jax.Array:
+  """The image shifted: value (y, x) of the result is value (y + down, x + right)."""
+  height, width, channels = shape
+  top, left = pad[0] + down, (pad[1] + right) * channels
+  return padded[top : top + height, left : left + width * channels]
+
+
+def _symmetric_sum(weights, shift) -> jax.Array:
+  """weights[0] shift(0) + sum over d of weights[d] (shift(d) + shift(-d))."""
+  total = weights[0] * shift(0)
+  for d, weight in enumerate(weights[1:], start=1):
+    total = total + weight * (shift(d) + shift(-d))
+  return total
