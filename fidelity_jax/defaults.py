@@ -7,7 +7,7 @@ set at the top and inherited: a parent follows it until it is overridden itself.
 
 from ml_collections import ConfigDict, config_dict
 
-from fidelity_jax import data
+from fidelity_jax import data, errors
 
 
 def inherit(config: ConfigDict) -> ConfigDict:
@@ -39,8 +39,22 @@ def degradation(kind: str, mixture: str | None) -> ConfigDict:
   )
 
 
-def base(kind: str, dataset: str) -> ConfigDict:
-  """Returns what every experiment's top level has, for a last stage of this kind."""
+def base(kind: str, size: str) -> ConfigDict:
+  """Returns what every experiment's top level has, for a last stage of this kind.
+
+  Args:
+    kind: "calibration", "estimator", ...
+    size: "" for Caltech-256, "demo" for the embedded photographs.
+
+  Raises:
+    UsageError: if there is no such size.
+  """
+  if size not in ("", "demo"):
+    raise errors.UsageError(
+      f"a config has no variant {size!r}: write ':demo' after its path for the embedded "
+      "photographs, or nothing for the report's own experiment."
+    )
+  dataset = "demo" if size == "demo" else "caltech256"
   config = ConfigDict()
   config.kind = kind
   config.seed = 0
@@ -131,7 +145,7 @@ def estimator(config: ConfigDict) -> ConfigDict:
 
 
 def calibration(config: ConfigDict, source: str) -> ConfigDict:
-  """Fills in a calibration stage, its ensemble phase, and the evaluation.
+  """Fills in a calibration stage and its ensemble phase.
 
   Args:
     config: from `base`.
@@ -160,7 +174,23 @@ def calibration(config: ConfigDict, source: str) -> ConfigDict:
   config.ensemble = ConfigDict(
     {"enabled": True, "learning_rate": 1e-3, "epochs": 25, "warmup_epochs": 5}
   )
-  evaluation(config)
+  return config
+
+
+def method(source: str, size: str = "") -> ConfigDict:
+  """Returns the experiment that trains and evaluates the proposed method.
+
+  Args:
+    source: where the fidelity map comes from: "oracle", "pretrained" or "end_to_end".
+    size: "" for the report's experiment, "demo" for the embedded one.
+
+  Raises:
+    UsageError: if there is no such size.
+  """
+  config = base("calibration", size)
+  config.experiment = source
+  calibration(config, source)
+  config.evaluation = ConfigDict({"rounds": 10, "batch_size": 64, "examples": 5})
   config.parents = ConfigDict()
   config.parents.classifier = classifier(stage(config, "classifier"))
   config.parents.restorer = restorer(stage(config, "restorer"))
@@ -168,12 +198,50 @@ def calibration(config: ConfigDict, source: str) -> ConfigDict:
     parent = estimator(stage(config, "estimator"))
     parent.fidelity.map = config.fidelity.get_oneway_ref("map")
     parent.fidelity.estimator_input = config.fidelity.get_oneway_ref("estimator_input")
+    config.parents.estimator = parent
+  if size == "demo":
+    _shrink(config)
+  if source != "oracle":
     # The same config, hence the same stage, as the method's own restorer.
     parent.parents = ConfigDict({"restorer": inherit(config.parents.restorer)})
-    config.parents.estimator = parent
   return config
 
 
-def evaluation(config: ConfigDict) -> None:
-  """Adds the fields of the evaluation (METHOD section 7)."""
-  config.evaluation = ConfigDict({"rounds": 10, "batch_size": 64, "examples": 5})
+def estimator_alone(size: str = "") -> ConfigDict:
+  """Returns the experiment that trains the fidelity map estimator and no more."""
+  config = base("estimator", size)
+  config.experiment = "estimator"
+  estimator(config)
+  config.parents = ConfigDict({"restorer": restorer(stage(config, "restorer"))})
+  if size == "demo":
+    _shrink_stack(config)
+    _shrink_stack(config.parents.restorer)
+  return config
+
+
+def _shrink(config: ConfigDict) -> None:
+  """Makes an experiment small enough for minutes on two CPU cores.
+
+  Everything but size stays as it is: the same networks with fewer and narrower layers,
+  the same training with fewer epochs and, to make up for them, higher rates.
+  """
+  config.learning_rate, config.batch_size = 0.02, 32
+  config.epochs, config.warmup_epochs = 20, 2
+  config.ensemble.update({"learning_rate": 0.02, "epochs": 8, "warmup_epochs": 1})
+  config.evaluation.rounds = 5
+  parent = config.parents.classifier
+  parent.model.update(
+    {"name": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 16, "block": "basic"}
+  )
+  parent.model.weights = None
+  parent.learning_rate, parent.batch_size = 0.05, 32
+  parent.epochs, parent.warmup_epochs = 40, 3
+  _shrink_stack(config.parents.restorer)
+  if "estimator" in config.parents:
+    _shrink_stack(config.parents.estimator)
+
+
+def _shrink_stack(config: ConfigDict) -> None:
+  config.model.depth, config.model.width = 5, 24
+  config.learning_rate, config.batch_size = 2e-3, 64
+  config.epochs, config.warmup_epochs = 15, 1

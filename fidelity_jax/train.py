@@ -46,6 +46,8 @@ class Settings:
     optimizer: "sgd" or "adam".
     checkpoint_seconds: longest time between checkpoints.
     workers: processes that decode images; 0 uses threads.
+    crop_area: range of the training crop's share of the area.
+    crop_aspect: range of the training crop's width / height.
   """
 
   seed: int
@@ -57,6 +59,8 @@ class Settings:
   optimizer: str
   checkpoint_seconds: float
   workers: int
+  crop_area: tuple[float, float]
+  crop_aspect: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +217,21 @@ class Trainer:
     initial = jax.device_put(self.task.initial, replicated)
     return jax.jit(init, out_shardings=replicated)(key, initial)
 
+  def _batches(self, start_step: int) -> data.BatchIterator:
+    settings = self.settings
+    return data.train_iterator(
+      self.train_data,
+      image_size=settings.image_size,
+      batch_size=settings.images_per_step,
+      seed=settings.seed,
+      epochs=settings.epochs,
+      start_step=start_step,
+      num_workers=settings.workers,
+      crop_area=settings.crop_area,
+      crop_aspect=settings.crop_aspect,
+      **sharding.host_shard(),
+    )
+
   def validate(self, state: TrainState) -> dict[str, float]:
     """Returns the validation metrics; every epoch draws the same degradations."""
     batches = data.eval_iterator(
@@ -259,16 +278,7 @@ class Trainer:
     writer = metrics.MetricWriter(self.directory, start)
     bar = progress.Progress(self.title, self.total_steps, start)
     last_save, epoch_start = time.monotonic(), time.monotonic()
-    batches = data.train_iterator(
-      self.train_data,
-      image_size=self.settings.image_size,
-      batch_size=self.settings.images_per_step,
-      seed=self.settings.seed,
-      epochs=self.settings.epochs,
-      start_step=start,
-      num_workers=self.settings.workers,
-      **sharding.host_shard(),
-    )
+    batches = self._batches(start)
     prefetched = data.prefetch_to_device(batches, self.batch_sharding)
     if self.total_steps == 0:
       best = self._finish_epoch(0, state, best, writer, saved, {})
@@ -333,17 +343,9 @@ class Trainer:
     bad = int(state.bad_step)
     if bad < 0:
       return
-    batch = next(
-      data.train_iterator(
-        self.train_data,
-        image_size=self.settings.image_size,
-        batch_size=self.settings.images_per_step,
-        seed=self.settings.seed,
-        epochs=self.settings.epochs,
-        start_step=bad,
-      )
-    )
-    keys = ", ".join(self.train_data.keys[i] for i in batch["index"])
+    with self._batches(bad) as batches:
+      index = next(batches)["index"]
+    keys = ", ".join(self.train_data.keys[i] for i in index)
     raise errors.RunError(
       f"{self.title}: the loss is not finite at step {bad + 1} (learning rate "
       f"{float(self.schedule(bad)):.3g}): lower learning_rate or look at the records "

@@ -4,7 +4,7 @@ A task says what trains, what is frozen, the loss, the metrics, and which metric
 selects the checkpoint. The training loop (`fidelity_jax.train`) knows no more of it.
 """
 
-from fidelity_jax.tasks.base import Task
+from fidelity_jax.tasks.base import Inputs, Task
 from fidelity_jax.tasks.calibration import CalibrationTask, EnsembleTask
 from fidelity_jax.tasks.classification import ClassificationTask
 from fidelity_jax.tasks.estimation import EstimationTask
@@ -15,6 +15,7 @@ __all__ = [
   "ClassificationTask",
   "EnsembleTask",
   "EstimationTask",
+  "Inputs",
   "RestorationTask",
   "Task",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from fidelity_jax import randomness
 from fidelity_jax.data import patches
@@ -119,6 +120,36 @@ class Task(abc.ABC):
     Returns:
       The mean loss, and metrics: per-example values, float32 [B * patches_per_image].
     """
+
+
+def apply_trained(
+  module: nn.Module,
+  params: PyTree,
+  model_state: PyTree,
+  x: jax.Array,
+  train: bool,
+  key: jax.Array,
+) -> tuple[Any, PyTree]:
+  """Applies the network under training.
+
+  Args:
+    module: the network.
+    params: its parameters.
+    model_state: its batch statistics, or {}.
+    x: its input.
+    train: whether batch statistics and dropout act as in training.
+    key: for dropout.
+
+  Returns:
+    (the network's output, the new batch statistics).
+  """
+  variables = {"params": params, "batch_stats": model_state}
+  if not train:
+    return module.apply(variables, x, train=False), model_state
+  output, updates = module.apply(
+    variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+  )
+  return output, updates.get("batch_stats", {})
 
 
 def smoothed_cross_entropy(

@@ -47,15 +47,10 @@ class ClassificationTask(base.Task):
       images = degraded
     else:
       images = pipeline.restore(self.restorer, frozen["restorer"], degraded)
-    variables = {"params": params, "batch_stats": model_state}
     images = models.layers.normalize(jax.lax.stop_gradient(images))
-    if train:
-      (logits, aux_logits), updates = self.classifier.apply(
-        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-      )
-      model_state = updates.get("batch_stats", {})
-    else:
-      logits, aux_logits = self.classifier.apply(variables, images, train=False)
+    (logits, aux_logits), model_state = base.apply_trained(
+      self.classifier, params, model_state, images, train, key
+    )
     entropy = lambda x: base.smoothed_cross_entropy(
       x, batch["label"], self.label_smoothing
     )

@@ -39,7 +39,7 @@ class EstimationTask(base.Task):
   def init(self, key, initial):
     patch = jnp.zeros((1, 8, 8, self.estimator.channels))
     variables = initial or self.estimator.init(key, patch)
-    return variables["params"], {}
+    return variables["params"], variables.get("batch_stats", {})
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)
@@ -48,6 +48,8 @@ class EstimationTask(base.Task):
     )
     target = fidelity.oracle_map(restored, clean, self.map_kind)
     seen = degraded if self.estimator_input == "degraded" else restored
-    estimate = self.estimator.apply({"params": params}, seen)
+    estimate, model_state = base.apply_trained(
+      self.estimator, params, model_state, seen, train, key
+    )
     losses = base.mean_absolute_error(estimate, target)
     return jnp.mean(losses), (model_state, {"loss": losses})

@@ -29,13 +29,16 @@ class RestorationTask(base.Task):
   def init(self, key, initial):
     patch = jnp.zeros((1, 8, 8, self.restorer.channels))
     variables = initial or self.restorer.init(key, patch)
-    return variables["params"], {}
+    return variables["params"], variables.get("batch_stats", {})
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)
     # The loss sees the restored image before clipping, so that gradients reach pixels
     # that overshoot; PSNR sees it after, as everybody downstream does.
-    restored = degraded - self.restorer.apply({"params": params}, degraded)
+    residual, model_state = base.apply_trained(
+      self.restorer, params, model_state, degraded, train, key
+    )
+    restored = degraded - residual
     losses = base.mean_absolute_error(restored, clean)
     psnr = base.psnr(jnp.clip(restored, 0, 1), clean)
     gain = psnr - base.psnr(degraded, clean)

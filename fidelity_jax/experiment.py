@@ -1,0 +1,209 @@
+"""An experiment: find or train each stage, evaluate, report."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from fidelity_jax import (
+  data,
+  degradations,
+  errors,
+  evaluate,
+  files,
+  networks,
+  progress,
+  report,
+  signals,
+  stages,
+  tasks,
+  train,
+  validation,
+)
+from fidelity_jax.data import patches
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Runs an experiment: trains what is not trained yet, evaluates and reports.
+
+  Args:
+    config: an experiment's config, as those in configs/.
+    workdir: directory for stages, results and pictures; made where absent.
+
+  Raises:
+    UsageError: if the config asks for something impossible.
+    RunError: if something fails on the way.
+    Stopped: on SIGTERM or SIGINT, once everything is saved.
+  """
+  config = config.copy_and_resolve_references()
+  validation.check(config)
+  directory = pathlib.Path(workdir)
+  with files.locked(directory):
+    final = stages.resolve(config, directory)
+    if config.get("ensemble") and config.ensemble.enabled:
+      final = stages.resolve(_ensemble_config(config), directory)
+    datasets = Datasets()
+    plan = list(final.lineage())
+    # What cannot work should fail before hours of training, not after.
+    for stage in plan:
+      _check(stage, datasets)
+    for number, stage in enumerate(plan, 1):
+      signals.stop_if_received(f"before {stage.name}")
+      complete(stage, datasets, f"[{number}/{len(plan)}] ")
+    if "evaluation" in config:
+      results = evaluate.evaluate(final, config, datasets)
+      report.write(directory, config, results)
+
+
+def _ensemble_config(config: ConfigDict) -> ConfigDict:
+  """Returns the config of the ensemble phase of a calibration experiment."""
+  ensemble = ConfigDict({k: v for k, v in config.items() if k != "parents"})
+  ensemble.kind = "ensemble"
+  ensemble.update({k: v for k, v in config.ensemble.items() if k != "enabled"})
+  ensemble.parents = ConfigDict({"calibration": config})
+  return ensemble
+
+
+class Datasets:
+  """Loads each split of each dataset once."""
+
+  def __init__(self):
+    self._loaded: dict[tuple[str, str], data.Dataset] = {}
+
+  def load(self, config: ConfigDict, split: str) -> data.Dataset:
+    """Returns one split ("train", "validation" or "test") of a dataset."""
+    key = (config.to_json_best_effort(sort_keys=True), split)
+    if key not in self._loaded:
+      self._loaded[key] = data.load(config, split)
+    return self._loaded[key]
+
+  def fingerprint(self, config: ConfigDict) -> str:
+    """Returns the fingerprint of what a stage is trained and selected on."""
+    splits = [self.load(config, split) for split in ("train", "validation")]
+    return "-".join(dataset.fingerprint[:16] for dataset in splits)
+
+
+def _check(stage: stages.Stage, datasets: Datasets) -> None:
+  """Loads the data of a stage and checks that its batch fits."""
+  config = stage.config
+  dataset = datasets.load(config.dataset, "train")
+  images = images_per_step(config)
+  if images > len(dataset):
+    raise errors.UsageError(
+      f"{stage.kind}: a batch of {images} images is larger than the training set of "
+      f"{len(dataset)}: lower batch_size."
+    )
+
+
+def images_per_step(config: ConfigDict) -> int:
+  """Returns how many images a step of a stage takes; batch_size may count patches.
+
+  Raises:
+    UsageError: if batch_size is not a whole number of images.
+  """
+  if "patch_size" not in config:
+    return config.batch_size
+  count = patch_count(config)
+  if config.batch_size % count:
+    raise errors.UsageError(
+      f"{config.kind}: batch_size {config.batch_size} counts patches, and an image "
+      f"gives {count}: use a multiple of {count}."
+    )
+  return config.batch_size // count
+
+
+def patch_count(config: ConfigDict) -> int:
+  """Returns how many patches an image gives."""
+  size = config.dataset.image_size
+  return len(patches.starts(size, config.patch_size, config.patch_stride)) ** 2
+
+
+def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
+  """Trains a stage whose parents are finished, unless it is finished itself."""
+  config = stage.config
+  fingerprint = datasets.fingerprint(config.dataset)
+  if record := stage.finished(fingerprint):
+    progress.say(
+      f"{prefix}{stage.name}: finished ({record['metric']} {record['score']:.4g})"
+    )
+    return
+  stage.begin()
+  train_data = datasets.load(config.dataset, "train")
+  task = make_task(stage, train_data.num_classes)
+  trainer = train.Trainer(
+    title=f"{prefix}{stage.name}",
+    task=task,
+    settings=train.Settings(
+      seed=config.seed,
+      image_size=config.dataset.image_size,
+      images_per_step=images_per_step(config),
+      epochs=config.epochs,
+      warmup_epochs=config.warmup_epochs,
+      learning_rate=config.learning_rate,
+      optimizer=config.optimizer,
+      checkpoint_seconds=config.checkpoint_seconds,
+      workers=config.dataset.workers,
+      crop_area=config.dataset.crop_area,
+      crop_aspect=config.dataset.crop_aspect,
+    ),
+    train_data=train_data,
+    validation_data=datasets.load(config.dataset, "validation"),
+    directory=stage.directory,
+  )
+  result = trainer.run()
+  stage.finish(result.step, task.score, result.score, fingerprint)
+
+
+def make_task(stage: stages.Stage, num_classes: int) -> tasks.Task:
+  """Returns what a stage trains, with its parents' networks loaded and frozen."""
+  config = stage.config
+  inputs = tasks.Inputs(
+    degradation=degradations.from_config(config.degradation),
+    seed=config.seed,
+    purpose=config.kind,
+    patch_size=config.get("patch_size"),
+    patch_stride=config.get("patch_stride"),
+  )
+  if config.kind in ("calibration", "ensemble"):
+    method = networks.untrained_method(stage, num_classes)
+    make = tasks.EnsembleTask if config.kind == "ensemble" else tasks.CalibrationTask
+    return make(
+      method=method.pipeline,
+      inputs=inputs,
+      image_size=config.dataset.image_size,
+      label_smoothing=config.label_smoothing,
+      frozen=method.frozen,
+      initial=method.initial,
+    )
+  restorer, frozen = None, {}
+  if "restorer" in stage.parents:
+    restorer, variables = networks.load_frozen(stage.parents["restorer"], num_classes)
+    frozen = {"restorer": variables}
+  initial = networks.initial_weights(config)
+  if config.kind == "classifier":
+    return tasks.ClassificationTask(
+      classifier=networks.classifier(config, num_classes),
+      inputs=inputs,
+      source=config.source,
+      image_size=config.dataset.image_size,
+      label_smoothing=config.label_smoothing,
+      initial=initial,
+      restorer=restorer,
+      frozen=frozen,
+    )
+  if config.kind == "restorer":
+    return tasks.RestorationTask(
+      restorer=networks.dncnn(config),
+      inputs=inputs,
+      patches_per_image=patch_count(config),
+      initial=initial,
+    )
+  return tasks.EstimationTask(
+    estimator=networks.dncnn(config),
+    restorer=restorer,
+    inputs=inputs,
+    patches_per_image=patch_count(config),
+    map_kind=config.fidelity.map,
+    estimator_input=config.fidelity.estimator_input,
+    frozen=frozen,
+    initial=initial,
+  )

@@ -1,0 +1,151 @@
+"""From stages to networks: made to be trained, or loaded, folded and frozen."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from fidelity_jax import errors, models, pipeline, port, stages
+
+PyTree = Any
+
+
+def compute_dtype(precision: str) -> Any:
+  """Returns the dtype of activations for a config's `precision`.
+
+  "auto" is bfloat16 on accelerators and float32 on CPU.
+  """
+  if precision == "auto":
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  return jnp.dtype(precision)
+
+
+def classifier(config: ConfigDict, num_classes: int) -> models.Classifier:
+  """Returns the classifier of a stage's config, as it is trained."""
+  return models.create(config.model, num_classes, compute_dtype(config.precision))
+
+
+def dncnn(config: ConfigDict) -> models.DnCNN:
+  """Returns the restorer or estimator of a stage's config, as it is trained."""
+  one_channel = config.kind == "estimator" and config.fidelity.map == "cosine"
+  return models.DnCNN(
+    depth=config.model.depth,
+    width=config.model.width,
+    out_channels=1 if one_channel else None,
+    batch_norm=config.model.batch_norm,
+    dtype=compute_dtype(config.precision),
+  )
+
+
+def initial_weights(config: ConfigDict) -> PyTree | None:
+  """Returns the variables that a stage starts from, or None for random ones.
+
+  Raises:
+    UsageError: if the weights do not fit the network.
+    RunError: if they cannot be had.
+  """
+  source = config.model.weights
+  if source is None:
+    return None
+  if source == "torchvision":
+    source = f"torchvision/{config.model.name}"
+  return port.load_part(source, config.kind)["variables"]
+
+
+def freeze(module: nn.Module, variables: PyTree) -> tuple[nn.Module, PyTree]:
+  """Returns a network for frozen use: batch norm folded, cast to its compute dtype."""
+  folded = []
+
+  def fold(variables):
+    module_, variables = models.fold(module, variables)
+    folded.append(module_)
+    return jax.tree.map(lambda x: x.astype(module.dtype), variables)
+
+  variables = jax.jit(fold)(variables)
+  return folded[-1], variables
+
+
+def load_frozen(stage: stages.Stage, num_classes: int) -> tuple[nn.Module, PyTree]:
+  """Returns the network that a finished stage trained, frozen."""
+  if stage.kind == "classifier":
+    module = classifier(stage.config, num_classes)
+    size = stage.config.dataset.image_size
+    images = jnp.zeros((1, size, size, 3))
+  else:
+    module = dncnn(stage.config)
+    images = jnp.zeros((1, 8, 8, module.channels))
+  return freeze(module, stage.load_module(module, images))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """The proposed method at some stage of its training.
+
+  Attributes:
+    pipeline: the networks.
+    frozen: variables of those that the stage does not train.
+    initial: variables to start those from that it trains on, or None.
+  """
+
+  pipeline: pipeline.Method
+  frozen: PyTree
+  initial: PyTree = None
+
+
+def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
+  """Returns the method as a calibration or ensemble stage finds it."""
+  config = stage.config
+  if stage.kind == "ensemble":
+    before = trained_method(stage.parents["calibration"], num_classes)
+    return dataclasses.replace(
+      before,
+      pipeline=dataclasses.replace(
+        before.pipeline,
+        ensemble=models.Ensemble(
+          before.pipeline.classifier.feature_size, config.model.ratio
+        ),
+      ),
+    )
+  networks, frozen = {}, {}
+  for role, parent in stage.parents.items():
+    networks[role], frozen[role] = load_frozen(parent, num_classes)
+  initial = None
+  if config.fidelity.source == "end_to_end":
+    initial = {"estimator": as_float32(frozen.pop("estimator"))}
+  method = pipeline.Method(
+    **networks,
+    calibration=models.Calibration(
+      feature_size=networks["classifier"].feature_size,
+      num_taps=networks["classifier"].num_taps,
+      **config.model,
+    ),
+    map_kind=config.fidelity.map,
+    estimator_input=config.fidelity.estimator_input,
+    rematerialize=config.rematerialize,
+  )
+  return Method(method, frozen, initial)
+
+
+def trained_method(stage: stages.Stage, num_classes: int) -> Method:
+  """Returns the method as a finished stage left it, everything frozen."""
+  method = untrained_method(stage, num_classes)
+  key = jax.random.key(0)
+  if stage.kind == "calibration":
+    size = stage.config.dataset.image_size
+    init = lambda key: method.pipeline.init_calibration(key, (size, size))
+    like = {"calibration": jax.eval_shape(init, key)["params"]}
+    like |= {k: v["params"] for k, v in (method.initial or {}).items()}
+  else:
+    like = {"ensemble": jax.eval_shape(method.pipeline.init_ensemble, key)["params"]}
+  params = stage.load({"params": like})["params"]
+  variables = {name: {"params": tree} for name, tree in params.items()}
+  return Method(method.pipeline, method.frozen | variables)
+
+
+def as_float32(variables: PyTree) -> PyTree:
+  """Returns variables that train: in float32 whatever the compute dtype."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+

@@ -1,0 +1,187 @@
+"""Stages: a config's directory, whether it is finished, and the network it gave.
+
+A stage's directory is named by what it is and by a digest of its resolved config, in
+which each parent counts by its own digest. Experiments that share a parent share its
+training, and a changed config can never be mistaken for a finished stage.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from fidelity_jax import checkpoints, errors, files
+
+PyTree = Any
+
+# Fields that change how a stage runs or what is done with it, not what it gives.
+_IMMATERIAL = ("checkpoint_seconds", "ensemble", "evaluation", "experiment", "parents")
+_IMMATERIAL_DATASET = ("cache", "max_pixels", "strict", "workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of an experiment.
+
+  Attributes:
+    config: its resolved config.
+    parents: the stages it builds on, by role ("classifier", "restorer", ...).
+    digest: eight hexadecimal digits of the config's digest.
+    directory: where it lives.
+  """
+
+  config: ConfigDict
+  parents: dict[str, "Stage"]
+  digest: str
+  directory: pathlib.Path
+
+  @property
+  def kind(self) -> str:
+    """What is trained: "classifier", "restorer", "estimator", ..."""
+    return self.config.kind
+
+  @property
+  def name(self) -> str:
+    """The directory's name."""
+    return self.directory.name
+
+  def lineage(self) -> Iterator["Stage"]:
+    """Yields the stages to complete, parents first, each once, then this one."""
+    seen = set()
+    for stage in [s for p in self.parents.values() for s in p.lineage()] + [self]:
+      if stage.digest not in seen:
+        seen.add(stage.digest)
+        yield stage
+
+  @property
+  def _marker(self) -> pathlib.Path:
+    return self.directory / "finished.json"
+
+  def finished(self, fingerprint: str | None = None) -> dict[str, Any] | None:
+    """Returns the record of the finished stage, or None if it is not finished.
+
+    Args:
+      fingerprint: of the data it would be trained on now.
+
+    Raises:
+      RunError: if the directory is damaged, belongs to another config, or was trained
+        on other data.
+    """
+    if not self._marker.exists():
+      return None
+    record = files.read_json(self._marker)
+    again = f"delete the directory {self.directory} to train that stage again."
+    if files.read_json(self.directory / "config.json") != as_json(self.config):
+      raise errors.RunError(
+        f"{self.directory}/config.json is not the config that its name stands for: "
+        f"{again}"
+      )
+    variables = self._variables(record)
+    found = files.digest_tree(variables) if variables.is_dir() else {}
+    for name, digest in record["files"].items():
+      if found.get(name) != digest:
+        state = "is damaged" if name in found else "is missing"
+        raise errors.RunError(f"{variables / name} {state}: {again}")
+    if fingerprint is not None and record["data"] != fingerprint:
+      raise errors.RunError(
+        f"{self.name} was trained on other images than the dataset holds now: {again}"
+      )
+    return record
+
+  def begin(self) -> None:
+    """Makes the directory and writes config.json."""
+    self.directory.mkdir(parents=True, exist_ok=True)
+    path = self.directory / "config.json"
+    if path.exists() and files.read_json(path) != as_json(self.config):
+      raise errors.RunError(
+        f"{path} is not the config that the directory's name stands for: delete the "
+        f"directory {self.directory} to train that stage again."
+      )
+    files.write_json(path, as_json(self.config))
+
+  def finish(self, step: int, metric: str, score: float, fingerprint: str) -> None:
+    """Marks the stage finished, with digests of its product.
+
+    Args:
+      step: the best checkpoint's step.
+      metric: name of the validation metric that selected it.
+      score: its value.
+      fingerprint: of the data it was trained on.
+    """
+    record = {"best_step": step, "metric": metric, "score": score, "data": fingerprint}
+    record["files"] = files.digest_tree(self._variables(record))
+    files.write_json(self._marker, record)
+
+  def _variables(self, record: dict[str, Any]) -> pathlib.Path:
+    return checkpoints.variables_directory(
+      self.directory / "checkpoints", record["best_step"]
+    )
+
+  def load(self, like: PyTree) -> PyTree:
+    """Returns the variables that the finished stage trained.
+
+    Args:
+      like: arrays or shapes of the same structure.
+    """
+    record = files.read_json(self._marker)
+    return checkpoints.load_variables(self._variables(record), like)
+
+  def load_module(self, module: Any, *inputs: jax.Array) -> PyTree:
+    """Returns the variables of a Linen module that this stage trained.
+
+    Args:
+      module: the module as it was trained.
+      *inputs: inputs that `module.init` takes; only shapes matter.
+    """
+    return self.load(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+
+
+def resolve(config: ConfigDict, workdir: pathlib.Path) -> Stage:
+  """Returns the stage of a resolved config, with its parents'."""
+  parents = {
+    role: resolve(parent, workdir)
+    for role, parent in config.get("parents", ConfigDict()).items()
+  }
+  material = _material(config) | {r: stage.digest for r, stage in parents.items()}
+  text = json.dumps(material, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  name = "-".join([config.kind, *_labels(config), digest])
+  return Stage(config, parents, digest, workdir / name)
+
+
+def _labels(config: ConfigDict) -> list[str]:
+  """Returns what tells a stage from its kin at a glance."""
+  if config.kind == "classifier":
+    return [config.model.name, config.source]
+  if config.kind in ("restorer", "estimator"):
+    return [f"dncnn{config.model.depth}"]
+  return [config.fidelity.source]
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as JSON-able values, in which tuples stay apart from lists."""
+
+  def convert(value):
+    if isinstance(value, ConfigDict | dict):
+      return {name: convert(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+      return {"tuple": [convert(item) for item in value]}
+    if isinstance(value, list):
+      return [convert(item) for item in value]
+    return value
+
+  return convert(config)
+
+
+def _material(config: ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a config that its result depends on."""
+  material = {k: v for k, v in as_json(config).items() if k not in _IMMATERIAL}
+  material["dataset"] = {
+    k: v for k, v in material["dataset"].items() if k not in _IMMATERIAL_DATASET
+  }
+  return material
