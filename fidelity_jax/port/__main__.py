@@ -1,0 +1,48 @@
+"""`python -m fidelity_jax.port SOURCE --to=DIR`: converts a foreign checkpoint."""
+
+import argparse
+import pathlib
+import sys
+
+import jax
+
+from fidelity_jax import errors, port
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m fidelity_jax.port",
+    description="Convert a PyTorch checkpoint into weights that configs can name.",
+  )
+  parser.add_argument(
+    "source",
+    help="a .pth or .safetensors file, or a name such as torchvision/resnet50",
+  )
+  parser.add_argument("--to", required=True, metavar="DIR", help="directory to write")
+  parser.add_argument(
+    "--class_names", metavar="FILE", help="text file, one class name a line"
+  )
+  parser.add_argument(
+    "--transform_input",
+    choices=("true", "false"),
+    default="true",
+    help="whether a GoogLeNet re-scales its input, as torchvision's weights expect",
+  )
+  args = parser.parse_args(arguments)
+  try:
+    parts = port.load(args.source, args.class_names, args.transform_input == "true")
+    port.save(parts, pathlib.Path(args.to), args.source)
+  except (errors.UsageError, errors.RunError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, errors.UsageError) else 1
+  for name, part in parts.items():
+    count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))
+    facts = {k: v for k, v in part.config.items() if k != "class_names"}
+    print(f"{name}: {count:,} numbers, {facts}")
+  print(f"written to {args.to}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
