@@ -1,14 +1,14 @@
-"""From an encoded record to a uint8 RGB crop, with the result of torchvision on PIL.
+"""From an encoded record to upright uint8 RGB pixels.
 
-The only work the host does: decode, crop, resize. Everything here is a pure function
-of the encoded bytes and of an explicit random generator.
+Ordinary JPEGs are decoded by simplejpeg, whose pixels equal Pillow's; all other images,
+and JPEGs that it finds fault with, by Pillow.
 """
 
 import io
-import math
-from typing import Protocol
+import re
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 # Formats that are tried, most frequent first: Pillow's others are either no
@@ -18,89 +18,98 @@ SUFFIXES = frozenset(
   ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 )
 DEFAULT_MAX_PIXELS = 64_000_000
-DEFAULT_CROP_AREA = (0.08, 1.0)
-DEFAULT_CROP_ASPECT = (3 / 4, 4 / 3)
 
 # The limit is `max_pixels`, which is checked before anything is decoded; Pillow's own
 # would only warn, and at another size.
 Image.MAX_IMAGE_PIXELS = None
 
 _ORIENTATION_TAG = 0x0112
-_CROP_ATTEMPTS = 10
-
-Box = tuple[int, int, int, int]
+_EXIF = re.compile(b"Exif\\0\\0")
+# The EXIF segment comes before the image data, mostly first.
+_EXIF_WITHIN = 1 << 16
 
 
 class BadImageError(Exception):
   """A record that cannot be used as an image; the message is the reason."""
 
 
-class Draws(Protocol):
-  """The two draws that a crop needs; `numpy.random.Generator` has both."""
+class Picture:
+  """An image whose size is known and whose pixels are decoded on demand.
 
-  def uniform(self, low: float, high: float) -> float:
-    """Returns a real number, uniform in [low, high)."""
-
-  def integers(self, low: int, high: int) -> int:
-    """Returns an integer, uniform in [low, high)."""
-
-
-def open_image(encoded: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-  """Reads an image's header and checks that decoding it is safe.
-
-  Args:
-    encoded: the bytes of an image file in one of `FORMATS`.
-    max_pixels: the largest width times height that is accepted, in pixels.
-
-  Returns:
-    An image whose pixels have not been decoded yet.
-
-  Raises:
-    BadImageError: the bytes are no image, or a larger one than `max_pixels`.
+  Attributes:
+    height: upright, in pixels.
+    width: upright, in pixels.
   """
-  if not encoded:
-    raise BadImageError("the file is empty")
-  try:
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-  except Image.UnidentifiedImageError as error:
-    raise BadImageError(f"no image in a known format ({', '.join(FORMATS)})") from error
-  except Exception as error:
-    raise BadImageError(f"damaged header: {error}") from error
-  width, height = image.size
-  if width * height > max_pixels:
-    raise BadImageError(
-      f"{width}x{height} pixels are more than dataset.max_pixels={max_pixels}"
-    )
-  return image
+
+  def __init__(self, record: bytes | np.ndarray, max_pixels: int = DEFAULT_MAX_PIXELS):
+    """Reads the header.
+
+    Args:
+      record: the bytes of an image file in one of `FORMATS`, or uint8 [H, W, 3].
+      max_pixels: the largest width times height that is accepted, in pixels.
+
+    Raises:
+      BadImageError: the bytes are no image, damaged, or a larger one.
+    """
+    self._encoded = None
+    self._max_pixels = max_pixels
+    if isinstance(record, np.ndarray):
+      self._pixels = record
+      self.height, self.width = record.shape[:2]
+      return
+    size = _plain_jpeg_size(record)
+    if size is None:
+      self._pixels = _decode_any(record, max_pixels)
+      self.height, self.width = self._pixels.shape[:2]
+      return
+    self._encoded, self._pixels = record, None
+    self.height, self.width = size
+    _check_size(self.width, self.height, max_pixels)
+
+  def pixels(self, least: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Decodes.
+
+    Args:
+      least: (height, width) that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of
+        its size if it stays at least that large. (0, 0): the full size.
+
+    Returns:
+      uint8 [H, W, 3]; do not modify. Greyscale is repeated over the channels; 16-bit
+      values keep their upper 8 bits; transparent pixels show white; of an animation
+      the first frame is taken; an EXIF orientation is applied.
+
+    Raises:
+      BadImageError: the record is damaged or truncated.
+    """
+    if self._pixels is not None:
+      return self._pixels
+    try:
+      if least == (0, 0):
+        return simplejpeg.decode_jpeg(self._encoded)
+      return simplejpeg.decode_jpeg(
+        self._encoded, min_height=least[0], min_width=least[1], min_factor=2
+      )
+    except ValueError:
+      # Damaged: whether it is usable all the same is Pillow's decision.
+      return _decode_any(self._encoded, self._max_pixels)
 
 
-def decode(encoded: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-  """Decodes an image to 8-bit RGB, upright.
-
-  Greyscale is repeated over the channels; 16-bit values keep their upper 8 bits;
-  transparent pixels show white; of an animation the first frame is taken; an EXIF
-  orientation is applied.
+def decode(
+  record: bytes | np.ndarray, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> np.ndarray:
+  """Decodes an image at its full size; see `Picture`.
 
   Args:
-    encoded: the bytes of an image file in one of `FORMATS`.
+    record: the bytes of an image file in one of `FORMATS`, or uint8 [H, W, 3].
     max_pixels: the largest width times height that is accepted, in pixels.
 
   Returns:
-    A loaded PIL image of mode "RGB".
+    uint8 [H, W, 3]; do not modify.
 
   Raises:
     BadImageError: the bytes are no image, damaged, truncated or too large.
   """
-  image = open_image(encoded, max_pixels)
-  try:
-    image.load()
-    return _upright(_to_rgb(image))
-  except BadImageError:
-    raise
-  except Exception as error:
-    # Pillow's decoders raise many types on damaged data: OSError, SyntaxError,
-    # ValueError, struct.error, ...
-    raise BadImageError(f"damaged or truncated: {error}") from error
+  return Picture(record, max_pixels).pixels()
 
 
 def check(encoded: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
@@ -113,15 +122,59 @@ def check(encoded: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
   Raises:
     BadImageError: as `decode`.
   """
-  image = open_image(encoded, max_pixels)
-  if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-    decode(encoded, max_pixels)
-    return
   # An eighth of the size: all data are read, but only block means computed.
-  image.draft(image.mode, (image.width // 8, image.height // 8))
+  Picture(encoded, max_pixels).pixels(least=(1, 1))
+
+
+def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+  """Returns (height, width) of a JPEG that needs nothing but decoding, else None."""
+  if encoded[:2] != b"\xff\xd8":
+    return None
+  try:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+  except ValueError:
+    return None
+  if colorspace not in ("YCbCr", "Gray", "RGB"):
+    return None
+  if _EXIF.search(encoded, 0, _EXIF_WITHIN) and _orientation(encoded) != 1:
+    return None
+  return height, width
+
+
+def _orientation(encoded: bytes) -> int:
+  try:
+    image = Image.open(io.BytesIO(encoded), formats=("JPEG",))
+    return image.getexif().get(_ORIENTATION_TAG, 1)
+  except Exception:
+    # Damaged metadata leaves the pixels usable.
+    return 1
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+  if width * height > max_pixels:
+    raise BadImageError(
+      f"{width}x{height} pixels are more than dataset.max_pixels={max_pixels}"
+    )
+
+
+def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
+  if not encoded:
+    raise BadImageError("the file is empty")
+  try:
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+  except Image.UnidentifiedImageError as error:
+    raise BadImageError(f"no image in a known format ({', '.join(FORMATS)})") from error
+  except Exception as error:
+    raise BadImageError(f"damaged header: {error}") from error
+  _check_size(*image.size, max_pixels)
   try:
     image.load()
+    return np.asarray(_upright(_to_rgb(image)))
+  except BadImageError:
+    raise
   except Exception as error:
+    # Pillow's decoders raise many types on damaged data: OSError, SyntaxError,
+    # ValueError, struct.error, ...
     raise BadImageError(f"damaged or truncated: {error}") from error
 
 
@@ -163,88 +216,3 @@ def _upright(image: Image.Image) -> Image.Image:
     # Damaged metadata leaves the pixels usable.
     return image
   return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-
-
-def random_crop_box(
-  height: int,
-  width: int,
-  draws: Draws,
-  area: tuple[float, float] = DEFAULT_CROP_AREA,
-  aspect: tuple[float, float] = DEFAULT_CROP_ASPECT,
-) -> Box:
-  """Draws the crop of torchvision's RandomResizedCrop.
-
-  Ten attempts at a box of a uniform share of the area and a log-uniform aspect
-  ratio; if none fits, the largest central box of an allowed aspect ratio.
-
-  Args:
-    height: of the image, in pixels.
-    width: of the image, in pixels.
-    draws: source of the random draws, taken in torchvision's order.
-    area: range of the crop's share of the image's area, in (0, 1].
-    aspect: range of the crop's width divided by its height.
-
-  Returns:
-    (left, top, right, bottom) in pixels, inside the image.
-  """
-  log_aspect = (math.log(aspect[0]), math.log(aspect[1]))
-  for _ in range(_CROP_ATTEMPTS):
-    target = height * width * draws.uniform(*area)
-    ratio = math.exp(draws.uniform(*log_aspect))
-    w = round(math.sqrt(target * ratio))
-    h = round(math.sqrt(target / ratio))
-    if 0 < w <= width and 0 < h <= height:
-      top = int(draws.integers(0, height - h + 1))
-      left = int(draws.integers(0, width - w + 1))
-      return left, top, left + w, top + h
-  ratio = width / height
-  if ratio < aspect[0]:
-    w, h = width, round(width / aspect[0])
-  elif ratio > aspect[1]:
-    w, h = round(height * aspect[1]), height
-  else:
-    w, h = width, height
-  left, top = (width - w) // 2, (height - h) // 2
-  return left, top, left + w, top + h
-
-
-def resized_crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
-  """Crops a box and resizes it to a square, bilinear with antialiasing.
-
-  Args:
-    image: of mode "RGB".
-    box: (left, top, right, bottom) in pixels.
-    size: side of the result, in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
-  # Not resize(box=...): its filter would reach outside of the box.
-  crop = image if box == (0, 0, *image.size) else image.crop(box)
-  return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def central_crop(image: Image.Image, size: int) -> np.ndarray:
-  """Resizes the shorter side to `size` and cuts the central square.
-
-  The result of torchvision's Resize(size) and CenterCrop(size) on PIL images; only
-  the pixels that the square needs are computed.
-
-  Args:
-    image: of mode "RGB".
-    size: side of the result, in pixels.
-
-  Returns:
-    uint8 [size, size, 3].
-  """
-  width, height = image.size
-  if width <= height:
-    new_width, new_height = size, int(size * height / width)
-  else:
-    new_width, new_height = int(size * width / height), size
-  left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
-  across, down = width / new_width, height / new_height
-  box = (left * across, top * down, (left + size) * across, (top + size) * down)
-  box = (box[0], box[1], min(box[2], width), min(box[3], height))
-  resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-  return np.asarray(resized)

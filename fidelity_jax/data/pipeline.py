@@ -4,6 +4,7 @@ Every batch is a pure function of its number, so a run can start at any step and
 worker can make any batch.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -13,7 +14,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from fidelity_jax.data import images
+from fidelity_jax.data import crops, images
 from fidelity_jax.data.dataset import Dataset
 from fidelity_jax.errors import RunError, UsageError
 
@@ -64,6 +65,7 @@ class _TrainBatches:
     steps: int,
     shard: slice,
     crop: tuple[tuple[float, float], tuple[float, float]],
+    reduced: bool,
   ):
     self._dataset = dataset
     self._image_size = image_size
@@ -72,6 +74,7 @@ class _TrainBatches:
     self._steps = steps
     self._shard = shard
     self._crop = crop
+    self._reduced = reduced
 
   def __call__(self, step: int) -> Batch:
     epoch, place = divmod(int(step), self._steps)
@@ -80,11 +83,15 @@ class _TrainBatches:
     index = order[start : start + self._batch_size][self._shard]
     size = self._image_size
     pixels = np.empty((len(index), size, size, 3), np.uint8)
-    for row, i in enumerate(index):
-      draws = generator(self._seed, _CROP, epoch, int(i))
-      image = _decoded(self._dataset, int(i))
-      box = images.random_crop_box(image.height, image.width, draws, *self._crop)
-      pixels[row] = images.resized_crop(image, box, size)
+    for row, i in enumerate(index.tolist()):
+      draws = generator(self._seed, _CROP, epoch, i)
+      with _naming(self._dataset, i):
+        picture = images.Picture(self._dataset.records[i], self._dataset.max_pixels)
+        box = crops.random_box(picture.height, picture.width, draws, *self._crop)
+        if self._reduced:
+          pixels[row] = crops.reduced(picture, box, size)
+        else:
+          pixels[row] = crops.resized(picture.pixels(), box, size)
     return {
       "image": pixels,
       "label": self._dataset.labels[index],
@@ -110,8 +117,10 @@ class _EvalBatches:
     size = self._image_size
     pixels = np.zeros((len(index), size, size, 3), np.uint8)
     for row in np.flatnonzero(real):
-      image = _decoded(self._dataset, int(index[row]))
-      pixels[row] = images.central_crop(image, size)
+      i = int(index[row])
+      with _naming(self._dataset, i):
+        image = images.decode(self._dataset.records[i], self._dataset.max_pixels)
+      pixels[row] = crops.central(image, size)
     return {
       "image": pixels,
       "label": np.where(real, self._dataset.labels[index], 0).astype(np.int32),
@@ -121,9 +130,11 @@ class _EvalBatches:
     }
 
 
-def _decoded(dataset: Dataset, index: int):
+@contextlib.contextmanager
+def _naming(dataset: Dataset, index: int) -> Iterator[None]:
+  """Gives errors of a record its key."""
   try:
-    return images.decode(dataset.records[index], dataset.max_pixels)
+    yield
   except images.BadImageError as error:
     raise RunError(
       f"{dataset.keys[index]}: {error} (it was usable when the run began)"
@@ -247,8 +258,9 @@ def train_iterator(
   num_workers: int = 0,
   shard_index: int = 0,
   shard_count: int = 1,
-  crop_area: Sequence[float] = images.DEFAULT_CROP_AREA,
-  crop_aspect: Sequence[float] = images.DEFAULT_CROP_ASPECT,
+  crop_area: Sequence[float] = crops.DEFAULT_AREA,
+  crop_aspect: Sequence[float] = crops.DEFAULT_ASPECT,
+  reduced_decode: bool = False,
 ) -> BatchIterator:
   """Iterates over randomly cropped training batches.
 
@@ -268,6 +280,8 @@ def train_iterator(
     shard_count: number of hosts; each gets a contiguous part of every batch.
     crop_area: range of the crop's share of the area (torchvision's `scale`).
     crop_aspect: range of the crop's width / height (torchvision's `ratio`).
+    reduced_decode: decode JPEGs at 1/2, 1/4 or 1/8 of their size where the crop stays
+      at least image_size large; faster, but not torchvision's pixels.
 
   Returns:
     An iterator of {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B],
@@ -280,7 +294,9 @@ def train_iterator(
   steps = steps_per_epoch(dataset, batch_size)
   shard = _shard(batch_size, shard_index, shard_count)
   crop = (tuple(crop_area), tuple(crop_aspect))
-  make = _TrainBatches(dataset, image_size, batch_size, seed, steps, shard, crop)
+  make = _TrainBatches(
+    dataset, image_size, batch_size, seed, steps, shard, crop, reduced_decode
+  )
   return BatchIterator(make, steps * epochs, start_step, num_workers)
 
 
