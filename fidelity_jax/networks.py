@@ -55,14 +55,16 @@ def initial_weights(config: ConfigDict) -> PyTree | None:
   return port.load_part(source, config.kind)["variables"]
 
 
-def freeze(module: nn.Module, variables: PyTree) -> tuple[nn.Module, PyTree]:
-  """Returns a network for frozen use: batch norm folded, cast to its compute dtype."""
+def freeze(
+  module: nn.Module, variables: PyTree, dtype: Any
+) -> tuple[nn.Module, PyTree]:
+  """Returns a network for frozen use: batch norm folded, cast to `dtype`."""
   folded = []
 
   def fold(variables):
     module_, variables = models.fold(module, variables)
     folded.append(module_)
-    return jax.tree.map(lambda x: x.astype(module.dtype), variables)
+    return jax.tree.map(lambda x: x.astype(dtype), variables)
 
   variables = jax.jit(fold)(variables)
   return folded[-1], variables
@@ -77,7 +79,8 @@ def load_frozen(stage: stages.Stage, num_classes: int) -> tuple[nn.Module, PyTre
   else:
     module = dncnn(stage.config)
     images = jnp.zeros((1, 8, 8, module.channels))
-  return freeze(module, stage.load_module(module, images))
+  variables = stage.load_module(module, images)
+  return freeze(module, variables, compute_dtype(stage.config.precision))
 
 
 @dataclasses.dataclass(frozen=True)

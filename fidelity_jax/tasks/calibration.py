@@ -9,7 +9,7 @@ from fidelity_jax import pipeline
 from fidelity_jax.tasks import base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationTask(base.Task):
   """Cross-entropy of the steered classifier; only calibration modules train.
 
@@ -46,7 +46,7 @@ class CalibrationTask(base.Task):
     return jnp.mean(losses), (model_state, metrics)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleTask(CalibrationTask):
   """The second phase: only the ensemble module trains."""
 

@@ -10,7 +10,7 @@ from fidelity_jax import models, pipeline
 from fidelity_jax.tasks import base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationTask(base.Task):
   """Cross-entropy of a backbone and its head, all of it trained.
 

@@ -10,7 +10,7 @@ from fidelity_jax import fidelity, models, pipeline
 from fidelity_jax.tasks import base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EstimationTask(base.Task):
   """The l1 distance between the estimated and the oracle fidelity map.
 

@@ -9,7 +9,7 @@ from fidelity_jax import models
 from fidelity_jax.tasks import base
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RestorationTask(base.Task):
   """The l1 distance between the restored and the clean patch.
 
