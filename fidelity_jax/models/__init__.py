@@ -1,10 +1,20 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
 from fidelity_jax.models import layers
+from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
 from fidelity_jax.models.folding import fold
 from fidelity_jax.models.registry import create
 from fidelity_jax.models.transfer import transfer
 
-__all__ = ["Classifier", "DnCNN", "create", "fold", "layers", "transfer"]
+__all__ = [
+  "Calibration",
+  "Classifier",
+  "DnCNN",
+  "Ensemble",
+  "create",
+  "fold",
+  "layers",
+  "transfer",
+]
