@@ -5,28 +5,10 @@ serves this reference, the port and the recorded parity case. Tensors are NCHW.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-
-def torchvision_models() -> Any:
-  """Returns `torchvision.models`, also where torchvision lacks its CPU operators.
-
-  Nothing here uses those operators; declaring two lets the import go through.
-  """
-  try:
-    from torchvision import models
-  except RuntimeError:
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-      library.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-    from torchvision import models
-
-    models.declarations = library  # they live as long as it does
-  return models
 
 
 class Stack(nn.Module):
