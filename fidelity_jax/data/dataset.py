@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +22,8 @@ class Records(Protocol):
   def __len__(self) -> int:
     """Returns the number of records."""
 
-  def __getitem__(self, index: int) -> bytes:
-    """Returns the bytes of one image file.
+  def __getitem__(self, index: int) -> bytes | np.ndarray:
+    """Returns the bytes of one image file, or decoded uint8 [H, W, 3].
 
     Raises:
       BadImageError: the record cannot be read.
@@ -30,6 +31,12 @@ class Records(Protocol):
 
   def stamps(self) -> list[str]:
     """Returns per record a cheap text that changes when its content does."""
+
+  def versions(self) -> list[str]:
+    """Returns per record a text that changes even when it is only replaced.
+
+    "" for a record of which nothing can be known.
+    """
 
   def select(self, indices: Sequence[int]) -> "Records":
     """Returns the records at `indices`, in that order."""
@@ -50,6 +57,10 @@ class MemoryRecords:
   def stamps(self) -> list[str]:
     """Returns a digest of each record."""
     return [hashlib.sha256(encoded).hexdigest()[:16] for encoded in self.encoded]
+
+  def versions(self) -> list[str]:
+    """Returns a digest of each record."""
+    return self.stamps()
 
   def select(self, indices: Sequence[int]) -> "MemoryRecords":
     """Returns the records at `indices`."""
@@ -74,17 +85,60 @@ class FileRecords:
 
   def stamps(self) -> list[str]:
     """Returns the size in bytes of each file, "absent" where there is none."""
-    return [self._size(path) for path in self.paths]
+    return [str(s.st_size) if s else "absent" for s in self._status()]
 
-  def _size(self, path: str) -> str:
-    try:
-      return str((Path(self.root) / path).stat().st_size)
-    except OSError:
-      return "absent"
+  def versions(self) -> list[str]:
+    """Returns size, modification and change time (that of a chmod) of each file."""
+    return [
+      f"{s.st_size}-{s.st_mtime_ns}-{s.st_ctime_ns}" if s else ""
+      for s in self._status()
+    ]
+
+  def _status(self) -> Iterator[os.stat_result | None]:
+    for path in self.paths:
+      try:
+        yield (Path(self.root) / path).stat()
+      except OSError:
+        yield None
 
   def select(self, indices: Sequence[int]) -> "FileRecords":
     """Returns the files at `indices`."""
     return FileRecords(self.root, tuple(self.paths[i] for i in indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedRecords:
+  """Several sources as one."""
+
+  parts: tuple[Records, ...]
+  # Pairs of a part's number and a position in it.
+  places: tuple[tuple[int, int], ...] = ()
+
+  def __post_init__(self):
+    if not self.places:
+      every = [(n, i) for n, part in enumerate(self.parts) for i in range(len(part))]
+      object.__setattr__(self, "places", tuple(every))
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, index: int) -> bytes | np.ndarray:
+    part, place = self.places[index]
+    return self.parts[part][place]
+
+  def stamps(self) -> list[str]:
+    """Returns the stamps of the parts' records."""
+    stamps = [part.stamps() for part in self.parts]
+    return [stamps[part][place] for part, place in self.places]
+
+  def versions(self) -> list[str]:
+    """Returns the versions of the parts' records."""
+    versions = [part.versions() for part in self.parts]
+    return [versions[part][place] for part, place in self.places]
+
+  def select(self, indices: Sequence[int]) -> "JoinedRecords":
+    """Returns the records at `indices`."""
+    return dataclasses.replace(self, places=tuple(self.places[i] for i in indices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +204,22 @@ class Dataset:
       labels=self.labels[np.asarray(indices, np.int64)],
     )
 
-  def part(self, split: str, indices: Sequence[int], max_pixels: int) -> "Dataset":
-    """Returns the examples at `indices` as a named split."""
-    return dataclasses.replace(
-      self.select(indices), split=split, max_pixels=max_pixels
-    )
-
   def with_skipped(self, skipped: Sequence[Skipped]) -> "Dataset":
     """Returns the dataset with further records noted as left out."""
     return dataclasses.replace(self, skipped=self.skipped + tuple(skipped))
+
+
+def join(parts: Iterable[Dataset]) -> Dataset:
+  """Returns the examples of several splits of one dataset as one."""
+  parts = list(parts)
+  return dataclasses.replace(
+    parts[0],
+    split="all",
+    records=JoinedRecords(tuple(part.records for part in parts)),
+    keys=tuple(key for part in parts for key in part.keys),
+    labels=np.concatenate([part.labels for part in parts]),
+    skipped=tuple(skipped for part in parts for skipped in part.skipped),
+  )
 
 
 def check_num_classes(dataset: Dataset, num_classes: int) -> None:

@@ -1,16 +1,16 @@
 """Datasets by name."""
 
-import difflib
+import dataclasses
 from pathlib import Path
 
 import ml_collections
 from ml_collections import config_dict
 
-from fidelity_jax.data import crops, demo, folder, images, splits, verify
-from fidelity_jax.data.dataset import SPLITS, Dataset
+from fidelity_jax.data import caches, crops, demo, folder, images, splits, verify
+from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
 
-_NAMES = ("demo", "folder", "caltech256", "caltech101")
+_CALTECH = splits.AUTHORS
 _CACHES = ("ram", "disk")
 
 
@@ -28,12 +28,18 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   config.image_size = 64 if name == "demo" else 224
   # Independent of the training seed: every training run sees the same splits.
   config.split_seed = 0
-  # JSON file of splits; takes the place of the drawn ones.
+  # JSON file of splits, or "caltech256" or "caltech101" for the authors' own lists;
+  # None: drawn by split_seed from fractions or counts.
   config.split_file = config_dict.placeholder(str)
   # Shares of train, validation and test, per class.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)
-  # Or numbers per class; -1: all that remain.
+  # Numbers per class in place of fractions; -1: all that remain.
   config.counts = ()
+  if name in _CALTECH:
+    config.split_file = name
+    config.counts = (48, 12, -1) if name == "caltech256" else (24, 6, -1)
+  # TFDS split expressions of train, validation and test, for datasets from TFDS.
+  config.tfds_splits = ("train[:80%]", "train[80%:]", "test")
   # Largest number of examples of a class (demo); 0: all.
   config.per_class = 64
   # Training crop: range of its share of the area, and of width / height.
@@ -64,7 +70,8 @@ def load(
   Args:
     config: see `default_config`.
     split: "train", "validation" or "test".
-    workdir_cache: folder for what is worth keeping between runs; None for nothing.
+    workdir_cache: folder for what is worth keeping between runs; None for
+      $FIDELITY_JAX_CACHE or ~/.cache/fidelity_jax.
 
   Returns:
     The dataset; unusable images are left out and listed in `skipped`.
@@ -75,29 +82,42 @@ def load(
   validate(config)
   if split not in SPLITS:
     raise UsageError(f"no split '{split}'; there are {', '.join(SPLITS)}")
-  cache_dir = Path(workdir_cache) if workdir_cache else None
+  cache_dir = Path(workdir_cache) if workdir_cache else caches.folder()
+  part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
+  dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)
+  if config.cache is not None:
+    return caches.decoded(dataset, config.cache, cache_dir)
+  return dataset
+
+
+def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
   if config.name == "demo":
     whole = demo.build(config.per_class, config.split_seed)
-  else:
+  elif config.name == "folder":
     whole = folder.build(config.path)
-  chosen = _split(
-    whole, config.split_seed, tuple(config.fractions), tuple(config.counts)
-  )
-  part = whole.part(split, chosen[split], config.max_pixels)
-  return verify.verified(part, strict=config.strict, cache_dir=cache_dir)
+  else:
+    # TFDS takes seconds to import; most runs do not need it.
+    from fidelity_jax.data import tfds_source
 
-
-def _split(
-  whole: Dataset, seed: int, fractions: tuple[float, ...], counts: tuple[int, ...]
-) -> dict[str, list[int]]:
-  return splits.draw(
-    whole.class_names,
-    whole.labels,
-    whole.keys,
-    seed=seed,
-    fractions=fractions,
-    counts=counts,
-  )
+    expressions = SPLITS if config.name in _CALTECH else config.tfds_splits
+    parts = tfds_source.build(config.name, config.path, tuple(expressions))
+    if config.name not in _CALTECH or config.split_file == config.name:
+      return parts[split]
+    whole = join(parts.values())
+  if config.split_file:
+    chosen = splits.from_file(
+      config.split_file, whole.class_names, whole.keys, whole.labels
+    )
+  else:
+    chosen = splits.draw(
+      whole.class_names,
+      whole.labels,
+      whole.keys,
+      seed=config.split_seed,
+      fractions=tuple(config.fractions),
+      counts=tuple(config.counts),
+    )
+  return dataclasses.replace(whole.select(chosen[split]), split=split)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -106,10 +126,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     UsageError: naming the field, its value and what is possible.
   """
-  if config.name not in _NAMES:
-    near = difflib.get_close_matches(config.name, _NAMES)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UsageError(f"unknown dataset.name '{config.name}'{hint}")
+  if config.name not in ("demo", "folder", *_CALTECH):
+    from fidelity_jax.data import tfds_source
+
+    if not tfds_source.known(config.name):
+      near = " or ".join(tfds_source.near(config.name))
+      raise UsageError(
+        f"unknown dataset.name '{config.name}'"
+        + (f"; did you mean {near}?" if near else "; 'folder' reads any images")
+      )
   if config.name == "folder" and not config.path:
     raise UsageError(
       "dataset.name=folder needs dataset.path: a folder with one sub-folder per class, "
@@ -135,5 +160,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UsageError(
       "dataset.crop_aspect must be a range above 0, not "
       f"{tuple(config.crop_aspect)}"
+    )
+  if len(config.tfds_splits) != 3:
+    raise UsageError(
+      "dataset.tfds_splits must be three split expressions (train, validation, test), "
+      f"not {tuple(config.tfds_splits)}"
     )
   splits.check_shares(config.fractions, config.counts)

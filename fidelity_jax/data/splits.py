@@ -1,12 +1,19 @@
 """Which example belongs to train, validation and test."""
 
+import functools
+import json
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import resources
 
 import numpy as np
 
 from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import UsageError
+
+AUTHORS = ("caltech256", "caltech101")
+_VALIDATION = ("validation", "valid", "val")
 
 
 def sizes(
@@ -78,6 +85,139 @@ def draw(
       chosen[split] += shuffled[start : start + n]
       start += n
   return {split: sorted(indices) for split, indices in chosen.items()}
+
+
+# Class name -> (numbers of the training files, numbers of the validation files).
+Lists = Mapping[str, tuple[frozenset[int], frozenset[int]]]
+
+
+@functools.cache
+def authors_lists(name: str) -> Lists:
+  """Returns the split that the report's authors used.
+
+  Args:
+    name: one of `AUTHORS`.
+  """
+  text = (resources.files("fidelity_jax.data") / "lists" / f"{name}.txt").read_text()
+  lists = {}
+  for line in text.splitlines():
+    if line.startswith("#"):
+      continue
+    class_name, numbers = line.rsplit(":", 1)
+    lists[class_name] = tuple(
+      frozenset(map(int, part.split(","))) for part in numbers.split(";")
+    )
+  return lists
+
+
+def from_file(
+  path: str,
+  class_names: Sequence[str],
+  keys: Sequence[str],
+  labels: np.ndarray,
+) -> dict[str, list[int]]:
+  """Reads splits from a JSON file.
+
+  The file holds {"train": ..., "validation": ..., "test": ...} ("valid" and "val" also
+  mean "validation"). Each is either a list of keys, or an object from class names to
+  lists of keys, file names or numbers; number 33 is the file of the class whose name
+  ends in 33 ("image_0033.jpg"). Without "test", the test set is all that is not named.
+
+  Args:
+    path: of the file, or one of `AUTHORS` for the authors' own lists.
+    class_names: names by label.
+    keys: stable keys, N of them.
+    labels: int32 [N].
+
+  Returns:
+    {"train" | "validation" | "test": sorted example indices}.
+
+  Raises:
+    UsageError: the file cannot be read, names what does not exist, or names an
+      example twice.
+  """
+  try:
+    if path in AUTHORS:
+      lists = authors_lists(path)
+      named = {
+        split: {name: sorted(parts[i]) for name, parts in lists.items()}
+        for i, split in enumerate(("train", "validation"))
+      }
+    else:
+      with open(path, encoding="utf-8") as file:
+        named = json.load(file)
+  except (OSError, ValueError) as error:
+    raise UsageError(f"dataset.split_file: cannot read {path}: {error}") from error
+  if not isinstance(named, dict) or "train" not in named:
+    raise UsageError(
+      f"dataset.split_file: {path} is no JSON object with 'train', 'validation' and "
+      "(optionally) 'test'"
+    )
+  if unknown := sorted(set(named) - {*SPLITS, *_VALIDATION}):
+    raise UsageError(f"dataset.split_file: {path} has an unknown split '{unknown[0]}'")
+  finder = _Finder(path, class_names, keys, labels)
+  chosen = {"train": finder.find(named["train"])}
+  other = next((named[name] for name in _VALIDATION if name in named), [])
+  chosen["validation"] = finder.find(other)
+  if "test" in named:
+    chosen["test"] = finder.find(named["test"])
+  else:
+    taken = {*chosen["train"], *chosen["validation"]}
+    chosen["test"] = [i for i in range(len(keys)) if i not in taken]
+  everything = [i for indices in chosen.values() for i in indices]
+  if len(set(everything)) < len(everything):
+    twice = next(i for i in everything if everything.count(i) > 1)
+    raise UsageError(f"dataset.split_file: {path} names {keys[twice]} twice")
+  return {split: sorted(indices) for split, indices in chosen.items()}
+
+
+class _Finder:
+  """Finds what a split file names."""
+
+  def __init__(
+    self, path: str, class_names: Sequence[str], keys: Sequence[str], labels: np.ndarray
+  ):
+    self._path = path
+    self._classes = set(class_names)
+    self._by_name = {key: i for i, key in enumerate(keys)}
+    self._by_number = {}
+    for i, key in enumerate(keys):
+      file_name = key.rsplit("/", 1)[-1]
+      class_name = class_names[labels[i]]
+      self._by_name[class_name, file_name] = i
+      if digits := re.search(r"(\d+)(\.\w+)?$", file_name):
+        self._by_number[class_name, int(digits.group(1))] = i
+
+  def find(self, named: list | dict) -> list[int]:
+    """Returns the indices of a list of keys or an object of classes."""
+    if isinstance(named, list):
+      return [self._lookup(self._by_name, key, str(key)) for key in named]
+    if not isinstance(named, dict):
+      raise UsageError(
+        f"dataset.split_file: {self._path} has a split that is neither a list nor an "
+        "object of classes"
+      )
+    indices = []
+    for class_name, items in named.items():
+      if class_name not in self._classes:
+        raise UsageError(
+          f"dataset.split_file: {self._path} names the class '{class_name}', which the "
+          "dataset does not have"
+        )
+      for item in items:
+        place = (class_name, item)
+        known = self._by_number if isinstance(item, int) else self._by_name
+        place = item if item in self._by_name else place
+        indices.append(self._lookup(known, place, f"{class_name}: {item}"))
+    return indices
+
+  def _lookup(self, known: dict, place: object, text: str) -> int:
+    if place not in known:
+      raise UsageError(
+        f"dataset.split_file: {self._path} names '{text}', which the dataset does not "
+        "have"
+      )
+    return known[place]
 
 
 def check_shares(fractions: Sequence[float], counts: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """Finds the unusable images of a dataset before training, so that its length is fixed.
 
 Every record is decoded once, in parallel. JPEGs are decoded at an eighth of their
-size, which still reads all of the data. Results of files are remembered by path, size
-and modification time.
+size, which still reads all of the data. Results are remembered by key
+and by the record's version (a file's size and times).
 """
 
 import concurrent.futures
@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import logging
 
 from fidelity_jax.data import images
-from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped
+from fidelity_jax.data.dataset import Dataset, MemoryRecords, Skipped
 from fidelity_jax.errors import UsageError
 
 _NAMED = 10
@@ -30,7 +30,7 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
   Args:
     dataset: what to check.
     strict: stop at the first unusable record instead.
-    cache_dir: where results of files are remembered; None for nowhere.
+    cache_dir: where results are remembered; None for nowhere.
 
   Raises:
     UsageError: `strict`, and a record is unusable; or no usable record is left.
@@ -113,18 +113,18 @@ class _Store:
   def __init__(self, dataset: Dataset, cache_dir: Path | None):
     self.reasons: dict[int, str] = {}
     self._path = None
-    if cache_dir is None or not isinstance(dataset.records, FileRecords):
+    # What is in memory is checked faster than looked up.
+    if cache_dir is None or isinstance(dataset.records, MemoryRecords):
       return
-    root = dataset.records.root
-    digest = hashlib.sha256(f"{root}\n{dataset.max_pixels}".encode()).hexdigest()[:16]
-    self._path = Path(cache_dir) / f"verified-{digest}.json"
-    self._stamps = [_stamp(os.path.join(root, p)) for p in dataset.records.paths]
-    self._known = self._read()
-    for i, (key, stamp) in enumerate(zip(dataset.keys, self._stamps, strict=True)):
-      known = self._known.get(key)
-      if known and stamp and known[0] == stamp:
-        self.reasons[i] = known[1]
-    self._keys = dataset.keys
+    root = getattr(dataset.records, "root", "")
+    place = f"{dataset.name}\n{root}\n{dataset.max_pixels}"
+    digest = hashlib.sha256(place.encode()).hexdigest()[:16]
+    self._path = cache_dir / f"verified-{digest}.json"
+    self._keys, self._versions = dataset.keys, dataset.records.versions()
+    known = self._read()
+    for i, (key, version) in enumerate(zip(self._keys, self._versions, strict=True)):
+      if version and known.get(key, ("", ""))[0] == version:
+        self.reasons[i] = known[key][1]
 
   def _read(self) -> dict[str, list[str]]:
     try:
@@ -140,8 +140,8 @@ class _Store:
       return
     known = self._read()
     for i, reason in self.reasons.items():
-      if self._stamps[i]:
-        known[self._keys[i]] = [self._stamps[i], reason]
+      if self._versions[i]:
+        known[self._keys[i]] = [self._versions[i], reason]
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.NamedTemporaryFile(
@@ -152,11 +152,3 @@ class _Store:
     except OSError as error:
       logging.warning("cannot remember checked images: %s", error)
 
-
-def _stamp(path: str) -> str:
-  try:
-    status = os.stat(path)
-  except OSError:
-    return ""
-  # Permissions change the inode's change time but not the modification time.
-  return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"

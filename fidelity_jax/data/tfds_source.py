@@ -1,0 +1,162 @@
+"""Datasets that TFDS has prepared as ArrayRecord files, read without TensorFlow."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fidelity_jax.data import caltech
+from fidelity_jax.data.dataset import SPLITS, Dataset
+from fidelity_jax.errors import UsageError
+
+BUILDERS = {"caltech256": caltech.Caltech256, "caltech101": caltech.Caltech101}
+# Names that people know better than TFDS's own.
+_ALIASES = {"cub200": "caltech_birds2011"}
+_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsRecords:
+  """Encoded images of a TFDS data source.
+
+  Attributes:
+    source: a random-access data source that leaves images encoded.
+    indices: positions in it.
+    sizes: of the encoded images, in bytes.
+  """
+
+  source: Any
+  indices: tuple[int, ...]
+  sizes: tuple[int, ...]
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, index: int) -> bytes:
+    return self.source[self.indices[index]]["image"]
+
+  def stamps(self) -> list[str]:
+    """Returns the size of each record."""
+    return [str(size) for size in self.sizes]
+
+  def versions(self) -> list[str]:
+    """Returns the stamps: prepared files do not change."""
+    return self.stamps()
+
+  def select(self, indices: Sequence[int]) -> "TfdsRecords":
+    """Returns the records at `indices`."""
+    return TfdsRecords(
+      self.source,
+      tuple(self.indices[i] for i in indices),
+      tuple(self.sizes[i] for i in indices),
+    )
+
+
+def data_dir(path: str | None) -> Path:
+  """Returns the folder of archives and prepared files: `path`, or TFDS's default."""
+  return Path(path or tfds.core.constants.DATA_DIR).expanduser()
+
+
+def known(name: str) -> bool:
+  """Returns whether there is a dataset of this name, here or in TFDS."""
+  return name in BUILDERS or name in _ALIASES or name in _catalogue()
+
+
+def near(name: str) -> list[str]:
+  """Returns names that are similar."""
+  names = [*BUILDERS, *_ALIASES, "demo", "folder", *_catalogue()]
+  return difflib.get_close_matches(name, names)
+
+
+def _catalogue() -> list[str]:
+  return tfds.list_builders(with_community_datasets=False)
+
+
+def build(
+  name: str, path: str | None, expressions: Sequence[str]
+) -> dict[str, Dataset]:
+  """Opens a dataset, preparing its files once if that is possible.
+
+  Args:
+    name: "caltech256", "caltech101", "cub200" or a TFDS name.
+    path: see `data_dir`.
+    expressions: TFDS split expressions for train, validation and test.
+
+  Returns:
+    The three splits, not yet verified.
+
+  Raises:
+    UsageError: no image classification dataset, an impossible split expression, or
+      files that are missing and cannot be prepared here.
+  """
+  builder = _builder(name, data_dir(path))
+  return {
+    split: _open(builder, name, split, expression)
+    for split, expression in zip(SPLITS, expressions, strict=True)
+  }
+
+
+def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
+  if name in BUILDERS:
+    builder = BUILDERS[name](data_dir=folder, file_format=_FORMAT)
+    # This project's errors say all there is to say.
+    builder.download_and_prepare()
+    return builder
+  tfds_name = _ALIASES.get(name, name)
+  try:
+    builder = tfds.builder(tfds_name, data_dir=folder, file_format=_FORMAT)
+    builder.download_and_prepare()
+  except Exception as error:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UsageError(
+      f"dataset '{name}' is not prepared in {folder} and cannot be prepared here "
+      f"({first_line[:200]}); where TensorFlow is installed and the network is "
+      f"reachable, run once: python -c \"import tensorflow_datasets as tfds; "
+      f"tfds.builder('{tfds_name}', data_dir='{folder}', "
+      "file_format='array_record').download_and_prepare()\""
+    ) from error
+  return builder
+
+
+def _open(
+  builder: tfds.core.DatasetBuilder, name: str, split: str, expression: str
+) -> Dataset:
+  features = builder.info.features
+  if not {"image", "label"} <= set(features) or not isinstance(
+    features["label"], tfds.features.ClassLabel
+  ):
+    raise UsageError(
+      f"dataset '{name}' is no image classification dataset: its features are "
+      f"{', '.join(features)} instead of image and label"
+    )
+  try:
+    source = builder.as_data_source(
+      expression, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+  except ValueError as error:
+    raise UsageError(
+      f"dataset.tfds_splits: {expression!r} is no split of '{name}' "
+      f"({', '.join(builder.info.splits)}): {str(error).splitlines()[0]}"
+    ) from error
+  examples = [source[i] for i in range(len(source))]
+  names = features["label"].names
+  keys = [
+    f"{name}/{example['key']}" if "key" in example else f"{name}/{expression}/{i:07d}"
+    for i, example in enumerate(examples)
+  ]
+  return Dataset(
+    name=name,
+    split=split,
+    records=TfdsRecords(
+      source,
+      tuple(range(len(examples))),
+      tuple(len(example["image"]) for example in examples),
+    ),
+    keys=tuple(keys),
+    labels=np.asarray([example["label"] for example in examples], np.int32),
+    class_names=tuple(names),
+  )
