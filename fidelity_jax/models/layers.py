@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from fidelity_jax.models.conv import Conv
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # A tap sees (its number, the feature [N, h, w, C]) and returns the feature to go on
 # with, of the same shape.
 Tap = Callable[[int, jax.Array], jax.Array]
-
-Conv = nn.Conv
 
 # torchvision starts ResNet's and VGG's convolutions so, DnCNN uses fan-in.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
