@@ -30,7 +30,11 @@ def gaussian_weights(sigma: jax.Array, kernel_size: int) -> list[jax.Array]:
 
 
 def gaussian_blur(
-  key: jax.Array, image: jax.Array, level: jax.Array, kernel_size: int = 13
+  key: jax.Array,
+  image: jax.Array,
+  level: jax.Array,
+  kernel_size: int = 13,
+  one_axis: bool = False,
 ) -> jax.Array:
   """Blurs with a normalized Gaussian kernel, reflect padding.
 
@@ -40,32 +44,38 @@ def gaussian_blur(
     level: sigma in pixels: a scalar, or a field [H, W, 1]; with a field every output
       pixel is the sum under the kernel of its own sigma. Sigma 0 is the identity.
     kernel_size: odd, static.
+    one_axis: static promise that a field varies along one axis only (whichever); the
+      result is the same, but two passes of kernel_size taps replace kernel_size^2.
 
   Returns:
     float32 [H, W, C] in [0, 1].
   """
   del key
-  channels = image.shape[-1]
-  reach = kernel_size // 2
+  weights = gaussian_weights(level, kernel_size)
+  if jnp.ndim(level) > 0:
+    weights = [_per_value(w, image.shape) for w in weights]
   if jnp.ndim(level) == 0:
-    weights = gaussian_weights(level, kernel_size)
-    padded = _rows(_pad(image, reach, 0))
-    shift = lambda d: _window(padded, image.shape, d, 0, (reach, 0))
-    blurred = _symmetric_sum(weights, shift).reshape(image.shape)
-    padded_again = _rows(_pad(blurred, 0, reach))
-    shift = lambda d: _window(padded_again, image.shape, 0, d, (0, reach))
-    blurred = _symmetric_sum(weights, shift)
+    blurred = _horizontal(weights, _vertical(weights, image))
+  elif one_axis:
+    # Where the level is constant along a row, a pixel's whole row of vertical sums is
+    # weighted as its own is: vertical, then horizontal is exact; else the reverse.
+    along_rows = jnp.all(level == level[:, :1])
+    first = jnp.where(
+      along_rows, _vertical(weights, image), _horizontal(weights, image)
+    )
+    blurred = jnp.where(
+      along_rows, _horizontal(weights, first), _vertical(weights, first)
+    )
   else:
-    weights = gaussian_weights(level, kernel_size)
-    weights = [_rows(jnp.repeat(w, channels, axis=-1)) for w in weights]
+    reach = kernel_size // 2
     padded = _rows(_pad(image, reach, reach))
 
     def row_sum(down):
       shift = lambda right: _window(padded, image.shape, down, right, (reach, reach))
       return _symmetric_sum(weights, shift)
 
-    blurred = _symmetric_sum(weights, row_sum)
-  return jnp.clip(blurred.reshape(image.shape), 0, 1)
+    blurred = _symmetric_sum(weights, row_sum).reshape(image.shape)
+  return jnp.clip(blurred, 0, 1)
 
 
 def motion_offsets(orientation: float, reach: int) -> tuple[tuple[int, int], ...]:
@@ -125,7 +135,7 @@ def motion_blur(
   shift = lambda down, right: _window(padded, image.shape, down, right, pad)
   half = jnp.minimum(jnp.floor(level / 2), reach)
   if jnp.ndim(level) > 0:
-    half = _rows(jnp.repeat(half, image.shape[-1], axis=-1))
+    half = _per_value(half, image.shape)
   total = shift(0, 0)
   for k, (down, right) in enumerate(offsets[1:], start=1):
     pair = shift(down, right) + shift(-down, -right)
@@ -144,6 +154,11 @@ def _rows(image: jax.Array) -> jax.Array:
   return image.reshape(image.shape[0], -1)
 
 
+def _per_value(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A field [H, W, 1] as [H, W * C]."""
+  return _rows(jnp.broadcast_to(field, shape))
+
+
 def _window(padded, shape, down, right, pad) -> jax.Array:
   """The image shifted: value (y, x) of the result is value (y + down, x + right)."""
   height, width, channels = shape
@@ -157,3 +172,17 @@ def _symmetric_sum(weights, shift) -> jax.Array:
   for d, weight in enumerate(weights[1:], start=1):
     total = total + weight * (shift(d) + shift(-d))
   return total
+
+
+def _vertical(weights, image) -> jax.Array:
+  reach = len(weights) - 1
+  padded = _rows(_pad(image, reach, 0))
+  shift = lambda d: _window(padded, image.shape, d, 0, (reach, 0))
+  return _symmetric_sum(weights, shift).reshape(image.shape)
+
+
+def _horizontal(weights, image) -> jax.Array:
+  reach = len(weights) - 1
+  padded = _rows(_pad(image, 0, reach))
+  shift = lambda d: _window(padded, image.shape, 0, d, (0, reach))
+  return _symmetric_sum(weights, shift).reshape(image.shape)

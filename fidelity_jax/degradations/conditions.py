@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from fidelity_jax.degradations import spec as spec_lib
-from fidelity_jax.degradations.degradation import Degradation
+from fidelity_jax.degradations.degradation import Degradation, Step
 from fidelity_jax.degradations.kinds import KINDS
 
 
@@ -71,13 +71,10 @@ def conditions(spec: spec_lib.Spec) -> tuple[Condition, ...]:
   if step.variation in ("1d", "2d"):
     ends = step.levels
 
-  # One size of kernel for all levels, so that they share a compilation.
-  reach = spec_lib.from_config({**_plain(fields), "level": [*levels, *ends]})
-  options = reach.steps[0].options
-
   def condition(**changes: Any) -> Condition:
     made = spec_lib.from_config({**_plain(fields), **changes})
-    made = Degradation((dataclasses.replace(made.steps[0], options=options),))
+    longest = int(max(*levels, *ends))
+    made = Degradation(tuple(_reaching(step, longest) for step in made.steps))
     return Condition(made.name, made)
 
   return (
@@ -92,3 +89,10 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
   """The fields that do not say how the level varies."""
   varying = ("level", "vary", "mixture")
   return {name: value for name, value in fields.items() if name not in varying}
+
+
+def _reaching(step: Step, longest: int) -> Step:
+  """The step with room for lines of the longest level, so that all levels share it."""
+  room = {"max_length": longest}
+  options = tuple((name, room.get(name, value)) for name, value in step.options)
+  return dataclasses.replace(step, options=options)

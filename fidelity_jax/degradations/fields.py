@@ -46,14 +46,14 @@ def radial(key: jax.Array, size: tuple[int, int], ends: jax.Array) -> jax.Array:
   row = jax.random.randint(row_key, (), 0, height)
   column = jax.random.randint(column_key, (), 0, width)
   a, b = _coin_order(jax.random.bernoulli(coin_key), ends)
-  rows = (jnp.arange(height) - row).astype(jnp.float32)[:, None, None]
-  columns = (jnp.arange(width) - column).astype(jnp.float32)[None, :, None]
-  farthest = jnp.hypot(
-    jnp.maximum(row, height - 1 - row).astype(jnp.float32),
-    jnp.maximum(column, width - 1 - column).astype(jnp.float32),
-  )
-  t = jnp.sqrt(rows * rows + columns * columns) / jnp.maximum(farthest, 1)
-  t = jnp.minimum(t, 1)
+  # Squares are integers, hence exact; the compiler's division need not be.
+  rows = jnp.square(jnp.arange(height) - row)[:, None, None]
+  columns = jnp.square(jnp.arange(width) - column)[None, :, None]
+  farthest = jnp.square(jnp.maximum(row, height - 1 - row))
+  farthest += jnp.square(jnp.maximum(column, width - 1 - column))
+  squared = rows + columns
+  root = lambda x: jnp.sqrt(x.astype(jnp.float32))
+  t = jnp.where(squared == farthest, 1, root(squared) / root(farthest))
   return a * t + b * (1 - t)
 
 

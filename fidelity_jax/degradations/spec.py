@@ -98,7 +98,10 @@ def _step(fields: dict[str, Any]) -> Step:
   if name == "clean" and (vary or mixture):
     raise UsageError("clean: nothing can vary; leave vary and mixture unset")
   variation, levels = _levels(name, kind, fields.get("level"), vary, mixture)
-  return Step(levels, name, variation, _options(name, kind, fields, levels))
+  options = _options(name, kind, fields, levels)
+  if name == "gaussian_blur" and variation == "1d":
+    options += (("one_axis", True),)
+  return Step(levels, name, variation, options)
 
 
 def _check_choice(kind: str, field: str, value: Any, choices: Sequence[str]) -> None:
