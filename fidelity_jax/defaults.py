@@ -190,7 +190,8 @@ def method(source: str, size: str = "") -> ConfigDict:
   config = base("calibration", size)
   config.experiment = source
   calibration(config, source)
-  config.evaluation = ConfigDict({"rounds": 10, "batch_size": 64, "examples": 5})
+  # `examples`: images drawn per condition in the picture of examples.
+  config.evaluation = ConfigDict({"rounds": 10, "batch_size": 64, "examples": 2})
   config.parents = ConfigDict()
   config.parents.classifier = classifier(stage(config, "classifier"))
   config.parents.restorer = restorer(stage(config, "restorer"))

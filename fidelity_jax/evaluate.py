@@ -203,13 +203,14 @@ class Evaluation:
       return dict(arrays)
 
   def _compute_examples(self) -> dict[str, np.ndarray]:
+    # What a picture can show: a middling and the strongest level, and the 2D variation.
+    uniform = [c for c in self.conditions if not c.name.endswith(("-1d", "-2d"))]
+    shown = [uniform[len(uniform) // 2], uniform[-1], self.conditions[-1]]
     # The test set is sorted by class: examples spread over it show different classes.
-    count = min(self.config.evaluation.examples, len(self.dataset))
+    count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
     batch = next(iter(self._batches(self.dataset.select(spread))))
     _, variables = self._network
-    # Every other condition with something to see: enough for a picture.
-    shown = [c for c in self.conditions if c.name != "clean"][1::2]
     result: dict[str, list] = {}
     for condition in shown:
       degraded, clean = self._degrade(condition, batch, 0)

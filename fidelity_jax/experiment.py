@@ -51,7 +51,8 @@ def run(config: ConfigDict, workdir: str) -> None:
       complete(stage, datasets, f"[{number}/{len(plan)}] ")
     if "evaluation" in config:
       results = evaluate.evaluate(final, config, datasets)
-      report.write(directory, config, results)
+      report.write(directory, config, results, [_describe(stage) for stage in plan])
+      progress.say(f"wrote {directory / 'report.md'}, results.json and pictures.")
 
 
 def _ensemble_config(config: ConfigDict) -> ConfigDict:
@@ -61,6 +62,11 @@ def _ensemble_config(config: ConfigDict) -> ConfigDict:
   ensemble.update({k: v for k, v in config.ensemble.items() if k != "enabled"})
   ensemble.parents = ConfigDict({"calibration": config})
   return ensemble
+
+
+def _describe(stage: stages.Stage) -> str:
+  record = stage.finished()
+  return f"`{stage.name}`: validation {record['metric']} {record['score']:.4g}"
 
 
 class Datasets:

@@ -215,7 +215,11 @@ class Trainer:
 
     replicated = sharding.replicated(self.mesh)
     initial = jax.device_put(self.task.initial, replicated)
-    return jax.jit(init, out_shardings=replicated)(key, initial)
+    # Run once, so compile cheaply: on CPU four times faster, and runs as fast.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    init = jax.jit(init, out_shardings=replicated, compiler_options=options)
+    return init(key, initial)
 
   def _batches(self, start_step: int) -> data.BatchIterator:
     settings = self.settings
