@@ -7,13 +7,13 @@ corners), and no class has more than `per_class` tiles, chosen by the split seed
 
 import functools
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
 import skimage
 from PIL import Image
 
+from fidelity_jax.data import splits
 from fidelity_jax.data.dataset import Dataset, MemoryRecords
 from fidelity_jax.errors import RunError
 
@@ -63,10 +63,8 @@ def _build(per_class: int, seed: int) -> Dataset:
   encoded, keys, labels = [], [], []
   for label, (name, file) in enumerate(zip(names, PHOTOGRAPHS, strict=True)):
     tiles = _tiles(_photograph(file))
-    rng = np.random.Generator(
-      np.random.Philox(key=[seed % 2**64, zlib.crc32(name.encode())])
-    )
-    chosen = rng.permutation(len(tiles))[: per_class or len(tiles)]
+    order = splits.class_generator(seed, name).permutation(len(tiles))
+    chosen = order[: per_class or len(tiles)]
     for i in sorted(chosen):
       row, column, tile = tiles[i]
       keys.append(f"demo/{name}/r{row:02d}c{column:02d}")

@@ -26,9 +26,9 @@ _SHUFFLE, _CROP = 1, 2
 
 def generator(seed: int, purpose: int, epoch: int, index: int) -> np.random.Generator:
   """Returns the random generator that belongs to one place."""
-  return np.random.Generator(
-    np.random.Philox(key=[seed % 2**64, purpose], counter=[0, 0, epoch, index])
-  )
+  key = np.array([seed % 2**64, purpose], np.uint64)
+  counter = np.array([0, 0, epoch, index], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @functools.lru_cache(maxsize=4)
@@ -89,9 +89,9 @@ class _TrainBatches:
         picture = images.Picture(self._dataset.records[i], self._dataset.max_pixels)
         box = crops.random_box(picture.height, picture.width, draws, *self._crop)
         if self._reduced:
-          pixels[row] = crops.reduced(picture, box, size)
+          crops.reduced(picture, box, pixels[row])
         else:
-          pixels[row] = crops.resized(picture.pixels(), box, size)
+          crops.resized(picture.pixels(), box, pixels[row])
     return {
       "image": pixels,
       "label": self._dataset.labels[index],
@@ -120,7 +120,7 @@ class _EvalBatches:
       i = int(index[row])
       with _naming(self._dataset, i):
         image = images.decode(self._dataset.records[i], self._dataset.max_pixels)
-      pixels[row] = crops.central(image, size)
+      crops.central(image, pixels[row])
     return {
       "image": pixels,
       "label": np.where(real, self._dataset.labels[index], 0).astype(np.int32),

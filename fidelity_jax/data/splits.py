@@ -43,6 +43,12 @@ def sizes(
   return tuple(taken)
 
 
+def class_generator(seed: int, class_name: str) -> np.random.Generator:
+  """Returns the generator of a class's draws under a split seed."""
+  key = np.array([seed % 2**64, zlib.crc32(class_name.encode())], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key))
+
+
 def draw(
   class_names: Sequence[str],
   labels: np.ndarray,
@@ -74,10 +80,8 @@ def draw(
   for i in order:
     members[int(labels[i])].append(i)
   for label, name in enumerate(class_names):
-    rng = np.random.Generator(
-      np.random.Philox(key=[seed % 2**64, zlib.crc32(name.encode())])
-    )
-    shuffled = [members[label][i] for i in rng.permutation(len(members[label]))]
+    order = class_generator(seed, name).permutation(len(members[label]))
+    shuffled = [members[label][i] for i in order]
     start = 0
     for split, n in zip(
       SPLITS, sizes(len(shuffled), fractions, counts), strict=True
