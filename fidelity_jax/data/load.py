@@ -1,6 +1,7 @@
 """Datasets by name."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import ml_collections
@@ -150,17 +151,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UsageError(f"dataset.{field} must be at least {least}: {config[field]}")
   if config.cache is not None and config.cache not in _CACHES:
     raise UsageError(f"dataset.cache must be None, ram or disk, not '{config.cache}'")
-  low, high = config.crop_area
-  if not 0 < low <= high <= 1:
-    raise UsageError(
-      f"dataset.crop_area must be a range in (0, 1], not {tuple(config.crop_area)}"
-    )
-  low, high = config.crop_aspect
-  if not 0 < low <= high:
-    raise UsageError(
-      "dataset.crop_aspect must be a range above 0, not "
-      f"{tuple(config.crop_aspect)}"
-    )
+  for field, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+    span = tuple(config[field])
+    if len(span) != 2 or not 0 < span[0] <= span[1] <= most:
+      raise UsageError(
+        f"dataset.{field} must be a range (low, high) with 0 < low <= high <= {most}, "
+        f"not {span}"
+      )
   if len(config.tfds_splits) != 3:
     raise UsageError(
       "dataset.tfds_splits must be three split expressions (train, validation, test), "

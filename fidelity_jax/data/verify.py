@@ -38,25 +38,14 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
   if strict and dataset.skipped:
     _refuse(dataset, dataset.skipped[0])
   store = _Store(dataset, cache_dir)
-  unknown = [i for i in range(len(dataset)) if i not in store.reasons]
-  chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
-  workers = os.cpu_count() or 1
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    futures = [pool.submit(_check, dataset, chunk, strict) for chunk in chunks]
-    for future in futures:
-      found = future.result()
-      store.reasons.update(found)
-      bad = [i for i, reason in found.items() if reason]
-      if strict and bad:
-        pool.shutdown(cancel_futures=True)
-        _refuse(dataset, Skipped(dataset.keys[bad[0]], store.reasons[bad[0]]))
-  if unknown:
-    store.save()
+  _check_unknown(dataset, store, strict)
   skipped = [
     Skipped(dataset.keys[i], store.reasons[i])
     for i in range(len(dataset))
-    if store.reasons[i]
+    if store.reasons.get(i)
   ]
+  if strict and skipped:
+    _refuse(dataset, skipped[0])
   if skipped:
     dataset = dataset.select([i for i in range(len(dataset)) if not store.reasons[i]])
   if not len(dataset):
@@ -64,8 +53,26 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
     raise UsageError(
       f"dataset '{dataset.name}' has no usable image for '{dataset.split}'{first}"
     )
-  _report(dataset, skipped)
-  return dataset.with_skipped(skipped)
+  dataset = dataset.with_skipped(skipped)
+  _report(dataset)
+  return dataset
+
+
+def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
+  """Checks the records that no earlier run has checked; strictly, up to a bad one."""
+  unknown = [i for i in range(len(dataset)) if i not in store.reasons]
+  chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
+  if not chunks or (strict and any(store.reasons.values())):
+    return
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    futures = [pool.submit(_check, dataset, chunk, strict) for chunk in chunks]
+    for future in futures:
+      found = future.result()
+      store.reasons.update(found)
+      if strict and any(found.values()):
+        pool.shutdown(cancel_futures=True)
+        return
+  store.save()
 
 
 def _refuse(dataset: Dataset, skipped: Skipped) -> None:
@@ -75,17 +82,18 @@ def _refuse(dataset: Dataset, skipped: Skipped) -> None:
   )
 
 
-def _report(dataset: Dataset, skipped: list[Skipped]) -> None:
+def _report(dataset: Dataset) -> None:
+  skipped = dataset.skipped
   for one in skipped[:_NAMED]:
     logging.warning("%s: left out: %s", one.key, one.reason)
   if skipped:
     logging.warning(
-      "dataset '%s': %d of %d records of split '%s' left out%s",
+      "dataset '%s', split '%s': %d left out, %d images remain%s",
       dataset.name,
-      len(skipped),
-      len(skipped) + len(dataset),
       dataset.split,
-      f", the first {_NAMED} of them named above" if len(skipped) > _NAMED else "",
+      len(skipped),
+      len(dataset),
+      f"; the first {_NAMED} left out are named above" if len(skipped) > _NAMED else "",
     )
 
 
