@@ -27,49 +27,50 @@ def torchvision_models() -> types.ModuleType:
 def randomize(network, seed: int = 0) -> None:
   """Gives every parameter and running statistic of a network a non-trivial value.
 
-  Convolutions and dense layers are scaled so that activations stay of order one; batch
-  norms get scales, shifts, means and variances that are not their initial ones.
+  Convolutions and dense layers are scaled so that activations stay of order one. Batch
+  norms mostly shift a channel well above or below the ReLU's kink: where an activation
+  lies within rounding error of it, float32 gradients jump, in any implementation.
   """
   import torch
 
-  generator = torch.Generator().manual_seed(seed)
-  own = {"recurse": False}
-  for module in network.modules():
-    tensors = [*module.named_parameters(**own), *module.named_buffers(**own)]
-    for name, tensor in tensors:
-      draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-      uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float32)
-      if name == "running_var":
-        value = 0.5 + uniform
-      elif name == "running_mean" or name == "bias":
-        value = 0.1 * draw
-      elif name == "num_batches_tracked":
-        continue
-      elif tensor.ndim == 1:
-        value = 0.8 + 0.4 * uniform
-      else:
-        value = draw * (2 / tensor[0].numel()) ** 0.5
-      with torch.no_grad():
-        tensor.copy_(value)
+  rng = np.random.default_rng(seed)
+  names = set(network.state_dict())
+  for name, tensor in network.state_dict(keep_vars=True).items():
+    shape = tuple(tensor.shape)
+    if name.endswith("num_batches_tracked"):
+      continue
+    if name.endswith("running_var"):
+      value = rng.uniform(0.5, 1.5, shape)
+    elif name.removesuffix("bias") + "running_mean" in names:
+      value = rng.uniform(0.8, 1.6, shape) * rng.choice((-1, 1), shape)
+    elif name.endswith(("running_mean", "bias")):
+      value = rng.normal(0.0, 0.1, shape)
+    elif tensor.ndim == 1:  # A batch norm's scale; its bias comes next.
+      value = rng.uniform(0.3, 0.6, shape)
+    else:
+      std = np.float32((2 / tensor[0].numel()) ** 0.5)
+      value = std * rng.standard_normal(shape, np.float32)
+    with torch.no_grad():
+      tensor.copy_(torch.from_numpy(np.asarray(value, np.float32)))
 
 
 def build(name: str, num_classes: int, seed: int = 0, **kwargs):
   """Returns a torchvision network in float64 with random weights, in training mode.
 
-  Dropout is off. The last batch norm of ResNet's residual branches is scaled down so
-  that the sum over the blocks stays of order one.
+  Every weight is a float32 value. Dropout is off.
   """
   import torch
 
   make = getattr(torchvision_models(), name)
   if name == "googlenet":
     kwargs = {"init_weights": False, "aux_logits": True, **kwargs}
-  network = make(num_classes=num_classes, **kwargs)
+  with torch.device("meta"):
+    network = make(num_classes=num_classes, **kwargs)
+  network = network.to_empty(device="cpu")
   randomize(network, seed)
-  for key, parameter in network.named_parameters():
-    last = "bn3.weight" if name == "resnet50" else "bn2.weight"
-    if name.startswith("resnet") and key.endswith(last):
-      parameter.data.mul_(0.3)
+  for key, tensor in network.state_dict(keep_vars=True).items():
+    if key.endswith("num_batches_tracked"):
+      tensor.zero_()
   for module in network.modules():
     if isinstance(module, torch.nn.Dropout):
       module.p = 0.0

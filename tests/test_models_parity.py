@@ -1,0 +1,233 @@
+"""Every network against torchvision's, with random weights, in float64."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch_reference as reference
+
+from fidelity_jax import models
+from fidelity_jax.port import layouts, networks
+
+CLASSES = 7
+NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
+# Sizes at which nothing divides evenly.
+SMALL = {"alexnet": 99, "vgg16": 67, "googlenet": 83, "resnet18": 75, "resnet50": 75}
+OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
+
+
+@dataclasses.dataclass
+class Network:
+  """A torchvision network in float64 and the same as our variables."""
+
+  name: str
+  torch: Any
+  config: dict
+  variables: dict
+
+  def convert(self, tensors, collection):
+    """Returns tensors by PyTorch name as one of our collections."""
+    shapes = {collection: self.variables[collection]}
+    table = layouts.NETWORKS[self.name]
+    return layouts.convert(tensors, shapes, table, self.name)[collection]
+
+
+@functools.lru_cache(maxsize=1)
+def network(name: str) -> Network:
+  transform = {"transform_input": True} if name == "googlenet" else {}
+  theirs = reference.build(name, CLASSES, **transform)
+  state = reference.state_dict(theirs)
+  config = {**networks.network_config(state), **transform}
+  part = networks.classifier(state, config, name)
+  return Network(name, theirs, config, part.variables)
+
+
+def to_torch(images):
+  import torch
+
+  return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).double()
+
+
+@functools.lru_cache(maxsize=1)
+def torch_evaluation(name: str, size: int, batch: int):
+  """Returns (images, feature at every tap, logits)."""
+  import torch
+
+  theirs, images = network(name).torch, reference.images(batch, size)
+  pools = (torch.nn.MaxPool2d, torch.nn.AdaptiveAvgPool2d)
+  main_path = list(theirs.children())
+  if name in ("alexnet", "vgg16"):
+    main_path = [*theirs.features.children(), theirs.avgpool]
+  taps = [images]
+  record = lambda _, inputs: taps.append(inputs[0].numpy().transpose(0, 2, 3, 1))
+  hooks = [
+    m.register_forward_pre_hook(record) for m in main_path if isinstance(m, pools)
+  ]
+  theirs.eval()
+  with torch.no_grad():
+    logits = theirs(to_torch(images)).numpy()
+  for hook in hooks:
+    hook.remove()
+  return images, taps, logits
+
+
+def torch_step(ours: Network, images, labels):
+  """Returns (logits and auxiliary logits, gradients, batch statistics after)."""
+  import torch
+
+  theirs = ours.torch.train()
+  before = {k: v.clone() for k, v in theirs.state_dict().items()}
+  outputs = theirs(to_torch(images))
+  if ours.name == "googlenet":  # torchvision's order is main, second, first.
+    outputs = (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)
+  else:
+    outputs = (outputs,)
+  cost = lambda y: torch.nn.functional.cross_entropy(y, torch.from_numpy(labels))
+  loss = cost(outputs[0]) + 0.3 * sum(cost(y) for y in outputs[1:])
+  theirs.zero_grad()
+  loss.backward()
+  gradients = {k: p.grad.numpy() for k, p in theirs.named_parameters()}
+  after = theirs.state_dict()
+  stats = {k: v.numpy().copy() for k, v in after.items() if "running" in k}
+  theirs.load_state_dict(before)
+  return (
+    [y.detach().numpy() for y in outputs],
+    ours.convert(gradients, "params"),
+    ours.convert(stats, "batch_stats") if stats else {},
+  )
+
+
+def our_step(ours: Network):
+  """Returns a compiled function that returns the same as `torch_step`."""
+  rates = {} if ours.name.startswith("resnet") else {"dropout": 0.0}
+  if ours.name == "googlenet":
+    rates["aux_dropout"] = 0.0
+  module = models.create({**ours.config, **rates}, CLASSES)
+
+  @jax.jit
+  def step(variables, images, labels):
+    def loss(params):
+      (logits, aux), updated = module.apply(
+        {**variables, "params": params},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(0)},
+      )
+      entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+      cost = lambda y: entropy(y, labels).mean()
+      total = cost(logits) + 0.3 * sum(cost(y) for y in aux)
+      return total, ([logits, *aux], updated.get("batch_stats", {}))
+
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+  def run(images, labels):
+    gradients, (logits, stats) = step(ours.variables, images, labels)
+    return logits, gradients, stats
+
+  return run
+
+
+def worst_error(ours, theirs) -> tuple[float, str]:
+  errors = jax.tree.map(reference.relative_error, ours, theirs)
+  flat = jax.tree.leaves_with_path(errors)
+  return max(((error, jax.tree_util.keystr(path)) for path, error in flat))
+
+
+def check_evaluation(name, size, batch):
+  ours = network(name)
+  images, taps, logits = torch_evaluation(name, size, batch)
+  module = models.create(ours.config, CLASSES)
+
+  @jax.jit
+  def run(variables, images):
+    seen = []
+
+    def tap(index, feature):
+      assert index == len(seen)
+      seen.append(feature)
+      return feature
+
+    features = module.apply(variables, images, tap=tap, method="features")
+    return seen, module.apply(variables, features, method="classify")
+
+  our_taps, our_logits = run(ours.variables, images)
+  assert len(our_taps) == len(taps) == module.num_taps
+  assert worst_error(our_taps, taps) < (OUTPUT,)
+  assert our_logits.dtype == jnp.float32
+  assert reference.relative_error(our_logits, logits) < OUTPUT
+  assert module.tap_sizes((size, size)) == tuple(tap.shape[1:3] for tap in taps)
+
+
+def check_training(name, size, batch):
+  """Outputs and statistics always; gradients on the first images without a kink.
+
+  Where an activation lies within float32's rounding error of a ReLU's kink, or two
+  within it of each other under a max pool, the gradient in float32 is another than in
+  float64 by more than 1e-4: PyTorch's own float32 gradients show the same. How many do
+  depends on the images, so a few are tried. A wrong gradient is wrong on all of them.
+  """
+  ours = network(name)
+  step = our_step(ours)
+  labels = np.arange(batch) % CLASSES
+  worst = []
+  for seed in range(6):
+    images = reference.images(batch, size, seed)
+    logits, gradients, stats = step(images, labels)
+    their_logits, their_gradients, their_stats = torch_step(ours, images, labels)
+    assert worst_error(logits, their_logits) < (OUTPUT,)
+    assert not their_stats or worst_error(stats, their_stats) < (OUTPUT,)
+    worst.append(worst_error(gradients, their_gradients))
+    if worst[-1] < (GRADIENT,):
+      return
+  raise AssertionError(f"gradients differ on all images: {worst}")
+
+
+def check_logits(name, size, batch, dtype, folded, tolerance):
+  ours = network(name)
+  images, _, expected = torch_evaluation(name, size, batch)
+  module = models.create(ours.config, CLASSES, dtype=dtype, folded=folded)
+  variables = ours.variables
+  if folded:
+    _, variables = models.fold(models.create(ours.config, CLASSES), variables)
+    assert list(variables) == ["params"]
+    assert list(variables["params"]) == ["backbone", "head"]
+  logits, aux = jax.jit(module.apply)(variables, images)
+  assert aux == () and logits.dtype == jnp.float32
+  assert reference.relative_error(logits, expected) < tolerance
+
+
+CHECKS = {
+  "evaluation": check_evaluation,
+  "frozen": functools.partial(
+    check_logits, dtype=jnp.float32, folded=True, tolerance=OUTPUT
+  ),
+  "bfloat16": functools.partial(
+    check_logits, dtype=jnp.bfloat16, folded=False, tolerance=BFLOAT16
+  ),
+  "training": check_training,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parity_at_a_small_odd_size(name, check):
+  CHECKS[check](name, SMALL[name], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [*CHECKS, "frozen bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parity_at_224(name, check):
+  checks = {
+    **CHECKS,
+    "frozen bfloat16": functools.partial(
+      check_logits, dtype=jnp.bfloat16, folded=True, tolerance=BFLOAT16
+    ),
+  }
+  checks[check](name, 224, 2)
