@@ -10,23 +10,37 @@ import jax
 import jax.numpy as jnp
 
 
-def gaussian_weights(sigma: jax.Array, kernel_size: int) -> list[jax.Array]:
-  """Returns the normalized 1D Gaussian's weights at distances 0 ... kernel_size // 2.
-
-  The k x k kernel is the product of two of these. Sigma 0 gives exactly (1, 0, 0, ...).
+def gaussian_terms(sigma: jax.Array, kernel_size: int) -> tuple[jax.Array, jax.Array]:
+  """Returns (scale, q) of the normalized 1D Gaussian: its weights are scale q^(d^2).
 
   Args:
-    sigma: standard deviation in pixels, any shape; 0 is allowed.
-    kernel_size: odd, static.
+    sigma: standard deviation in pixels, any shape; 0 is allowed and gives exactly
+      (1, 0), the identity.
+    kernel_size: odd, static: distances d run from 0 to kernel_size // 2.
 
   Returns:
-    kernel_size // 2 + 1 arrays of sigma's shape.
+    Two arrays of sigma's shape. The k x k kernel is the product of two such lines.
   """
-  # Below 1e-6 all weights but the centre's underflow to zero anyway.
-  sigma = jnp.maximum(sigma, 1e-6)
-  weights = [jnp.exp(-0.5 * jnp.square(d / sigma)) for d in range(kernel_size // 2 + 1)]
-  total = weights[0] + 2 * sum(weights[1:])
-  return [w / total for w in weights]
+  # Below 1e-6, q underflows to zero anyway.
+  q = jnp.exp(-0.5 * jnp.square(1 / jnp.maximum(sigma, 1e-6)))
+  one_side = gaussian_weights(jnp.ones_like(q), q, kernel_size)[1:]
+  return 1 / (1 + 2 * sum(one_side)), q
+
+
+def gaussian_weights(
+  scale: jax.Array, q: jax.Array, kernel_size: int
+) -> list[jax.Array]:
+  """Returns scale q^(d^2) for d = 0 ... kernel_size // 2.
+
+  By multiplication, (d + 1)^2 = d^2 + (2 d + 1): a loop over pixels then reads two
+  values a pixel instead of kernel_size // 2 + 1. The product of 36 factors is off by
+  2e-6 of a weight at most.
+  """
+  weights, factor = [scale], q
+  for _ in range(kernel_size // 2):
+    weights.append(weights[-1] * factor)
+    factor = factor * (q * q)
+  return weights
 
 
 def gaussian_blur(
@@ -51,9 +65,13 @@ def gaussian_blur(
     float32 [H, W, C] in [0, 1].
   """
   del key
-  weights = gaussian_weights(level, kernel_size)
+  terms = gaussian_terms(level, kernel_size)
   if jnp.ndim(level) > 0:
-    weights = [_per_value(w, image.shape) for w in weights]
+    # Kept out of the loop over taps, where broadcasting would hinder vectorization.
+    terms = jax.lax.optimization_barrier(
+      tuple(_per_value(term, image.shape) for term in terms)
+    )
+  weights = gaussian_weights(*terms, kernel_size)
   if jnp.ndim(level) == 0:
     blurred = _horizontal(weights, _vertical(weights, image))
   elif one_axis:
