@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
@@ -53,6 +53,8 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   FILE: re.Pattern
   DESCRIPTION: str
   HOMEPAGE: str
+  # Where the archive or its extracted folder is, or the download goes.
+  source_dir: Path
 
   def lists(self) -> splits.Lists:
     """Returns the authors' split."""
@@ -61,6 +63,12 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def class_key(self, folder: str) -> str:
     """Returns what identifies a class among folder names that differ in writing."""
     return re.sub(r"[^a-z0-9]", "", folder.casefold())
+
+  def extracted(self) -> Path | None:
+    """Returns the folder of class folders, if the archive is extracted already."""
+    classes = {self.class_key(name) for name in self.lists()}
+    is_class = lambda name: self.class_key(name) in classes
+    return extracted(self.SOURCE, self.source_dir, is_class)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -78,8 +86,9 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # Its downloads would not be resumable by hand: see `locate`.
-    source = locate(self.SOURCE, Path(self._data_dir_root))
+    # Its download folders are no place to drop a file into by hand.
+    del dl_manager
+    source = self.extracted() or archive(self.SOURCE, self.source_dir)
     self._check_complete(source)
     return {split: self._generate_examples(source, split) for split in SPLITS}
 
@@ -202,58 +211,56 @@ class Caltech101(_Caltech, skip_registration=True):
   )
 
 
-def locate(source: Source, folder: Path) -> Path:
-  """Finds a dataset's files in a folder, or downloads the archive into it.
+def extracted(
+  source: Source, folder: Path, is_class: Callable[[str], bool]
+) -> Path | None:
+  """Returns the folder of class folders in `folder`, or `folder` itself, if any."""
+  for place in (folder / source.folder, folder):
+    if place.is_dir() and any(is_class(entry.name) for entry in place.iterdir()):
+      return place
+  return None
 
-  Tried in turn: `folder` itself or `source.folder` in it, if it holds class folders;
-  the archive, its checksum verified; the download.
+
+def archive(source: Source, folder: Path) -> Path:
+  """Returns the archive in a folder, downloaded if absent, its checksum verified.
 
   Args:
     source: what to find.
     folder: created if a download needs it.
 
-  Returns:
-    A folder or an archive.
-
   Raises:
-    UsageError: nothing is there, and the download is impossible.
-    RunError: the archive's checksum is wrong.
+    UsageError: it is not there, and the download is impossible.
+    RunError: its checksum is wrong.
   """
-  for place in (folder / source.folder, folder):
-    if place.is_dir() and place.name == source.folder:
-      return place
-  archive = folder / source.archive
-  if not archive.exists():
-    _download(source, archive)
-  digest = _md5(archive)
+  path = folder / source.archive
+  if not path.exists():
+    _download(source, path)
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "md5").hexdigest()
   if digest != source.md5:
     raise RunError(
-      f"{archive} is damaged: its MD5 is {digest}, that of {source.url} is "
-      f"{source.md5}; delete it and fetch it again"
+      f"{path} is damaged: its MD5 is {digest}, that of {source.url} is {source.md5}; "
+      "delete it and fetch it again"
     )
-  return archive
+  return path
 
 
-def _download(source: Source, archive: Path) -> None:
-  part = archive.with_name(archive.name + ".part")
+def _download(source: Source, path: Path) -> None:
+  part = path.with_name(path.name + ".part")
   try:
     with urllib.request.urlopen(source.url, timeout=30) as response:
-      archive.parent.mkdir(parents=True, exist_ok=True)
-      logging.info("downloading %s (%s) to %s", source.url, source.size, archive)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      logging.info("downloading %s (%s) to %s", source.url, source.size, path)
       with part.open("wb") as file:
         while chunk := response.read(_CHUNK):
           file.write(chunk)
-    os.replace(part, archive)
+    os.replace(part, path)
   except OSError as error:
     reason = getattr(error, "reason", None) or error
     raise UsageError(
-      f"{source.archive} is not in {archive.parent} and cannot be downloaded "
+      f"{source.archive} is not in {path.parent} and cannot be downloaded "
       f"({reason}): get {source.url} ({source.size}, MD5 {source.md5}) elsewhere and "
       f"put it there, or its extracted folder {source.folder}; or run the experiment "
       "on the embedded photographs: add ':demo' to the config's path"
     ) from error
 
-
-def _md5(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "md5").hexdigest()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fidelity_jax.data import caltech
+from fidelity_jax.data import caches, caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import RunError, UsageError
 
 BUILDERS = {"caltech256": caltech.Caltech256, "caltech101": caltech.Caltech101}
 # Names that people know better than TFDS's own.
@@ -101,11 +103,10 @@ def build(
 
 
 def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
+  # The log has a line before and after; the bars would break it.
+  tfds.disable_progress_bar()
   if name in BUILDERS:
-    builder = BUILDERS[name](data_dir=folder, file_format=_FORMAT)
-    # This project's errors say all there is to say.
-    builder.download_and_prepare()
-    return builder
+    return _prepared(BUILDERS[name], folder)
   tfds_name = _ALIASES.get(name, name)
   try:
     builder = tfds.builder(tfds_name, data_dir=folder, file_format=_FORMAT)
@@ -119,6 +120,27 @@ def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
       f"tfds.builder('{tfds_name}', data_dir='{folder}', "
       "file_format='array_record').download_and_prepare()\""
     ) from error
+  return builder
+
+
+def _prepared(
+  make: type[tfds.core.DatasetBuilder], folder: Path
+) -> tfds.core.DatasetBuilder:
+  """Returns one of this package's builders, its files written if need be."""
+  make.source_dir = folder
+  # Files that somebody extracted are not written among.
+  own = folder / make.SOURCE.folder
+  ours = os.access(folder, os.W_OK) or not folder.exists()
+  if ours and (own.is_dir() or make(data_dir=folder).extracted() is None):
+    target = folder
+  else:
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    target = caches.folder() / f"tfds-{digest}"
+  builder = make(data_dir=target, file_format=_FORMAT)
+  try:
+    builder.download_and_prepare()
+  except OSError as error:
+    raise RunError(f"cannot prepare {make.LIST} in {target}: {error}") from error
   return builder
 
 
@@ -144,10 +166,10 @@ def _open(
     ) from error
   examples = [source[i] for i in range(len(source))]
   names = features["label"].names
-  keys = [
-    f"{name}/{example['key']}" if "key" in example else f"{name}/{expression}/{i:07d}"
-    for i, example in enumerate(examples)
-  ]
+  if "key" in features:
+    keys = [f"{name}/{example['key'].decode()}" for example in examples]
+  else:
+    keys = [f"{name}/{expression}/{i:07d}" for i in range(len(examples))]
   return Dataset(
     name=name,
     split=split,
