@@ -101,30 +101,46 @@ def nchw(x):
   return torch.tensor(x, dtype=torch.float64).permute(0, 3, 1, 2)
 
 
-def compare(network, feature_size, path, size, transform_input=False, **options):
-  """Logits, and gradients with respect to every network that the method trains."""
+def compare(
+  network,
+  feature_size,
+  path,
+  size,
+  gradients=1e-3,
+  transform_input=False,
+  **options,
+):
+  """Logits, and gradients with respect to every network that the method trains.
+
+  `gradients` is their tolerance relative to the largest element of each tensor, or
+  None, which leaves them out.
+  """
   theirs = reference(network, feature_size, **options)
   safetensors.numpy.save_file(torch_reference.state_dict(theirs), path)
   ours, variables = from_file(path, transform_input, **options)
   degraded, clean = images(size)
   weights = np.random.default_rng(1).normal(size=(2, NUM_CLASSES)).astype(np.float32)
 
-  trained = {
-    name: variables[name]
-    for name in ("calibration", "ensemble", "estimator")
-    if name in variables
-  }
+  trains = ("calibration", "ensemble", "estimator")
+  trained = {name: variables[name] for name in trains if name in variables}
+  frozen = {name: variables[name] for name in variables if name not in trains}
 
-  def loss(trained):
-    logits = ours.logits(variables | trained, degraded, clean)
+  def loss(trained, frozen):
+    logits = ours.logits(trained | frozen, degraded, clean)
     return jnp.sum(logits * weights), logits
 
-  (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+  if gradients is None:
+    _, logits = jax.jit(loss)(trained, frozen)
+  else:
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, logits), grads = step(trained, frozen)
 
-  expected = theirs(nchw(degraded), nchw(clean))
-  (expected * torch.tensor(weights)).sum().backward()
-  expected = expected.detach().numpy()
+  logits_torch = theirs(nchw(degraded), nchw(clean))
+  expected = logits_torch.detach().numpy()
   np.testing.assert_allclose(logits, expected, atol=1e-4 * expected.std())
+  if gradients is None:
+    return
+  (logits_torch * torch.tensor(weights)).sum().backward()
 
   # The gradients travel the way the weights did.
   state = torch_reference.state_dict(theirs)
@@ -142,25 +158,19 @@ def compare(network, feature_size, path, size, transform_input=False, **options)
       other = other[key.key]
     scale = np.abs(other).max()
     np.testing.assert_allclose(
-      gradient, other, atol=1e-3 * scale, err_msg=jax.tree_util.keystr(keys)
+      gradient, other, atol=gradients * scale, err_msg=jax.tree_util.keystr(keys)
     )
 
 
-MODULES = (
-  "spatial_multiplication",
-  "spatial_addition",
-  "residual",
-  "channel_multiplication",
-  "channel_concatenation",
-)
+# Every map, source, resize method and ablation, each beside different others.
 COMBINATIONS = [
   dict(kind="l1", source="oracle", num_convs=2),
-  dict(kind="l2", source="oracle", resize="bicubic", ensemble=True),
-  dict(kind="cosine", source="oracle", resize="nearest"),
   dict(kind="l1", source="degraded", ensemble=True),
-  dict(kind="l2", source="restored", resize="nearest"),
-  dict(kind="cosine", source="degraded", resize="bicubic"),
-  *({"source": "degraded", module: False} for module in MODULES),
+  dict(kind="l1", source="degraded", channel_multiplication=False),
+  dict(kind="l2", source="oracle", resize="bicubic", spatial_multiplication=False),
+  dict(kind="l2", source="restored", resize="nearest", residual=False),
+  dict(kind="cosine", source="oracle", resize="nearest", channel_concatenation=False),
+  dict(kind="cosine", source="degraded", resize="bicubic", spatial_addition=False),
 ]
 
 
@@ -177,23 +187,31 @@ def torchvision_network(name):
   return make(num_classes=NUM_CLASSES, **extra), sizes[name]
 
 
+# At a rounding's distance from a kink (ReLU, max pool) a gradient may jump: these
+# networks have enough of them to need some room.
+ROOM = 5e-3
+
+
 @pytest.mark.parametrize(
-  "name,size",
+  "name,size,gradients",
   [
-    ("alexnet", 63),
-    pytest.param("vgg16", 32, marks=pytest.mark.slow),
-    ("googlenet", 32),
-    ("resnet18", 32),
-    ("resnet50", 33),
+    ("alexnet", 63, ROOM),
+    ("googlenet", 32, None),
+    ("resnet50", 33, None),
+    pytest.param("googlenet", 32, ROOM, marks=pytest.mark.slow),
+    pytest.param("resnet18", 32, ROOM, marks=pytest.mark.slow),
+    pytest.param("resnet50", 33, ROOM, marks=pytest.mark.slow),
+    pytest.param("vgg16", 32, ROOM, marks=pytest.mark.slow),
   ],
 )
-def test_backbones(name, size, tmp_path):
+def test_backbones(name, size, gradients, tmp_path):
   network, feature_size = torchvision_network(name)
   compare(
     network,
     feature_size,
     tmp_path / "weights.safetensors",
     size,
+    gradients,
     source="degraded",
     ensemble=True,
     ratio=16 / feature_size,

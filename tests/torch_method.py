@@ -211,8 +211,4 @@ def split(network: nn.Module) -> tuple[nn.Module, nn.Module]:
   for auxiliary in ("aux1", "aux2"):
     if hasattr(network, auxiliary):
       setattr(network, auxiliary, None)
-  if hasattr(network, "dropout") and name == "fc":
-    # GoogLeNet's dropout comes before fc: part of the head.
-    head = nn.Sequential(network.dropout, head)
-    network.dropout = nn.Identity()
   return network, head
