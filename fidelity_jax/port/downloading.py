@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import http.client
 import os
 import pathlib
 import re
@@ -111,7 +112,7 @@ def _transfer(
       have = have if resumed else 0
       total = have + int(response.headers.get("Content-Length", 0))
       report = progress.Progress(
-        f"download {url.rsplit('/', 1)[-1]}", total >> 20, have >> 20, unit="MiB"
+        f"download {url.rsplit('/', 1)[-1]}", total >> 20, have >> 20, unit="mebibyte"
       )
       with open(part, "ab" if resumed else "wb") as file:
         while chunk := response.read(_CHUNK):
@@ -121,10 +122,10 @@ def _transfer(
             report.update(have >> 20)
       report.close()
   except urllib.error.HTTPError as error:
-    if error.code == 416:  # Everything is here already; the checksum will tell.
+    if error.code == 416 and have:  # Everything is here; the checksum will tell.
       return
     raise _unavailable(url, checksum, folder, error) from error
-  except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+  except (OSError, http.client.HTTPException) as error:
     raise _unavailable(url, checksum, folder, error) from error
   if have < total:
     raise errors.RunError(

@@ -49,7 +49,7 @@ def load_file(
       it looks like; missing, unexpected and misshapen tensors are named.
   """
   state = reading.read_state(path)
-  parts = _recognize(state, path, transform_input)
+  parts = recognize(state, path, transform_input)
   names = read_class_names(class_names) if class_names else None
   if names:
     part = parts.get("classifier") or parts.get("head")
@@ -77,9 +77,16 @@ def read_class_names(path: pathlib.Path) -> list[str]:
   return [line.strip() for line in lines if line.strip()]
 
 
-def _recognize(
-  state: State, path: pathlib.Path, transform_input: bool
+def recognize(
+  state: State, path: pathlib.Path, transform_input: bool = True
 ) -> dict[str, Part]:
+  """Returns the networks that tensors by PyTorch name make up.
+
+  Args:
+    state: tensors by name, in PyTorch's layout.
+    path: where they came from, for errors.
+    transform_input: as for `load_file`.
+  """
   if any(name.startswith(_FGNIC) for name in state) or set(state) == {
     "classifier.weight",
     "classifier.bias",
@@ -101,7 +108,8 @@ def _recognize(
   if config["name"] == "vgg16" and _without_head(state, path):
     features = {k: v for k, v in state.items() if k.startswith("features.")}
     part = networks.backbone(features, config, what)
-    _expect_imagenet_input(part.variables["params"]["backbone"]["conv1_1"])
+    params = part.variables["params"]["backbone"]
+    params["conv1_1"] = _expect_imagenet_input(params["conv1_1"])
     return {"backbone": part}
   return {"classifier": networks.classifier(state, config, what)}
 
@@ -170,8 +178,8 @@ def _without_head(state: State, path: pathlib.Path) -> bool:
   return not finite or path.name.startswith("vgg16_features-")
 
 
-def _expect_imagenet_input(conv: Mapping[str, Any]) -> None:
-  """Makes a first convolution take ImageNet-normalized input, in place.
+def _expect_imagenet_input(conv: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a first convolution that takes ImageNet-normalized input.
 
   Exact but for the zero padding, which now stands for ImageNet's mean colour instead of
   the original's; they differ by less than 0.003 of the range.
@@ -179,5 +187,7 @@ def _expect_imagenet_input(conv: Mapping[str, Any]) -> None:
   mean = np.asarray(layers.IMAGENET_MEAN, np.float32)
   std = np.asarray(layers.IMAGENET_STD, np.float32)
   shift = (mean - _AMDEGROOT_MEAN) / _AMDEGROOT_STD
-  conv["bias"] += np.einsum("hwio,i->o", conv["kernel"], shift)
-  conv["kernel"] *= (std / _AMDEGROOT_STD)[:, None]
+  return {
+    "kernel": conv["kernel"] * (std / _AMDEGROOT_STD)[:, None],
+    "bias": conv["bias"] + np.einsum("hwio,i->o", conv["kernel"], shift),
+  }

@@ -60,16 +60,18 @@ def _read_torch(path: pathlib.Path) -> Any:
       f"reading {path} needs PyTorch: pip install 'fidelity_jax[torch]', or save the "
       "tensors as .safetensors, which needs no PyTorch"
     ) from error
+  if not _is_pickle(path):
+    raise errors.UsageError(
+      f"{path} is neither a PyTorch checkpoint nor a .safetensors file"
+    )
   try:
     return torch.load(path, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
-    if not _is_pickle(path):
-      raise errors.UsageError(
-        f"{path} is neither a PyTorch checkpoint nor a .safetensors file"
-      ) from error
+    # PyTorch's own message is long advice; the error inside names what it refused.
+    refused = str(error.__context__ or error).splitlines()[0]
     raise errors.UsageError(
       f"{path} is refused: it is a pickle that holds more than tensors and could run "
-      f"code ({_refused(error)}); save the network's state_dict() instead"
+      f"code ({refused}); save the network's state_dict() instead"
     ) from error
   except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -84,14 +86,6 @@ def _is_pickle(path: pathlib.Path) -> bool:
     return True
   with open(path, "rb") as file:
     return file.read(1) == pickle.PROTO
-
-
-def _refused(error: Exception) -> str:
-  """Returns the part of torch's long message that names what was refused."""
-  for line in str(error).splitlines():
-    if "WeightsUnpickler error" in line:
-      return line.split("WeightsUnpickler error:")[-1].strip().split(". ")[0]
-  return str(error).splitlines()[0]
 
 
 def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
