@@ -5,8 +5,9 @@
 The other side is each definition of METHOD section 3 written the obvious way in
 PyTorch for one image in one thread, as a DataLoader worker would run it, then stacked
 into a batch. Where the level varies over the image it loops: over rows or columns when
-it varies along one axis, over pixels when it varies in two dimensions. Loops that take
-seconds an image are timed on one image and scaled to the batch.
+it varies along one axis ("1d"), over pixels when it varies in two dimensions ("2d").
+"1d-pixels" is the former by the latter's general loop. Loops that take seconds an image
+are timed on one image and scaled to the batch.
 
 The JAX side is one jitted call for the batch of 64 on all cores. The two alternate
 within every repetition; medians are printed. The last lines set the slowest
@@ -32,7 +33,7 @@ from fidelity_jax.models import DnCNN
 
 SIZE = 224
 BATCH = 64
-VARIATIONS = ("uniform", "discrete", "1d", "2d")
+VARIATIONS = ("uniform", "discrete", "1d", "1d-pixels", "2d")
 
 
 def gaussian_kernel(sigma: float, size: int = 13) -> torch.Tensor:
@@ -136,19 +137,30 @@ class Plain:
     window = window[:, :, around - half : around + half + SIZE]
     return blur_window(window, kernel)[:, 0].clamp(0, 1)
 
+  def vary_1d_pixels(self, image: torch.Tensor) -> torch.Tensor:
+    """As `vary_1d`, but by the general loop over pixels."""
+    axis = random.randrange(2)
+    a, b = (self.top, 0.0) if random.random() < 0.5 else (0.0, self.top)
+    level = lambda *place: a + (b - a) * place[axis] / (SIZE - 1)
+    return self._by_pixel(image, level)
+
   def vary_2d(self, image: torch.Tensor) -> torch.Tensor:
     """The level changes with the distance to a random pixel; a loop over pixels."""
     row0, column0 = random.randrange(SIZE), random.randrange(SIZE)
     a, b = (self.top, 0.0) if random.random() < 0.5 else (0.0, self.top)
     far = SIZE - 1
     farthest = math.hypot(max(row0, far - row0), max(column0, far - column0))
+    distance = lambda row, column: math.hypot(row - row0, column - column0)
+    level = lambda row, column: b + (a - b) * distance(row, column) / farthest
+    return self._by_pixel(image, level)
+
+  def _by_pixel(self, image, level_at) -> torch.Tensor:
     output = image.clone()
     padded = pad(image, self.reach) if "blur" in self.kind else None
     corner = random.random(), random.random()
     for row in range(SIZE):
       for column in range(SIZE):
-        distance = math.hypot(row - row0, column - column0)
-        level = b + (a - b) * distance / farthest
+        level = level_at(row, column)
         if level > 0:
           output[:, row, column] = self._pixel(
             image, padded, row, column, level, corner
@@ -183,7 +195,7 @@ def specification(kind: str, variation: str) -> dict:
     return {"kind": kind, "level": levels[-1]}
   if variation == "discrete":
     return {"kind": kind, "level": list(levels)}
-  return {"kind": kind, "level": (levels[-1], 0), "vary": variation}
+  return {"kind": kind, "level": (levels[-1], 0), "vary": variation[:2]}
 
 
 def timed(function) -> float:
@@ -203,13 +215,15 @@ def compare(kind: str, variation: str, repeats: int) -> dict:
   ours = lambda: jax.block_until_ready(function(keys, on_device))
 
   plain = Plain(kind, degradations.KINDS[kind].levels[-1])
-  method = getattr(plain, f"vary_{variation}" if "d" == variation[-1] else variation)
+  varying = variation[0] in "12"
+  name = f"vary_{variation}".replace("-", "_") if varying else variation
+  method = getattr(plain, name)
   chw = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-  count = {"1d": 4, "2d": 1}.get(variation, BATCH)
+  count = {"1d": 4, "1d-pixels": 1, "2d": 1}.get(variation, BATCH)
   theirs = lambda: torch.stack([method(image) for image in chw[:count]])
 
   ours()
-  if variation != "2d":
+  if count > 1:
     theirs()
   pairs = [(timed(ours), timed(theirs) * BATCH / count) for _ in range(repeats)]
   jax_seconds = statistics.median(pair[0] for pair in pairs)

@@ -1,6 +1,6 @@
 r"""Draws what each degradation does to an image: the report's Figures 3.2 and A.1.
 
-  python -m fidelity_jax.gallery [IMAGE ...] --out=DIR [--kind=awgn] [--size=224]
+  python -m fidelity_jax.gallery [IMAGE ...] --out=DIR [--kind=awgn] [--format=jpg]
 
 For every image (by default two embedded photographs) and every kind one picture
 IMAGE-KIND.png: the clean image, the kind's levels, and a level that varies along one
@@ -27,6 +27,7 @@ from fidelity_jax.errors import RunError, UsageError
 EMBEDDED = ("astronaut.png", "chelsea.png")
 KINDS = tuple(kind for kind in degradations.KINDS if kind != "clean")
 _LARGEST = 2048
+_ENCODER = {"png": {"optimize": True}, "jpg": {"quality": 80, "optimize": True}}
 _TITLES = {
   "awgn": "AWGN",
   "salt_and_pepper": "Salt and pepper",
@@ -49,7 +50,7 @@ def read_square(path: Path, size: int) -> np.ndarray:
   if not path.is_file():
     raise UsageError(f"{path}: no such file; name image files")
   try:
-    pixels = image_files.Picture(path.read_bytes()).pixels()
+    pixels = image_files.decode(path.read_bytes())
   except (image_files.BadImageError, OSError) as error:
     raise RunError(f"{path}: cannot be read as an image: {error}") from error
   image = Image.fromarray(pixels)
@@ -107,7 +108,12 @@ def draw(
 
 
 def make(
-  paths: Sequence[Path], out: Path, kinds: Sequence[str], size: int, seed: int
+  paths: Sequence[Path],
+  out: Path,
+  kinds: Sequence[str],
+  size: int = 224,
+  seed: int = 0,
+  suffix: str = "png",
 ) -> list[Path]:
   """Draws the gallery of each image; returns the pictures' paths.
 
@@ -124,7 +130,7 @@ def make(
 
   def save(rows, path):
     try:
-      draw(rows).savefig(path, dpi=110, pil_kwargs={"optimize": True})
+      draw(rows).savefig(path, dpi=110, pil_kwargs=_ENCODER[suffix])
     except OSError as error:
       raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     written.append(path)
@@ -132,9 +138,9 @@ def make(
   for name, image in zip(names, images, strict=True):
     rows = [(_TITLES[kind], panels(image, kind, seed)) for kind in kinds]
     for kind, row in zip(kinds, rows, strict=True):
-      save([row], out / f"{name}-{kind}.png")
+      save([row], out / f"{name}-{kind}.{suffix}")
     if len(rows) > 1:
-      save(rows, out / f"{name}-all.png")
+      save(rows, out / f"{name}-all.{suffix}")
   return written
 
 
@@ -162,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--kind", help=f"one of {', '.join(KINDS)} (default: all)")
   parser.add_argument("--size", type=int, default=224, help="pixels (default 224)")
   parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+  parser.add_argument("--format", choices=tuple(_ENCODER), default="png")
   args = parser.parse_args(arguments)
   embedded = Path(skimage.__file__).parent / "data"
   paths = [Path(path) for path in args.images] or [embedded / f for f in EMBEDDED]
@@ -175,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       if step.kind not in KINDS:
         raise UsageError(f"--kind={args.kind}: shows nothing; choose another")
       kinds = (step.kind,)
-    for path in make(paths, Path(args.out), kinds, args.size, args.seed):
+    for path in make(paths, Path(args.out), kinds, args.size, args.seed, args.format):
       print(path)
   except (UsageError, RunError) as error:
     print(f"fidelity_jax: {error}", file=sys.stderr)

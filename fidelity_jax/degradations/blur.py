@@ -58,33 +58,32 @@ def gaussian_blur(
     level: sigma in pixels: a scalar, or a field [H, W, 1]; with a field every output
       pixel is the sum under the kernel of its own sigma. Sigma 0 is the identity.
     kernel_size: odd, static.
-    one_axis: static promise that a field varies along one axis only (whichever); the
-      result is the same, but two passes of kernel_size taps replace kernel_size^2.
+    one_axis: static promise that a field varies along one axis only (whichever). The
+      result is the same; on a square image two passes of kernel_size taps then replace
+      kernel_size^2.
 
   Returns:
     float32 [H, W, C] in [0, 1].
   """
   del key
-  terms = gaussian_terms(level, kernel_size)
-  if jnp.ndim(level) > 0:
+  if jnp.ndim(level) == 0:
+    weights = gaussian_weights(*gaussian_terms(level, kernel_size), kernel_size)
+    blurred = _separable(weights, image)
+  elif one_axis and image.shape[0] == image.shape[1]:
+    # A level that is constant along each row weights all of a row's vertical sums
+    # alike: vertical, then horizontal is exact. Where it is constant along the columns,
+    # the image is turned, and turned back.
+    along_rows = jnp.all(level == level[:, :1])
+    turn = lambda x: jnp.where(along_rows, x, jnp.swapaxes(x, 0, 1))
+    terms = gaussian_terms(turn(level)[:, 0], kernel_size)
+    weights = gaussian_weights(*terms, kernel_size)
+    blurred = turn(_separable(weights, turn(image)))
+  else:
     # Kept out of the loop over taps, where broadcasting would hinder vectorization.
     terms = jax.lax.optimization_barrier(
-      tuple(_per_value(term, image.shape) for term in terms)
+      tuple(_per_value(t, image.shape) for t in gaussian_terms(level, kernel_size))
     )
-  weights = gaussian_weights(*terms, kernel_size)
-  if jnp.ndim(level) == 0:
-    blurred = _horizontal(weights, _vertical(weights, image))
-  elif one_axis:
-    # Where the level is constant along a row, a pixel's whole row of vertical sums is
-    # weighted as its own is: vertical, then horizontal is exact; else the reverse.
-    along_rows = jnp.all(level == level[:, :1])
-    first = jnp.where(
-      along_rows, _vertical(weights, image), _horizontal(weights, image)
-    )
-    blurred = jnp.where(
-      along_rows, _horizontal(weights, first), _vertical(weights, first)
-    )
-  else:
+    weights = gaussian_weights(*terms, kernel_size)
     reach = kernel_size // 2
     padded = _rows(_pad(image, reach, reach))
 
@@ -192,15 +191,12 @@ def _symmetric_sum(weights, shift) -> jax.Array:
   return total
 
 
-def _vertical(weights, image) -> jax.Array:
+def _separable(weights, image) -> jax.Array:
+  """Vertical, then horizontal sums; the weights broadcast with [H, W * C]."""
   reach = len(weights) - 1
   padded = _rows(_pad(image, reach, 0))
   shift = lambda d: _window(padded, image.shape, d, 0, (reach, 0))
-  return _symmetric_sum(weights, shift).reshape(image.shape)
-
-
-def _horizontal(weights, image) -> jax.Array:
-  reach = len(weights) - 1
-  padded = _rows(_pad(image, 0, reach))
-  shift = lambda d: _window(padded, image.shape, 0, d, (0, reach))
+  first = _symmetric_sum(weights, shift).reshape(image.shape)
+  padded_again = _rows(_pad(first, 0, reach))
+  shift = lambda d: _window(padded_again, image.shape, 0, d, (0, reach))
   return _symmetric_sum(weights, shift).reshape(image.shape)
