@@ -1,0 +1,86 @@
+"""What tests share: the toy-sized experiment, and running the command for real."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The demo at toy size: every stage real, everything as small as it can be.
+TOY = {
+  "dataset.per_class": 12,
+  "dataset.image_size": 32,
+  "batch_size": 16,
+  "epochs": 2,
+  "warmup_epochs": 1,
+  "ensemble.epochs": 1,
+  "ensemble.warmup_epochs": 0,
+  "evaluation.rounds": 2,
+  "evaluation.batch_size": 32,
+  "parents.classifier.model.stage_sizes": (1, 1),
+  "parents.classifier.model.width": 8,
+  "parents.classifier.batch_size": 16,
+  "parents.classifier.epochs": 2,
+  "parents.classifier.warmup_epochs": 1,
+  "parents.restorer.model.depth": 3,
+  "parents.restorer.model.width": 4,
+  "parents.restorer.patch_size": 16,
+  "parents.restorer.patch_stride": 16,
+  "parents.restorer.epochs": 2,
+  "parents.restorer.warmup_epochs": 0,
+}
+
+TOY_ESTIMATOR = {
+  key.replace("restorer", "estimator"): value
+  for key, value in TOY.items()
+  if "restorer" in key
+}
+
+
+def overrides(fields: dict) -> list[str]:
+  """Returns command-line flags that set config fields."""
+  return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> pathlib.Path:
+  """A compilation cache that processes of one test session share."""
+  return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="session")
+def command(compilation_cache):
+  """Runs `python -m fidelity_jax.main`, or another program, as a user would."""
+
+  def run(*arguments, program=("-m", "fidelity_jax.main"), env=None, check=None):
+    environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+      **(env or {}),
+    }
+    result = subprocess.run(
+      [sys.executable, *program, *map(str, arguments)],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=600,
+    )
+    if check is not None:
+      assert result.returncode == check, result.stderr
+    return result
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def toy_run(command, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a finished toy-sized oracle experiment."""
+  workdir = tmp_path_factory.mktemp("toy")
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  command(*arguments, *overrides(TOY), check=0)
+  return workdir

@@ -1,0 +1,60 @@
+"""Runs the main command and ends it, by a real signal, at a chosen moment.
+
+  python tests/killer.py SIGNAL MOMENT COUNT FLAG...
+
+Moments, the COUNT-th of which is fatal: "step" (after a training step), "write" (inside
+a checkpoint write, seen by its temporary directory), "finish" (a stage is trained and
+not yet marked), "evaluate" (after a round of a condition).
+"""
+
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import threading
+
+from fidelity_jax import evaluate, progress, stages
+
+
+def main() -> None:
+  """Arms the trap and runs the command."""
+  number, moment, count = getattr(signal, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+  sys.argv = ["fidelity_jax.main", *sys.argv[4:]]
+  left = [count]
+
+  def reached() -> None:
+    left[0] -= 1
+    if left[0] == 0:
+      os.kill(os.getpid(), number)
+
+  def before(function):
+    def wrapped(*args, **kwargs):
+      reached()
+      return function(*args, **kwargs)
+
+    return wrapped
+
+  if moment == "step":
+    progress.Progress.due = before(progress.Progress.due)
+  elif moment == "finish":
+    stages.Stage.finish = before(stages.Stage.finish)
+  elif moment == "evaluate":
+    evaluate.Evaluation._round = before(evaluate.Evaluation._round)
+  elif moment == "write":
+    (workdir,) = [a.split("=", 1)[1] for a in sys.argv if a.startswith("--workdir=")]
+    threading.Thread(target=_watch, args=(workdir, reached), daemon=True).start()
+  runpy.run_module("fidelity_jax.main", run_name="__main__", alter_sys=True)
+
+
+def _watch(workdir: str, reached) -> None:
+  seen = set()
+  while True:
+    for path in pathlib.Path(workdir).glob("*/checkpoints/*tmp*"):
+      if path not in seen:
+        seen.add(path)
+        reached()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,196 @@
+"""The command: what it leaves behind, and how it refuses."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from conftest import TOY, overrides
+
+DEMO = "--config=configs/oracle.py:demo"
+
+
+def test_it_leaves_what_it_promises(toy_run):
+  kinds = []
+  for directory in sorted(p for p in toy_run.iterdir() if p.is_dir()):
+    kind = directory.name.split("-")[0]
+    kinds.append(kind)
+    if kind == "evaluation":
+      continue
+    config = json.loads((directory / "config.json").read_text())
+    assert config["kind"] == kind
+    assert list(directory.glob("events.out.tfevents.*"))
+    records = [
+      json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(records) == config["epochs"]
+    assert records[-1]["learning_rate"] >= 0
+    assert any(name.startswith("validation/") for name in records[-1])
+    assert json.loads((directory / "finished.json").read_text())["files"]
+  assert kinds == ["calibration", "classifier", "ensemble", "evaluation", "restorer"]
+  results = json.loads((toy_run / "results.json").read_text())
+  assert (results["experiment"], results["dataset"]) == ("oracle", "demo")
+  conditions = ["clean", *(f"awgn-0.{i}" for i in range(1, 6)), "awgn-1d", "awgn-2d"]
+  expected = {
+    (method, restoration, ensemble, condition)
+    for method, restoration, ensemble in (
+      ("setup1", False, None),
+      ("setup1", True, None),
+      ("oracle", True, False),
+      ("oracle", True, True),
+    )
+    for condition in conditions
+  }
+  names = ("method", "restoration", "ensemble", "condition")
+  assert {tuple(row[n] for n in names) for row in results["rows"]} == expected
+  for row in results["rows"]:
+    assert 0 <= row["accuracy"] <= 100
+    assert row["rounds"] == (1 if row["condition"] == "clean" else 2)
+    assert row["std"] >= 0
+  text = (toy_run / "report.md").read_text()
+  assert "not the report's own experiment" in text
+  assert "±" in text
+  for picture in ("accuracy.png", "examples.png"):
+    assert (toy_run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_only_reports(toy_run, command):
+  before = json.loads((toy_run / "results.json").read_text())
+  (toy_run / "results.json").unlink()
+  start = time.monotonic()
+  result = command(DEMO, f"--workdir={toy_run}", *overrides(TOY), check=0)
+  assert time.monotonic() - start < 30
+  assert result.stderr.count(": finished (") == 4
+  assert "steps/s" not in result.stderr
+  assert json.loads((toy_run / "results.json").read_text()) == before
+
+
+def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_run, command):
+  fields = TOY | {"parents.restorer.learning_rate": 0.5, "parents.restorer.epochs": 0}
+  fields["evaluation.rounds"] = 1
+  before = {p.name for p in toy_run.iterdir()}
+  result = command(DEMO, f"--workdir={toy_run}", *overrides(fields), check=0)
+  new = {p.name.split("-")[0] for p in toy_run.iterdir() if p.name not in before}
+  assert new == {"restorer", "calibration", "ensemble", "evaluation"}
+  assert result.stderr.count(": finished (") == 1
+
+
+@pytest.fixture
+def copy(toy_run, tmp_path):
+  """A copy of the toy workdir, to be damaged."""
+  shutil.copytree(toy_run, tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def _one_line(result, status):
+  assert result.returncode == status, result.stderr
+  assert "Traceback" not in result.stderr
+  line = result.stderr.strip().splitlines()[-1]
+  assert line.startswith("fidelity_jax: ")
+  return line
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "config"])
+def test_a_damaged_stage_is_named_and_not_used(copy, command, damage):
+  stage = next(copy.glob("restorer-*"))
+  if damage == "config":
+    path = stage / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+  else:
+    files = [p for p in stage.glob("checkpoints/*/variables/**/*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    if damage == "missing":
+      largest.unlink()
+    else:
+      content = bytearray(largest.read_bytes())
+      content[len(content) // 2] ^= 0xFF
+      largest.write_bytes(content)
+  result = command(DEMO, f"--workdir={copy}", *overrides(TOY))
+  line = _one_line(result, 1)
+  assert stage.name in line
+  assert "delete the directory" in line
+
+
+@pytest.mark.parametrize(
+  ("flags", "status", "words"),
+  [
+    ([], 2, "--config is missing"),
+    (["--config=configs/nothing.py"], 2, "does not exist"),
+    (["--config=configs/oracle.py:tiny"], 2, "no variant 'tiny'"),
+    ([DEMO, "--config.epoch=3"], 2, "epoch"),
+    ([DEMO, "--config.parents.restorer.model.dept=3"], 2, "dept"),
+    ([DEMO, "--config.epochs=many"], 2, "many"),
+    ([DEMO, "--config.degradation.level=-0.1"], 2, "-0.1"),
+    ([DEMO, "--config.degradation.kind=awng"], 2, "did you mean 'awgn'"),
+    ([DEMO, "--config.parents.classifier.batch_size=9999"], 2, "9999"),
+    ([DEMO, "--config.parents.classifier.model.name=resnet51"], 2, "'resnet50'"),
+    ([DEMO, "--config.parents.restorer.learning_rate=-1"], 2, "restorer.learning_rate"),
+    ([DEMO, "--config.fidelity.map=l3"], 2, "'l1'"),
+    ([DEMO, "--config.dataset.name=folder"], 2, "path"),
+    ([DEMO, "--config.dataset.name=folder", "--config.dataset.path=no"], 2, "no"),
+    (["--config=configs/oracle.py"], 1, ":demo"),
+  ],
+)
+def test_what_cannot_work_gets_one_line(command, tmp_path, flags, status, words):
+  env = {"FIDELITY_JAX_CACHE": str(tmp_path / "cache")}
+  result = command(*flags, f"--workdir={tmp_path / 'w'}", env=env)
+  assert words in _one_line(result, status)
+
+
+def test_an_unwritable_workdir_is_refused(command, tmp_path):
+  (tmp_path / "file").write_text("")
+  result = command(DEMO, f"--workdir={tmp_path / 'file' / 'w'}")
+  assert "cannot be written" in _one_line(result, 2)
+
+
+def test_two_runs_do_not_share_a_workdir(command, tmp_path):
+  from fidelity_jax import files
+
+  with files.locked(tmp_path):
+    result = command(DEMO, f"--workdir={tmp_path}", *overrides(TOY))
+  assert "another run" in _one_line(result, 1)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_stage(command, tmp_path):
+  fields = TOY | {"parents.classifier.learning_rate": 1e30}
+  result = command(DEMO, f"--workdir={tmp_path}", *overrides(fields))
+  line = _one_line(result, 1)
+  assert "not finite at step" in line
+  assert "learning rate" in line
+  assert "demo/" in line
+  assert not list(tmp_path.glob("*/finished.json"))
+
+
+def test_progress_is_a_live_line_on_a_terminal(tmp_path):
+  """Runs under a pseudo-terminal, as `script` would."""
+  import pty
+  import subprocess
+  import sys
+
+  program = (
+    "from fidelity_jax import progress; import time\n"
+    "bar = progress.Progress('stage', 3)\n"
+    "for i in range(1, 4): time.sleep(0.6); bar.due() and bar.update(i, loss=0.5)\n"
+    "bar.close()"
+  )
+  main, child = pty.openpty()
+  subprocess.run([sys.executable, "-c", program], stderr=child, check=True)
+  os.close(child)
+  text = b""
+  while chunk := _read(main):
+    text += chunk
+  assert b"\r" in text
+  assert b"stage" in text
+  assert b"loss 0.5" in text
+  plain = subprocess.run(
+    [sys.executable, "-c", program], stderr=subprocess.PIPE, check=True
+  )
+  assert b"\r" not in plain.stderr
+
+
+def _read(descriptor) -> bytes:
+  try:
+    return os.read(descriptor, 4096)
+  except OSError:
+    return b""

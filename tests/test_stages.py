@@ -1,0 +1,123 @@
+"""Directories, digests, and what counts as finished."""
+
+import dataclasses
+import importlib.util
+
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from fidelity_jax import checkpoints, errors, stages
+
+
+def _config(name="oracle", size="demo"):
+  path = ROOT / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(size)
+
+
+def _resolve(config, tmp_path):
+  return stages.resolve(config.copy_and_resolve_references(), tmp_path)
+
+
+def test_directories_tell_kind_and_content(tmp_path):
+  stage = _resolve(_config(), tmp_path)
+  names = [s.name.rsplit("-", 1)[0] for s in stage.lineage()]
+  assert names == ["classifier-resnet-clean", "restorer-dncnn5", "calibration-oracle"]
+  assert all(len(s.digest) == 8 for s in stage.lineage())
+
+
+def test_a_change_reaches_the_stages_it_matters_to(tmp_path):
+  before = _resolve(_config(), tmp_path)
+  config = _config()
+  config.parents.restorer.epochs = 1
+  after = _resolve(config, tmp_path)
+  assert after.digest != before.digest
+  assert after.parents["restorer"].digest != before.parents["restorer"].digest
+  assert after.parents["classifier"].digest == before.parents["classifier"].digest
+
+
+@pytest.mark.parametrize(
+  "field", ["checkpoint_seconds", "evaluation.rounds", "ensemble.epochs"]
+)
+def test_what_is_immaterial_changes_nothing(tmp_path, field):
+  config = _config()
+  config.update_from_flattened_dict({field: 3})
+  assert _resolve(config, tmp_path).digest == _resolve(_config(), tmp_path).digest
+
+
+def test_lists_and_tuples_of_levels_are_different_stages(tmp_path):
+  digests = set()
+  for level in ([0.0, 0.5], (0.0, 0.5)):
+    config = _config()
+    config.degradation.mixture = None
+    config.degradation.level = level
+    digests.add(_resolve(config, tmp_path).digest)
+  assert len(digests) == 2
+
+
+def test_parents_follow_the_top_until_overridden():
+  config = _config()
+  config.seed = 7
+  config.dataset.split_seed = 5
+  config.degradation.kind = "gaussian_blur"
+  config.parents.classifier.seed = 8
+  assert config.parents.restorer.seed == 7
+  assert config.parents.classifier.dataset.split_seed == 5
+  assert config.parents.restorer.degradation.kind == "gaussian_blur"
+  assert (config.parents.classifier.seed, config.seed) == (8, 7)
+
+
+def test_experiments_share_parents(tmp_path):
+  oracle = _resolve(_config("oracle"), tmp_path)
+  for name in ("pretrained", "end_to_end"):
+    stage = _resolve(_config(name), tmp_path)
+    for role in ("classifier", "restorer"):
+      assert stage.parents[role].digest == oracle.parents[role].digest
+    estimator = stage.parents["estimator"]
+    assert estimator.parents["restorer"].digest == oracle.parents["restorer"].digest
+    alone = _resolve(_config("estimator"), tmp_path)
+    assert alone.digest == estimator.digest
+    names = [s.kind for s in stage.lineage()]
+    assert names == ["classifier", "restorer", "estimator", "calibration"]
+
+
+@pytest.fixture
+def finished(tmp_path):
+  stage = _resolve(_config(), tmp_path).parents["restorer"]
+  stage.begin()
+  saved = checkpoints.Checkpoints(stage.directory / "checkpoints")
+  variables = {"params": {"x": jnp.arange(3.0)}}
+  saved.save(4, variables, {"opt_state": jnp.zeros(2)}, {"step": 4}, 1.5)
+  saved.close()
+  stage.finish(4, "psnr_gain", 1.5, "data")
+  return stage
+
+
+def test_a_finished_stage_gives_its_variables(finished):
+  record = finished.finished("data")
+  assert (record["best_step"], record["score"]) == (4, 1.5)
+  like = {"params": {"x": jnp.zeros(3)}}
+  assert finished.load(like)["params"]["x"].tolist() == [0, 1, 2]
+
+
+def test_other_data_is_noticed(finished):
+  with pytest.raises(errors.RunError, match="trained on other images"):
+    finished.finished("other data")
+
+
+def test_another_config_under_the_same_name_is_noticed(finished):
+  config = finished.config.copy_and_resolve_references()
+  config.epochs += 1
+  other = dataclasses.replace(finished, config=config)
+  with pytest.raises(errors.RunError, match="not the config"):
+    other.finished()
+  with pytest.raises(errors.RunError, match="not the config"):
+    other.begin()
+
+
+def test_a_structure_that_does_not_fit_is_an_error(finished):
+  with pytest.raises(errors.RunError, match="is damaged"):
+    finished.load({"params": {"y": jnp.zeros(5)}})
