@@ -389,6 +389,12 @@ def test_impossible_fields_are_refused(folder, fields, words):
   assert "\n" not in str(caught.value)
 
 
+def test_lists_of_another_dataset_are_refused(folder):
+  with pytest.raises(UsageError, match=r"class '001.ak47'.*an empty split_file"):
+    data.load(config(folder, split_file="caltech256"), "train")
+  assert len(data.load(config(folder, split_file=""), "train")) == 12
+
+
 def test_unknown_split(folder):
   with pytest.raises(UsageError, match="no split 'training'; there are train"):
     data.load(config(folder), "training")

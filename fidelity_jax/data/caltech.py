@@ -4,6 +4,7 @@ The encoded JPEGs go into ArrayRecord files as they are; TensorFlow is not neede
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -70,6 +71,11 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     is_class = lambda name: self.class_key(name) in classes
     return extracted(self.SOURCE, self.source_dir, is_class)
 
+  @functools.cached_property
+  def source(self) -> Path:
+    """The folder or archive that is read; see `archive` for what may be raised."""
+    return self.extracted() or archive(self.SOURCE, self.source_dir)
+
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
@@ -88,9 +94,8 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(self, dl_manager):
     # Its download folders are no place to drop a file into by hand.
     del dl_manager
-    source = self.extracted() or archive(self.SOURCE, self.source_dir)
-    self._check_complete(source)
-    return {split: self._generate_examples(source, split) for split in SPLITS}
+    self._check_complete(self.source)
+    return {split: self._generate_examples(self.source, split) for split in SPLITS}
 
   def _generate_examples(self, source: Path, split: str):
     labels = {name: label for label, name in enumerate(sorted(self.lists()))}

@@ -30,7 +30,7 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   # Independent of the training seed: every training run sees the same splits.
   config.split_seed = 0
   # JSON file of splits, or "caltech256" or "caltech101" for the authors' own lists;
-  # None: drawn by split_seed from fractions or counts.
+  # None or "": drawn by split_seed from fractions or counts.
   config.split_file = config_dict.placeholder(str)
   # Shares of train, validation and test, per class.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)

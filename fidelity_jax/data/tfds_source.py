@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fidelity_jax.data import caches, caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
@@ -18,6 +20,7 @@ from fidelity_jax.errors import RunError, UsageError
 BUILDERS = {"caltech256": caltech.Caltech256, "caltech101": caltech.Caltech101}
 # Names that people know better than TFDS's own.
 _ALIASES = {"cub200": "caltech_birds2011"}
+_TFDS_HOST = "storage.googleapis.com"
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
@@ -110,13 +113,16 @@ def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   tfds_name = _ALIASES.get(name, name)
   try:
     builder = tfds.builder(tfds_name, data_dir=folder, file_format=_FORMAT)
-    builder.download_and_prepare()
+    if not builder.is_prepared():
+      # TFDS retries for minutes where there is no network at all.
+      socket.getaddrinfo(_TFDS_HOST, 443)
+      builder.download_and_prepare()
   except Exception as error:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
       f"dataset '{name}' is not prepared in {folder} and cannot be prepared here "
-      f"({first_line[:200]}); where TensorFlow is installed and the network is "
-      f"reachable, run once: python -c \"import tensorflow_datasets as tfds; "
+      f"({reason[:160]}); where there is a network, and TensorFlow, which some TFDS "
+      'builders need, run once: python -c "import tensorflow_datasets as tfds; '
       f"tfds.builder('{tfds_name}', data_dir='{folder}', "
       "file_format='array_record').download_and_prepare()\""
     ) from error
@@ -137,6 +143,9 @@ def _prepared(
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     target = caches.folder() / f"tfds-{digest}"
   builder = make(data_dir=target, file_format=_FORMAT)
+  if builder.is_prepared():
+    return builder
+  logging.info("preparing %s from %s in %s", make.LIST, builder.source, target)
   try:
     builder.download_and_prepare()
   except OSError as error:
