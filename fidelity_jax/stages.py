@@ -50,6 +50,11 @@ class Stage:
     """The directory's name."""
     return self.directory.name
 
+  def record(self) -> dict[str, Any]:
+    """Returns what config.json holds: all that the result depends on."""
+    parents = {role: parent.name for role, parent in self.parents.items()}
+    return _material(self.config) | {"parents": parents}
+
   def lineage(self) -> Iterator["Stage"]:
     """Yields the stages to complete, parents first, each once, then this one."""
     seen = set()
@@ -76,7 +81,7 @@ class Stage:
       return None
     record = files.read_json(self._marker)
     again = f"delete the directory {self.directory} to train that stage again."
-    if files.read_json(self.directory / "config.json") != as_json(self.config):
+    if files.read_json(self.directory / "config.json") != self.record():
       raise errors.RunError(
         f"{self.directory}/config.json is not the config that its name stands for: "
         f"{again}"
@@ -97,12 +102,12 @@ class Stage:
     """Makes the directory and writes config.json."""
     self.directory.mkdir(parents=True, exist_ok=True)
     path = self.directory / "config.json"
-    if path.exists() and files.read_json(path) != as_json(self.config):
+    if path.exists() and files.read_json(path) != self.record():
       raise errors.RunError(
         f"{path} is not the config that the directory's name stands for: delete the "
         f"directory {self.directory} to train that stage again."
       )
-    files.write_json(path, as_json(self.config))
+    files.write_json(path, self.record())
 
   def finish(self, step: int, metric: str, score: float, fingerprint: str) -> None:
     """Marks the stage finished, with digests of its product.
@@ -147,7 +152,8 @@ def resolve(config: ConfigDict, workdir: pathlib.Path) -> Stage:
     role: resolve(parent, workdir)
     for role, parent in config.get("parents", ConfigDict()).items()
   }
-  material = _material(config) | {r: stage.digest for r, stage in parents.items()}
+  digests = {role: parent.digest for role, parent in parents.items()}
+  material = _material(config) | {"parents": digests}
   text = json.dumps(material, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = "-".join([config.kind, *_labels(config), digest])
