@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fidelity_jax import errors
+from fidelity_jax.models.conv import Conv
 from fidelity_jax.resize import check_method, resize1d, resize2d
 
 Map = jax.Array | None
@@ -60,7 +61,7 @@ class ConvStack(nn.Module):
       )
     for i in range(self.num_convs):
       last = i == self.num_convs - 1
-      x = nn.Conv(
+      x = Conv(
         1 if last else self.channels,
         (3, 3),
         padding="REFLECT",
