@@ -1,0 +1,140 @@
+"""conv2d and Conv against XLA's own convolution in float64, and against nn.Conv."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fidelity_jax.models import conv
+
+# (x shape, kernel shape, strides, padding): one per way the kernel's gradient is
+# computed, and the corners of each. "large" is above the threshold for blocks.
+CASES = {
+  "small": ((2, 9, 7, 5), (3, 3, 5, 4), (1, 1), "SAME"),
+  "pointwise": ((2, 9, 7, 20), (1, 1, 20, 30), (1, 1), "SAME"),
+  "pointwise_strided": ((2, 9, 8, 20), (1, 1, 20, 6), (2, 2), "VALID"),
+  "pointwise_padded": ((2, 6, 5, 3), (1, 1, 3, 4), (1, 1), ((1, 0), (0, 2))),
+  "large": ((3, 97, 76, 12), (3, 3, 12, 24), (1, 1), "SAME"),
+  "large_valid": ((3, 103, 77, 12), (3, 3, 12, 24), (1, 1), "VALID"),
+  "large_explicit": ((3, 100, 75, 7), (5, 3, 7, 24), (1, 1), ((2, 3), (0, 2))),
+  "large_narrowing": ((1, 150, 151, 32), (3, 3, 32, 24), (1, 1), "SAME"),
+  "strided": ((2, 33, 30, 3), (7, 7, 3, 20), (2, 2), ((3, 3), (3, 3))),
+  "uneven_strides": ((2, 33, 30, 3), (3, 5, 3, 20), (2, 1), "SAME"),
+}
+
+
+def draw(case, dtype=np.float32, out=False):
+  x, kernel, strides, padding = CASES[case]
+  rng = np.random.default_rng(0)
+  arrays = [rng.standard_normal(s).astype(np.float32) for s in (x, kernel)]
+  shape = jax.eval_shape(lambda x, k: plain(x, k, strides, padding), *arrays).shape
+  arrays.append(rng.standard_normal(shape).astype(np.float32))
+  return [a.astype(dtype) for a in arrays], strides, padding
+
+
+def plain(x, kernel, strides, padding):
+  dimensions = ("NHWC", "HWIO", "NHWC")
+  return jax.lax.conv_general_dilated(
+    x, kernel, strides, padding, dimension_numbers=dimensions
+  )
+
+
+def with_gradients(function, strides, padding):
+  def run(x, kernel, g):
+    y, vjp = jax.vjp(lambda x, k: function(x, k, strides, padding), x, kernel)
+    return y, *vjp(g)
+
+  return jax.jit(run)
+
+
+def relative(a, b):
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_match_float64(case):
+  arrays, strides, padding = draw(case)
+  got = with_gradients(conv.conv2d, strides, padding)(*arrays)
+  with jax.enable_x64(True):
+    wide = [a.astype(np.float64) for a in arrays]
+    expected = with_gradients(plain, strides, padding)(*wide)
+    also = with_gradients(conv.conv2d, strides, padding)(*wide)
+  for mine, mine_wide, theirs in zip(got, also, expected, strict=True):
+    assert mine.dtype == jnp.float32 and mine_wide.dtype == jnp.float64
+    assert relative(mine, theirs) < 2e-6
+    assert relative(mine_wide, theirs) < 1e-13
+
+
+def test_large_cases_take_the_blocked_path():
+  for case in CASES:
+    arrays, strides, padding = draw(case)
+    run = with_gradients(conv.conv2d, strides, padding)
+    assert ("scan[" in str(jax.make_jaxpr(run)(*arrays))) == case.startswith("large")
+
+
+def test_runs_are_bit_identical():
+  arrays, strides, padding = draw("large")
+  first, second = (
+    with_gradients(conv.conv2d, strides, padding)(*arrays) for _ in range(2)
+  )
+  for a, b in zip(first, second, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_under_vmap_and_remat():
+  arrays, strides, padding = draw("pointwise")
+  x, kernel, _ = arrays
+
+  def loss(kernel, x):
+    return jnp.sum(jnp.sin(conv.conv2d(x, kernel, strides, padding)))
+
+  expected = jax.grad(loss)(kernel, x)
+  assert relative(jax.grad(jax.checkpoint(loss))(kernel, x), expected) < 1e-6
+  each = jax.vmap(jax.grad(loss), (None, 0))(kernel, x[:, None])
+  assert relative(each.sum(0), expected) < 1e-6
+
+
+def test_where_plain_convolution_is_used(monkeypatch):
+  x, kernel, _ = draw("large")[0]
+
+  def own(*arrays):
+    # A function of its own each time, or the trace would come from a cache.
+    return "custom_vjp" in str(jax.make_jaxpr(lambda *a: conv.conv2d(*a))(*arrays))
+
+  assert own(x, kernel)
+  assert not own(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
+  for name, value in (("default_backend", "gpu"), ("device_count", 2)):
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, name, lambda value=value: value)
+      assert not own(x, kernel)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"padding": "SAME"},
+    {"padding": "REFLECT", "use_bias": False},
+    {"padding": ((1, 0), (2, 1)), "strides": (2, 2)},
+    {"padding": "VALID", "dtype": jnp.bfloat16},
+    {"kernel_dilation": 2},
+    {"feature_group_count": 2},
+    {"precision": "highest"},
+  ],
+)
+def test_layer_is_a_drop_in_for_flax(options):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, 9, 8, 4)).astype(np.float32)
+  mine = conv.Conv(6, (3, 3), **options)
+  theirs = nn.Conv(6, (3, 3), **options)
+  shapes, expected_shapes = (
+    jax.eval_shape(layer.init, jax.random.key(0), x) for layer in (mine, theirs)
+  )
+  assert shapes == expected_shapes
+  variables = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), shapes
+  )
+  got, expected = mine.apply(variables, x), theirs.apply(variables, x)
+  assert got.dtype == expected.dtype
+  np.testing.assert_array_equal(got, expected)
