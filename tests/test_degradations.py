@@ -127,6 +127,11 @@ def test_specs_mean_what_they_say():
   assert default.steps[0].variation == "discrete"
   whole = make({"kind": "awgn", "mixture": "continuous"})
   assert whole.steps[0].levels == (0, 0.5)
+  # A default mixture in a config does no harm where there is no mixture.
+  for fields in ({"level": 0.1}, {"vary": "1d"}, {"level": [0.5, 0], "vary": "2d"}):
+    spec = {"kind": "awgn", **fields}
+    assert make({**spec, "mixture": "continuous"}) == make(spec)
+  assert make({"kind": "clean", "mixture": "discrete"}) == make("clean")
   config = ml_collections.ConfigDict({"d": [{"kind": "awgn", "level": 0.1}]})
   assert make(config.d) == make({"kind": "awgn", "level": 0.1})
   assert make(ml_collections.FrozenConfigDict({"kind": "awgn", "level": 0.2})) == make(
@@ -153,13 +158,8 @@ def test_specs_mean_what_they_say():
     ({"kind": "awgn", "level": (0, 0.1, 0.2)}, "takes two levels, not 3"),
     ({"kind": "awgn", "level": [0, 0.1, 0.2], "vary": "1d"}, "takes two levels"),
     ({"kind": "awgn", "level": 0.1, "vary": "2d"}, "give two ends"),
-    ({"kind": "awgn", "level": 0.1, "mixture": "discrete"}, "give two ends"),
     ({"kind": "awgn", "level": (0, 1), "vary": "3d"}, "write '1d' or '2d'"),
     ({"kind": "awgn", "mixture": "even"}, "write 'discrete' or 'continuous'"),
-    (
-      {"kind": "awgn", "vary": "1d", "mixture": "discrete"},
-      "exclude each other",
-    ),
     ({"kind": "awgn", "orientation": 45}, "belongs to motion_blur"),
     ({"kind": "motion_blur", "kernel_size": 13}, "belongs to gaussian_blur"),
     ({"kind": "motion_blur", "level": 4}, "is not odd"),

@@ -34,7 +34,9 @@ def from_config(spec: Spec) -> Degradation:
         with "continuous" their range; with `vary` (harshest, none).
       vary: "1d" or "2d": the level varies over the image; None: it does not.
       mixture: "discrete" or "continuous" overrules list and tuple, which JSON and the
-        command line cannot tell apart.
+        command line cannot tell apart. It only says how to read several levels that do
+        not vary over the image: with one level, or with `vary`, it has no effect, so
+        that configs can carry a default.
       orientation: motion blur only, degrees clockwise from the horizontal, default 45.
       kernel_size: Gaussian blur only, odd, default 13.
 
@@ -91,12 +93,8 @@ def _step(fields: dict[str, Any]) -> Step:
   vary, mixture = fields.get("vary"), fields.get("mixture")
   _check_choice(name, "vary", vary, _VARY)
   _check_choice(name, "mixture", mixture, _MIXTURES)
-  if vary and mixture:
-    raise UsageError(
-      f"{name}: vary={vary!r} and mixture={mixture!r} exclude each other; set one"
-    )
-  if name == "clean" and (vary or mixture):
-    raise UsageError("clean: nothing can vary; leave vary and mixture unset")
+  if name == "clean" and vary:
+    raise UsageError("clean: nothing can vary; leave vary unset")
   variation, levels = _levels(name, kind, fields.get("level"), vary, mixture)
   options = _options(name, kind, fields, levels)
   if name == "gaussian_blur" and variation == "1d":
@@ -118,15 +116,16 @@ def _levels(
   if level is None:
     if vary:
       return vary, (harshest, mildest)
+    if len(kind.levels) == 1:
+      return "uniform", kind.levels
     if mixture == "continuous":
       return "continuous", (mildest, harshest)
-    return ("discrete" if len(kind.levels) > 1 else "uniform"), kind.levels
+    return "discrete", kind.levels
 
   if isinstance(level, numbers.Real) and not isinstance(level, bool):
-    if vary or mixture:
-      field = f"vary={vary!r}" if vary else f"mixture={mixture!r}"
+    if vary:
       raise UsageError(
-        f"{name}: {field} needs more than the one level {level}; give two ends, "
+        f"{name}: vary={vary!r} needs more than the one level {level}; give two ends, "
         "such as level=(a, b)"
       )
     return "uniform", (_check_level(name, kind, level),)
