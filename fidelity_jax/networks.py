@@ -52,7 +52,7 @@ def initial_weights(config: ConfigDict) -> PyTree | None:
     return None
   if source == "torchvision":
     source = f"torchvision/{config.model.name}"
-  return port.load_part(source, config.kind)["variables"]
+  return port.load_part(source, config.kind).variables
 
 
 def freeze(
