@@ -46,7 +46,11 @@ class AlexNet(nn.Module):
       x: normalized images [N, H, W, 3].
       tap: called at the five taps.
       train: accepted for the interface's sake.
+
+    Raises:
+      errors.UsageError: the images are too small.
     """
+    layers.check_image(x, "AlexNet", 63)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
     number = 0
     for stage, convs in enumerate(_STAGES):

@@ -149,6 +149,7 @@ class GoogLeNet(nn.Module):
     conv = lambda *args, name: _ConvReLU(
       *args, norm=self.norm, dtype=self.dtype, name=name
     )
+    layers.check_image(x, "GoogLeNet", 15)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
     if self.transform_input:
       x = _rescale(x)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from fidelity_jax import errors
 from fidelity_jax.models.conv import Conv
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,6 +49,20 @@ def apply_tap(tap: Tap | None, index: int, feature: jax.Array) -> jax.Array:
   if tapped.shape != feature.shape:
     raise ValueError(f"tap {index} turned shape {feature.shape} into {tapped.shape}")
   return tapped.astype(feature.dtype)
+
+
+def check_image(x: jax.Array, network: str, minimum: int) -> None:
+  """Checks that a network accepts images of this size.
+
+  Raises:
+    errors.UsageError: a side is below `minimum`.
+  """
+  height, width = x.shape[1:3]
+  if min(height, width) < minimum:
+    raise errors.UsageError(
+      f"{network} takes images of at least {minimum} pixels a side, not "
+      f"{height}x{width}: choose a larger image_size"
+    )
 
 
 def _pool_padding(size: int, window: int, stride: int, pad: int, ceil_mode: bool):

@@ -53,7 +53,7 @@ _MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
   "alexnet": (_alexnet, dict(dropout=0.5)),
   "googlenet": (
     _googlenet,
-    dict(transform_input=False, dropout=0.2, aux_dropout=0.7, aux_heads=True),
+    dict(transform_input=None, dropout=0.2, aux_dropout=0.7, aux_heads=True),
   ),
   "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=64, block="basic")),
   "resnet18": (_resnet, dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic")),
@@ -84,7 +84,8 @@ def create(
   Args:
     config: a mapping or ConfigDict with `name`, one of `NAMES`, and any of that
       network's fields; a field that is absent or None takes torchvision's value.
-      `weights` may be there too and is not looked at.
+      `weights` may be there too: as in torchvision, a GoogLeNet that starts from
+      weights has `transform_input` unless the config says otherwise.
     num_classes: length of the logits.
     dtype: compute dtype; parameters and logits are float32.
     folded: build the network that `fold` makes variables for.
@@ -104,4 +105,6 @@ def create(
       f"model.{key}: network {name!r} has no such field; {near(key, fields)}"
     )
   values = {k: given.get(k, default) for k, default in fields.items()}
+  if values.get("transform_input", False) is None:
+    values["transform_input"] = "weights" in given
   return build(num_classes, dtype, folded, **values)

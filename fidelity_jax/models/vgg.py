@@ -41,7 +41,11 @@ class VGG16(nn.Module):
       x: normalized images [N, H, W, 3].
       tap: called at the seven taps.
       train: accepted for the interface's sake.
+
+    Raises:
+      errors.UsageError: the images are too small.
     """
+    layers.check_image(x, "VGG-16", 32)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
     for stage, widths in enumerate(_STAGES, 1):
       for i, features in enumerate(widths, 1):

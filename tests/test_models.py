@@ -1,0 +1,300 @@
+"""The networks' interface and the layers that PyTorch defines differently."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch_reference as reference
+
+from fidelity_jax import errors, models
+from fidelity_jax.models import layers, registry
+
+FIVE = ("alexnet", "googlenet", "resnet18", "resnet50", "vgg16")
+TINY = {"name": "resnet", "stage_sizes": (1, 2), "width": 8, "block": "bottleneck"}
+
+
+def shapes(module, size=64):
+  images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), images)
+
+
+def count(tree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+  "name, parameters, features, taps",
+  [
+    ("alexnet", 61_100_840, 9216, 5),
+    ("googlenet", 13_004_888, 1024, 6),
+    ("resnet18", 11_689_512, 512, 3),
+    ("resnet50", 25_557_032, 2048, 3),
+    ("vgg16", 138_357_544, 25088, 7),
+  ],
+)
+def test_published_sizes(name, parameters, features, taps):
+  """Torchvision's documented parameter counts (GoogLeNet: with auxiliary heads)."""
+  module = models.create({"name": name}, 1000)
+  variables = shapes(module)
+  assert count(variables["params"]) == parameters
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+  assert (module.feature_size, module.num_taps) == (features, taps)
+  assert module.num_classes == 1000
+  sizes = module.tap_sizes((224, 160))
+  assert len(sizes) == taps and sizes[0] == (224, 160)
+
+
+@pytest.mark.parametrize("convs", [2, 3])
+@pytest.mark.parametrize("name", FIVE)
+def test_calibration_parameter_counts(name, convs):
+  """Counted without making them: VGG-16's take 6.3 GB."""
+  module = models.create({"name": name}, 257)
+  calibration = models.Calibration(
+    module.feature_size, module.num_taps, num_convs=convs
+  )
+  size = (8, 8)
+  variables = jax.eval_shape(
+    lambda feature, confidence: calibration.init(
+      jax.random.key(0), feature, confidence, (size,) * module.num_taps
+    ),
+    jax.ShapeDtypeStruct((1, module.feature_size), jnp.float32),
+    jax.ShapeDtypeStruct((1, *size, 1), jnp.float32),
+  )
+  stack = (9 + 1) * 16 + (9 * 16 + 1) + (9 * 16 + 1) * 16 * (convs - 2)
+  size, hidden = module.feature_size, module.feature_size // 2
+  out = hidden * size + size
+  multiplication, concatenation = size * hidden + hidden, 2 * size * hidden + hidden
+  expected = 2 * module.num_taps * stack + multiplication + concatenation + 2 * out
+  assert count(variables["params"]) == expected
+  # The report gives 10.49 M with the released code's two convolutions.
+  published = {("resnet50", 2): 10_493_734, ("vgg16", 2): 1_573_598_894}
+  assert expected == published.get((name, convs), expected)
+
+
+def test_free_resnet_runs_and_folds():
+  module = models.create(TINY, 5)
+  images = reference.images(3, 33)
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  assert set(variables) == {"params", "batch_stats"}
+  train = functools.partial(module.apply, train=True, mutable=["batch_stats"])
+  (logits, aux), updated = jax.jit(train)(variables, images)
+  assert logits.shape == (3, 5) and logits.dtype == jnp.float32 and aux == ()
+  variables = {**variables, **updated}
+  extract = jax.jit(functools.partial(module.apply, method="features"))
+  features = extract(variables, images)
+  assert features.shape == (3, module.feature_size) == (3, 64)
+  logits, _ = jax.jit(module.apply)(variables, images)
+  again = module.apply(variables, features, method="classify")
+  assert reference.relative_error(again, logits) < 1e-6
+  folded, folded_variables = models.fold(module, variables)
+  folded_logits, _ = jax.jit(folded.apply)(folded_variables, images)
+  assert reference.relative_error(folded_logits, logits) < 1e-5
+  assert folded == models.create(TINY, 5, folded=True)
+  assert models.fold(folded, folded_variables)[0] == folded
+
+
+def test_taps_steer_and_keep_the_dtype():
+  module = models.create(TINY, 5, dtype=jnp.bfloat16, folded=True)
+  images = reference.images(2, 33)
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  seen = []
+
+  def record(index, feature):
+    seen.append((index, feature.shape[1:3], feature.dtype))
+    return feature.astype(jnp.float32) + index
+
+  @jax.jit
+  def run(variables):
+    features = lambda tap: module.apply(variables, images, tap=tap, method="features")
+    # The last tap acts just before the global average.
+    only_last = lambda index, feature: feature + 2 * (index == 2)
+    return features(record), features(None), features(only_last)
+
+  steered, plain, only_last = run(variables)
+  assert [index for index, *_ in seen] == [0, 1, 2]
+  assert tuple(size for _, size, _ in seen) == module.tap_sizes((33, 33))
+  assert all(dtype == jnp.bfloat16 for *_, dtype in seen)
+  np.testing.assert_allclose(only_last - plain, 2, atol=0.05)
+  assert not np.allclose(steered, plain)
+  with pytest.raises(ValueError, match="tap 1 turned shape"):
+    crop = lambda index, feature: feature[:, 1:] if index == 1 else feature
+    jax.eval_shape(
+      lambda v: module.apply(v, images, tap=crop, method="features"), variables
+    )
+
+
+def test_dropout_acts_in_training_only():
+  head = layers.Head(4, (16,), (0.0, 0.5))
+  x = np.ones((2, 8), np.float32)
+  variables = head.init(jax.random.key(0), x)
+  run = lambda seed, train: head.apply(
+    variables, x, train, rngs={"dropout": jax.random.key(seed)}
+  )
+  np.testing.assert_array_equal(run(0, False), run(1, False))
+  assert not np.allclose(run(0, True), run(1, True))
+
+
+def test_initial_last_layer_is_xavier_uniform_with_zero_bias():
+  head = layers.Head(257)
+  params = head.init(jax.random.key(0), np.ones((1, 2048), np.float32))["params"]
+  kernel, bound = params["logits"]["kernel"], (6 / (2048 + 257)) ** 0.5
+  assert (params["logits"]["bias"] == 0).all()
+  assert 0.99 * bound < abs(kernel).max() <= bound
+  np.testing.assert_allclose(kernel.std(), bound / 3**0.5, rtol=0.01)
+
+
+def test_unknown_names_suggest_near_ones():
+  with pytest.raises(errors.UsageError, match=r"'resnet52'; did you mean 'resnet50'"):
+    models.create({"name": "resnet52"}, 5)
+  with pytest.raises(errors.UsageError, match=r"no network None"):
+    models.create({}, 5)
+  with pytest.raises(errors.UsageError, match=r"'drop_out'|drop_out.*'dropout'"):
+    models.create({"name": "vgg16", "drop_out": 0.1}, 5)
+  with pytest.raises(errors.UsageError, match=r"model\.transform_input"):
+    models.create({"name": "resnet50", "transform_input": True}, 5)
+  with pytest.raises(errors.UsageError, match=r"model\.block is 'wide'"):
+    models.create({**TINY, "block": "wide"}, 5)
+  models.create({"name": "resnet50", "weights": "x", "transform_input": None}, 5)
+  assert set(registry.NAMES) == {
+    "alexnet",
+    "googlenet",
+    "resnet",
+    "resnet18",
+    "resnet50",
+    "vgg16",
+  }
+
+
+@pytest.mark.parametrize(
+  "name, size", [("alexnet", 63), ("googlenet", 15), ("vgg16", 32), ("resnet18", 1)]
+)
+def test_smallest_images(name, size):
+  """Torchvision's own limits, and one clear line below them."""
+  module = models.create({"name": name}, 5)
+  assert module.tap_sizes((size, size + 9))[0] == (size, size + 9)
+  if size > 1:
+    with pytest.raises(errors.UsageError, match=f"at least {size} pixels"):
+      module.tap_sizes((size - 1, size + 9))
+
+
+def test_googlenet_from_weights_rescales_its_input_as_in_torchvision():
+  backbone = lambda **fields: models.create({"name": "googlenet", **fields}, 5).backbone
+  assert backbone(weights="torchvision").transform_input
+  assert not backbone().transform_input
+  assert not backbone(weights=None).transform_input
+  assert not backbone(weights="mine.pth", transform_input=False).transform_input
+  assert backbone(transform_input=True).transform_input
+
+
+def test_transfer():
+  fill = lambda module, value: jax.tree.map(
+    lambda leaf: np.full(leaf.shape, value, np.float32), shapes(module)
+  )
+  old, new = fill(models.create(TINY, 5), 1.0), fill(models.create(TINY, 9), 2.0)
+  merged = models.transfer(new, old, new_head=True)
+  assert merged["params"]["head"]["logits"]["kernel"].shape == (64, 9)
+  assert (merged["params"]["head"]["logits"]["kernel"] == 2).all()
+  assert all((leaf == 1).all() for leaf in jax.tree.leaves(merged["batch_stats"]))
+  assert all((x == 1).all() for x in jax.tree.leaves(merged["params"]["backbone"]))
+  with pytest.raises(errors.UsageError, match=r"head/logits/kernel is \(64, 5\), not"):
+    models.transfer(new, old, new_head=False)
+  alone = {k: {"backbone": v["backbone"]} for k, v in old.items()}
+  merged = models.transfer(new, alone, new_head=True)
+  assert (merged["params"]["head"]["logits"]["bias"] == 2).all()
+  with pytest.raises(errors.UsageError, match="head/logits/bias is missing"):
+    models.transfer(new, alone, new_head=False)
+
+
+@pytest.mark.parametrize("size", [(13, 16), (14, 14), (2, 5), (7, 21)])
+@pytest.mark.parametrize("cells", [1, 4, 6, 7])
+def test_adaptive_average_pool(size, cells):
+  import torch
+
+  x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+  theirs = torch.nn.functional.adaptive_avg_pool2d(
+    torch.from_numpy(x.transpose(0, 3, 1, 2)).double(), cells
+  )
+  ours = layers.adaptive_average_pool(x, cells)
+  expected = theirs.numpy().transpose(0, 2, 3, 1)
+  assert reference.relative_error(ours, expected) < 1e-6
+  half = layers.adaptive_average_pool(jnp.asarray(x, jnp.bfloat16), cells)
+  assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("size", [(5, 6), (7, 8), (9, 4), (3, 3)])
+@pytest.mark.parametrize(
+  "window, stride, pad, ceil_mode",
+  [
+    (3, 2, 0, False),
+    (3, 2, 1, False),
+    (2, 2, 0, True),
+    (3, 2, 0, True),
+    (3, 1, 1, True),
+  ],
+)
+def test_max_pool(size, window, stride, pad, ceil_mode):
+  import torch
+
+  x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+  theirs = torch.nn.functional.max_pool2d(
+    torch.from_numpy(x.transpose(0, 3, 1, 2)), window, stride, pad, 1, ceil_mode
+  )
+  ours = layers.max_pool(x, window, stride, pad=pad, ceil_mode=ceil_mode)
+  np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
+
+
+def test_batch_norm_with_a_large_mean():
+  """Statistics of values far from zero, where E[x^2] - E[x]^2 would cancel."""
+  import torch
+
+  rng = np.random.default_rng(0)
+  x = (20 + rng.normal(size=(4, 5, 5, 6))).astype(np.float32)
+  norm = torch.nn.BatchNorm2d(6).double()
+  expected = norm(torch.from_numpy(x.transpose(0, 3, 1, 2)).double())
+  module = layers.BatchNorm()
+  variables = module.init(jax.random.key(0), x)
+  ours, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
+  expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+  assert reference.relative_error(ours, expected) < 1e-5
+  stats = updated["batch_stats"]
+  assert reference.relative_error(stats["mean"], norm.running_mean) < 1e-6
+  assert reference.relative_error(stats["var"], norm.running_var) < 1e-6
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_dncnn(batch_norm):
+  module = models.DnCNN(depth=5, width=8, batch_norm=batch_norm)
+  images = reference.images(2, 12)
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  if batch_norm:
+    _, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+    variables = {**variables, **updated}
+  residual = module.apply(variables, images)
+  assert residual.shape == images.shape and residual.dtype == jnp.float32
+  folded, folded_variables = models.fold(module, variables)
+  assert folded == models.DnCNN(depth=5, width=8)
+  assert set(folded_variables) == {"params"}
+  again = folded.apply(folded_variables, images)
+  assert reference.relative_error(again, residual) < 1e-5
+  with pytest.raises(ValueError, match="takes 3 channels"):
+    module.apply(variables, images[..., :1])
+
+
+def test_dncnn_starts_he_normal_and_has_the_published_size():
+  module = models.DnCNN()
+  variables = shapes(module)
+  assert count(variables) == 668_227
+  params = jax.jit(models.DnCNN(depth=3).init)(jax.random.key(0), np.ones((1, 8, 8, 3)))
+  kernel = params["params"]["layer1"]["conv"]["kernel"]
+  np.testing.assert_allclose(kernel.std(), (2 / (9 * 64)) ** 0.5, rtol=0.02)
+  one = models.DnCNN(depth=3, out_channels=1)
+  images = np.ones((1, 8, 8, 3))
+  out, _ = jax.eval_shape(one.init_with_output, jax.random.key(0), images)
+  assert out.shape == (1, 8, 8, 1)
+
+
+def test_normalize():
+  x = np.array(layers.IMAGENET_MEAN, np.float32) + [[layers.IMAGENET_STD]]
+  np.testing.assert_allclose(layers.normalize(x[None].astype("f4")), 1.0, rtol=1e-5)
