@@ -20,7 +20,7 @@ class ClassificationTask(base.Task):
     source: "clean" (setup 1), "degraded" (setup 2) or "restored" (setup 3).
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
-    initial: variables to start from, or None for random ones.
+    initial: variables to start from but for the last layers, or None for random ones.
     restorer: the frozen restorer; "restored" only.
     frozen: {"restorer": variables} for "restored", else {}.
   """
@@ -36,7 +36,9 @@ class ClassificationTask(base.Task):
 
   def init(self, key, initial):
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
-    variables = initial or self.classifier.init(key, images)
+    variables = self.classifier.init(key, images)
+    if initial:
+      variables = models.transfer(variables, initial, new_head=True)
     return variables["params"], variables.get("batch_stats", {})
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
