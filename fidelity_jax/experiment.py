@@ -140,6 +140,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     task=task,
     settings=train.Settings(
       seed=config.seed,
+      purpose=config.kind,
       image_size=config.dataset.image_size,
       images_per_step=images_per_step(config),
       epochs=config.epochs,

@@ -38,6 +38,7 @@ class Settings:
 
   Attributes:
     seed: the experiment's seed.
+    purpose: names the stage's kind, so that stages draw independently.
     image_size: side of the images, pixels.
     images_per_step: images in one global batch.
     epochs: epochs in all.
@@ -51,6 +52,7 @@ class Settings:
   """
 
   seed: int
+  purpose: str
   image_size: int
   images_per_step: int
   epochs: int
@@ -101,9 +103,14 @@ class TrainState:
     return {"opt_state": self.opt_state, "averages": self.averages}
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int):
-  """Returns the step function (state, frozen, batch) -> state, to be jitted."""
-  root = randomness.purpose_key(seed, "dropout")
+def make_train_step(task: Task, tx: optax.GradientTransformation, root: jax.Array):
+  """Returns the step function (state, frozen, batch) -> state, to be jitted.
+
+  Args:
+    task: what to train.
+    tx: the optimizer.
+    root: scalar PRNG key; each step derives its own from it, for dropout.
+  """
 
   def train_step(state: TrainState, frozen: PyTree, batch) -> TrainState:
     key = jax.random.fold_in(root, state.step)
@@ -186,13 +193,15 @@ class Trainer:
     sharding.check_batch(self.mesh, settings.images_per_step, title)
     self.batch_sharding = sharding.batch(self.mesh)
     self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))
-    step = make_train_step(task, self.tx, settings.seed)
+    dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")
+    step = make_train_step(task, self.tx, dropout)
     self.train_step = jax.jit(step, donate_argnums=0)
     self.eval_step = jax.jit(make_eval_step(task))
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step, on the devices."""
-    key = randomness.purpose_key(self.settings.seed, f"{self.title}/init")
+    settings = self.settings
+    key = randomness.purpose_key(settings.seed, f"{settings.purpose}/init")
 
     def init(key, initial):
       params, model_state = self.task.init(key, initial)

@@ -21,11 +21,9 @@ from jax import lax
 # Elements of a block's patches (2 MB in float32): small enough to stay in an L2 cache,
 # large enough to keep the matrix product busy. 1 to 4 MB measured within 15 %.
 _BLOCK_ELEMENTS = 2**19
-# Below this many elements the output gradient stays in the cache, and XLA's own kernel
-# gradient is as fast or faster.
-_LARGE_ELEMENTS = 2**19
-# Up to this many channels on both sides XLA uses another algorithm, which keeps up.
-_FEW_CHANNELS = 16
+# Below this many elements both operands stay in the cache, and XLA's own kernel gradient
+# is as fast or faster.
+_LARGE_ELEMENTS = 2**20
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -91,12 +89,11 @@ _cpu_conv2d.defvjp(_forward, _backward)
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   """Returns the gradient of the kernel by whichever way was measured fastest."""
   size = kernel.shape[:2]
-  few = max(kernel.shape[2:]) <= _FEW_CHANNELS
   if size == (1, 1) and min(*pads[0], *pads[1]) == 0 == max(*pads[0], *pads[1]):
     # XLA does not recognize the matrix product in this one.
     x = x[:, :: strides[0], :: strides[1]][:, : g.shape[1], : g.shape[2]]
     return _product(x, g)[None, None]
-  if strides == (1, 1) and g.size > _LARGE_ELEMENTS and not few:
+  if strides == (1, 1) and max(x.size, g.size) > _LARGE_ELEMENTS:
     border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
     x = lax.pad(x, jnp.zeros((), x.dtype), border)
     if x.shape[3] <= g.shape[3]:
