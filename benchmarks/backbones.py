@@ -1,0 +1,152 @@
+"""Backbones: frozen inference and a training step against torchvision, eager.
+
+  python benchmarks/backbones.py [--nets=resnet50,vgg16] [--batch=4] [--json=out.json]
+
+Same batch, same machine, one run; the two sides alternate and medians are printed.
+"forward" is inference of the frozen network, batch norm folded on the JAX side, as the
+frozen stages run it. "train" is forward, backward and an SGD step in training mode,
+dropout and auxiliary heads included. float32 on a CPU; on a GPU bfloat16 against
+PyTorch's float32 (TF32 allowed). A ratio below 1 means that JAX is faster.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import side_by_side
+import torch
+from torch.nn import functional
+from torch_reference import torchvision_models
+
+from fidelity_jax import models
+
+NETS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
+CLASSES = 257
+# Auxiliary heads count so much in the loss.
+AUXILIARY = 0.3
+
+
+def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtype):
+  """Returns {"forward", "train"}: functions that run one on this batch."""
+  module = models.create({"name": name}, CLASSES, dtype)
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  folded, frozen = models.fold(module, variables)
+  frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+  tx = optax.sgd(1e-3, momentum=0.9, nesterov=True)
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  entropy = optax.softmax_cross_entropy_with_integer_labels
+
+  def train_step(state, images, labels):
+    params, stats, opt_state = state
+
+    def loss(params):
+      (logits, aux), updates = module.apply(
+        {"params": params, "batch_stats": stats},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(1)},
+      )
+      total = entropy(logits, labels) + sum(AUXILIARY * entropy(a, labels) for a in aux)
+      return total.mean(), updates.get("batch_stats", {})
+
+    grads, stats = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), stats, opt_state
+
+  params = variables["params"]
+  state = [(params, variables.get("batch_stats", {}), tx.init(params))]
+  predict = jax.jit(lambda variables, x: folded.apply(variables, x)[0])
+  step = jax.jit(train_step, donate_argnums=0)
+
+  def train():
+    state[0] = jax.block_until_ready(step(state[0], images, labels))
+
+  return {
+    "forward": lambda: jax.block_until_ready(predict(frozen, images)),
+    "train": train,
+  }
+
+
+def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
+  """Returns the same two functions for torchvision's network."""
+  options = {"init_weights": True} if name == "googlenet" else {}
+  network = getattr(torchvision_models(), name)(num_classes=CLASSES, **options)
+  network = network.to(device)
+  images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+  labels = torch.from_numpy(labels).long().to(device)
+  optimizer = torch.optim.SGD(
+    network.parameters(), lr=1e-3, momentum=0.9, nesterov=True
+  )
+
+  def done():
+    if device == "cuda":
+      torch.cuda.synchronize()
+
+  def forward():
+    network.eval()
+    with torch.no_grad():
+      network(images)
+    done()
+
+  def train():
+    network.train()
+    optimizer.zero_grad()
+    output = network(images)
+    if isinstance(output, torch.Tensor):
+      loss = functional.cross_entropy(output, labels)
+    else:
+      losses = [functional.cross_entropy(logits, labels) for logits in output]
+      loss = losses[0] + AUXILIARY * sum(losses[1:])
+    loss.backward()
+    optimizer.step()
+    done()
+
+  return {"forward": forward, "train": train}
+
+
+def main() -> None:
+  """Prints a line per network and measurement, and writes --json."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--nets", default=",".join(NETS), help="comma-separated")
+  parser.add_argument("--batch", type=int, default=4)
+  parser.add_argument("--size", type=int, default=224, help="side of the images")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--json", help="file for the results")
+  args = parser.parse_args()
+  nets = args.nets.split(",")
+  if unknown := set(nets) - set(NETS):
+    parser.error(f"unknown nets {', '.join(sorted(unknown))}: known are {NETS}")
+
+  gpu = side_by_side.has_gpu()
+  device, dtype = ("cuda", jnp.bfloat16) if gpu else ("cpu", jnp.float32)
+  torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((args.batch, args.size, args.size, 3), np.float32)
+  labels = rng.integers(0, CLASSES, args.batch).astype(np.int32)
+  results = {"device": side_by_side.device_name(), **vars(args), "nets": {}}
+  print(f"{results['device']}; batch {args.batch}, {args.size} px; seconds")
+  for name in nets:
+    mine = jax_sides(name, images, labels, dtype)
+    theirs = torch_sides(name, images, labels, device)
+    results["nets"][name] = {}
+    for what in mine:
+      sides = {"jax": mine[what], "torch": theirs[what]}
+      times = side_by_side.interleave(sides, args.repeats)
+      row = results["nets"][name][what] = side_by_side.with_ratios(times)
+      print(
+        f"{name:10} {what:8} jax {row['jax']['seconds']:7.3f} "
+        f"torch {row['torch']['seconds']:7.3f} ratio {row['ratio']:5.2f} "
+        f"(CPU time {row['cpu_ratio']:5.2f})",
+        flush=True,
+      )
+  if args.json:
+    with open(args.json, "w") as file:
+      json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,79 @@
+"""What the benchmarks against PyTorch share."""
+
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import torch
+
+# The reference implementations live with the tests.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+
+
+def has_gpu() -> bool:
+  """Whether both sides can run on a GPU."""
+  return jax.default_backend() == "gpu" and torch.cuda.is_available()
+
+
+def interleave(
+  sides: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, dict[str, float]]:
+  """Times functions in turn, so that a busy machine slows all of them alike.
+
+  Args:
+    sides: functions by name; each returns when its work is done. All run once before.
+    repeats: timed rounds.
+
+  Returns:
+    Per name: "seconds", the median wall-clock time, and "cpu_seconds", the median
+    processor time of all threads, which other users of the machine hardly change.
+  """
+  wall = {name: [] for name in sides}
+  cpu = {name: [] for name in sides}
+  for function in sides.values():
+    function()
+  for _ in range(repeats):
+    for name, function in sides.items():
+      start, cpu_start = time.perf_counter(), time.process_time()
+      function()
+      cpu[name].append(time.process_time() - cpu_start)
+      wall[name].append(time.perf_counter() - start)
+  median = statistics.median
+  return {
+    name: {"seconds": median(wall[name]), "cpu_seconds": median(cpu[name])}
+    for name in sides
+  }
+
+
+def with_ratios(times: dict[str, dict[str, float]]) -> dict[str, object]:
+  """Adds JAX's time over PyTorch's to the times of the sides "jax" and "torch"."""
+  mine, theirs = times["jax"], times["torch"]
+  return {
+    **times,
+    "ratio": mine["seconds"] / theirs["seconds"],
+    "cpu_ratio": mine["cpu_seconds"] / theirs["cpu_seconds"],
+  }
+
+
+def matmul_rate(dtype: jnp.dtype, repeats: int = 5) -> float:
+  """Returns the best measured rate of a square matrix product, in FLOP/s."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  a = jnp.ones((size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  jax.block_until_ready(product(a, a))
+  best = float("inf")
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(product(a, a))
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def device_name() -> str:
+  """Returns what the figures were measured on."""
+  device = jax.devices()[0].device_kind
+  return f"{device}, {torch.get_num_threads()} CPU threads"

@@ -1,0 +1,234 @@
+"""One training step of the method against eager PyTorch, ResNet-50 at 224 pixels.
+
+  python benchmarks/train_step.py [--modes=oracle,end_to_end] [--batch=4] [--json=FILE]
+
+From a uint8 batch to updated parameters: flip, noise (sigma from the discrete mixture),
+restore, fidelity map, confidence, steered backbone, channel modules, loss, backward,
+SGD. The JAX side is the project's own task in its own jitted step; the PyTorch side is
+METHOD written plainly (tests/torch_method.py), eager, with everything frozen detached.
+The two alternate in one process; medians are printed. float32 on a CPU; on a GPU
+bfloat16 against PyTorch's float32 (TF32 allowed).
+
+Peak memory is the largest resident size of a process of its own that runs the step
+twice, less its size before; on a GPU it is not measured. FLOPs are PyTorch's count of
+the step's convolutions and matrix products; the rate is set against a measured matrix
+product.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import side_by_side
+import torch
+import torch_method
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from torch_reference import torchvision_models
+
+from fidelity_jax import (
+  degradations,
+  metrics,
+  models,
+  optimizer,
+  pipeline,
+  tasks,
+  train,
+)
+
+MODES = ("oracle", "pretrained", "end_to_end")
+SIDES = ("jax", "torch")
+CLASSES = 257
+SIGMAS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def make_batch(count: int, size: int) -> dict[str, np.ndarray]:
+  """Returns a batch as the input pipeline hands it over."""
+  rng = np.random.default_rng(0)
+  index = np.arange(count, dtype=np.int32)
+  return {
+    "image": rng.integers(0, 256, (count, size, size, 3), np.uint8),
+    "label": rng.integers(0, CLASSES, count).astype(np.int32),
+    "index": index,
+    "epoch": np.zeros_like(index),
+  }
+
+
+def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
+  """Returns a function that runs one training step, on the project's own modules."""
+  size = batch["image"].shape[1]
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  classifier = models.create({"name": "resnet50"}, CLASSES, dtype, folded=True)
+  dncnn = models.DnCNN(dtype=dtype)
+  keys = jax.random.split(jax.random.key(0), 3)
+  images = jnp.zeros((1, size, size, 3))
+  frozen = {
+    "classifier": jax.jit(classifier.init)(keys[0], images),
+    "restorer": jax.jit(dncnn.init)(keys[1], images),
+  }
+  estimator = jax.jit(dncnn.init)(keys[2], images)
+  if mode == "pretrained":
+    frozen["estimator"] = estimator
+  method = pipeline.Method(
+    classifier=classifier,
+    restorer=dncnn,
+    calibration=models.Calibration(classifier.feature_size, classifier.num_taps),
+    estimator=None if mode == "oracle" else dncnn,
+    rematerialize=remat,
+  )
+  task = tasks.CalibrationTask(
+    method=method,
+    inputs=tasks.Inputs(
+      degradations.from_config({"kind": "awgn", "level": SIGMAS}), 0, "benchmark"
+    ),
+    image_size=size,
+    label_smoothing=0.1,
+    frozen=jax.tree.map(lambda x: x.astype(dtype), frozen),
+    initial={"estimator": estimator} if mode == "end_to_end" else None,
+  )
+  tx = optimizer.create("sgd", lambda step: 1e-3)
+  params, model_state = jax.jit(task.init)(keys[0], task.initial)
+  values = {name: jnp.zeros(len(batch["label"])) for name in ("loss", "accuracy")}
+  ones = jnp.ones(len(batch["label"]))
+  averages = metrics.zeros_like(metrics.averages(values, ones))
+  state = [
+    train.TrainState(
+      step=jnp.int32(0),
+      params=params,
+      model_state=model_state,
+      opt_state=tx.init(params),
+      averages=averages,
+      bad_step=jnp.int32(-1),
+    )
+  ]
+  step = jax.jit(train.make_train_step(task, tx, jax.random.key(0)), donate_argnums=0)
+  batch = jax.device_put(batch)
+  frozen = jax.device_put(task.frozen)
+
+  def run():
+    state[0] = jax.block_until_ready(step(state[0], frozen, batch))
+
+  return run
+
+
+def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
+  """Returns the same for plain, eager PyTorch."""
+  network = torchvision_models().resnet50(num_classes=CLASSES)
+  backbone, head = torch_method.split(network)
+  source = "oracle" if mode == "oracle" else "degraded"
+  method = torch_method.Method(backbone, head, 2048, source=source).to(device).eval()
+  frozen = [method.restoration, method.feature_extractor, method.classifier]
+  if mode == "pretrained":
+    frozen.append(method.fidelity)
+  for module in frozen:
+    module.requires_grad_(False)
+  trained = [p for p in method.parameters() if p.requires_grad]
+  sgd = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, nesterov=True)
+  images = torch.from_numpy(batch["image"]).to(device)
+  labels = torch.from_numpy(batch["label"]).long().to(device)
+  sigmas = torch.tensor(SIGMAS, device=device)
+
+  def run():
+    clean = images.permute(0, 3, 1, 2).float() / 255
+    flip = torch.rand(len(clean), device=device) < 0.5
+    clean = torch.where(flip[:, None, None, None], clean.flip(3), clean)
+    sigma = sigmas[torch.randint(len(sigmas), (len(clean), 1, 1, 1), device=device)]
+    degraded = (clean + sigma * torch.randn_like(clean)).clamp(0, 1)
+    logits = method(degraded, clean)
+    wrong = 0.1 / (CLASSES - 1)
+    target = torch.full_like(logits, wrong)
+    target[torch.arange(len(labels)), labels] = 0.9
+    loss = functional.cross_entropy(logits, target)
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    if device == "cuda":
+      torch.cuda.synchronize()
+
+  return run
+
+
+def resident() -> int:
+  """Returns the largest resident size of this process so far, in bytes."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_memory(side: str, mode: str, args: argparse.Namespace) -> int:
+  """Returns a side's peak memory in bytes, from a process of its own."""
+  command = [sys.executable, __file__, f"--memory_of={side}", f"--modes={mode}"]
+  command += [f"--batch={args.batch}", f"--size={args.size}"]
+  if args.remat:
+    command.append("--remat")
+  return int(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def main() -> None:
+  """Prints a paragraph per mode, and writes --json."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
+  parser.add_argument("--batch", type=int, default=4)
+  parser.add_argument("--size", type=int, default=224, help="side of the images")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument(
+    "--remat", action="store_true", help="rematerialize the estimator (end_to_end)"
+  )
+  parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
+  parser.add_argument("--memory_of", choices=SIDES, help="only print a side's memory")
+  parser.add_argument("--json", help="file for the results")
+  args = parser.parse_args()
+  modes = args.modes.split(",")
+  if unknown := set(modes) - set(MODES):
+    parser.error(f"unknown modes {', '.join(sorted(unknown))}: known are {MODES}")
+  gpu = side_by_side.has_gpu()
+  torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+  batch = make_batch(args.batch, args.size)
+  make = {
+    "jax": lambda mode: jax_step(mode, batch, args.remat),
+    "torch": lambda mode: torch_step(mode, batch, "cuda" if gpu else "cpu"),
+  }
+  if args.memory_of:
+    before = resident()
+    step = make[args.memory_of](modes[0])
+    step()
+    step()
+    print(resident() - before)
+    return
+
+  peak = side_by_side.matmul_rate(jnp.bfloat16 if gpu else jnp.float32)
+  results = {"device": side_by_side.device_name(), **vars(args), "modes": {}}
+  results["matmul_flops"] = peak
+  print(
+    f"{results['device']}; matrix product {peak / 1e9:.0f} GFLOP/s; batch "
+    f"{args.batch}, {args.size} px"
+  )
+  for mode in modes:
+    sides = {name: make[name](mode) for name in SIDES}
+    with FlopCounterMode(display=False) as counter:
+      sides["torch"]()
+    row = side_by_side.with_ratios(side_by_side.interleave(sides, args.repeats))
+    row["flops"] = counter.get_total_flops()
+    results["modes"][mode] = row
+    for name in SIDES:
+      rate = row["flops"] / row[name]["seconds"]
+      line = f"{mode:11} {name:6} {row[name]['seconds']:7.2f} s {rate / 1e9:7.0f}"
+      line += f" GFLOP/s ({rate / peak:4.0%} of matrix product)"
+      if not (gpu or args.no_memory):
+        row[name]["peak_bytes"] = measure_memory(name, mode, args)
+        line += f" {row[name]['peak_bytes'] / 2**30:5.2f} GiB"
+      print(line, flush=True)
+    print(
+      f"{mode:11} ratio {row['ratio']:.2f} (CPU time {row['cpu_ratio']:.2f})",
+      flush=True,
+    )
+  if args.json:
+    with open(args.json, "w") as file:
+      json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+  main()
