@@ -14,6 +14,7 @@ a given time per step count how long it waits for its batches.
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -32,13 +33,15 @@ for _name in ("nms", "qnms"):
       "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     )
 
+import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+import simplejpeg  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 from fidelity_jax import data  # noqa: E402
-from fidelity_jax.data import images  # noqa: E402
+from fidelity_jax.data import crops, images, pipeline  # noqa: E402
 
 BATCH = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,10 +103,10 @@ def our_batches(dataset: data.Dataset, size: int, workers: int, **options):
 class Loader:
   """An iterator of batches and the worker processes that it started."""
 
-  def __init__(self, batches):
+  def __init__(self, make):
     before = set(psutil.Process().children())
-    self.batches = batches
-    next(batches)
+    self.batches = make()
+    next(self.batches)
     self.processes = [*(set(psutil.Process().children()) - before), psutil.Process()]
 
   def _cpu_seconds(self) -> float:
@@ -124,23 +127,51 @@ class Loader:
     )
 
 
-def decode_times(dataset: data.Dataset, cached: data.Dataset) -> dict[str, float]:
-  """Returns milliseconds per image to decode, and to read from the cache."""
-  chosen = range(0, len(dataset), max(len(dataset) // 400, 1))
-  times = {"decode": [], "Pillow decode": [], "cached": []}
-  for i in chosen:
-    encoded = dataset.records[i]
-    begin = time.perf_counter()
-    images.decode(encoded)
-    middle = time.perf_counter()
-    with open(os.path.join(dataset.records.root, dataset.records.paths[i]), "rb") as f:
-      np.asarray(Image.open(f).convert("RGB"))
-    late = time.perf_counter()
-    cached.records[i].sum()
-    times["decode"].append(middle - begin)
-    times["Pillow decode"].append(late - middle)
-    times["cached"].append(time.perf_counter() - late)
-  return {name: 1e3 * statistics.median(each) for name, each in times.items()}
+def parts(dataset: data.Dataset, cached: data.Dataset, size: int) -> dict[str, float]:
+  """Returns the milliseconds of one core that each way to do a part takes per image."""
+  out = np.empty((size, size, 3), np.uint8)
+  chosen = range(0, len(dataset), max(len(dataset) // 300, 1))
+  encoded = [dataset.records[i] for i in chosen]
+  pictures = [images.decode(record) for record in encoded]
+  boxes = [
+    crops.random_box(*picture.shape[:2], pipeline.generator(0, 2, 0, i))
+    for i, picture in enumerate(pictures)
+  ]
+  cuts = [
+    picture[top:bottom, left:right]
+    for picture, (left, top, right, bottom) in zip(pictures, boxes, strict=True)
+  ]
+  enlarged = [cut for cut in cuts if max(cut.shape[:2]) <= size]
+  print(f"{len(enlarged) / len(cuts):.0%} of the crops are enlarged, the rest shrunk")
+  pillow = lambda cut: np.asarray(
+    Image.fromarray(cut).resize((size, size), Image.Resampling.BILINEAR)
+  )
+  ways = {
+    "decode: Pillow": (
+      lambda record: np.asarray(Image.open(io.BytesIO(record)).convert("RGB")),
+      encoded,
+    ),
+    "decode: OpenCV": (
+      lambda record: cv2.imdecode(np.frombuffer(record, np.uint8), cv2.IMREAD_COLOR),
+      encoded,
+    ),
+    "decode: simplejpeg": (simplejpeg.decode_jpeg, encoded),
+    "decode: this pipeline": (images.decode, encoded),
+    "decode: cached": (lambda i: cached.records[i].max(), list(chosen)),
+    "enlarge: Pillow": (pillow, enlarged),
+    "enlarge: OpenCV": (lambda cut: crops._resize(cut, out), enlarged),
+    "resize: Pillow": (pillow, cuts),
+    "resize: this pipeline": (lambda cut: crops._resize(cut, out), cuts),
+  }
+  best = {}
+  for _ in range(7):
+    for name, (way, items) in ways.items():
+      begin = time.process_time()
+      for item in items:
+        way(item)
+      took = 1e3 * (time.process_time() - begin) / max(len(items), 1)
+      best[name] = min(took, best.get(name, took))
+  return best
 
 
 def waits(batches, step_ms: float, steps: int) -> float:
@@ -177,11 +208,12 @@ def main():
     begin = time.perf_counter()
     cached = data.load(config, "train", workdir_cache=folder)
     built = time.perf_counter() - begin
-    results = compare(options, dataset, cached)
-    results["seconds to build the cache"] = built
     print(f"cache of {len(dataset)} images built in {built:.1f} s")
-    results["milliseconds per image"] = times = decode_times(dataset, cached)
-    print("median ms per image:", {k: round(v, 3) for k, v in times.items()})
+    results = {"seconds to build the cache": built}
+    results["milliseconds per image"] = parts(dataset, cached, options.size)
+    for name, took in results["milliseconds per image"].items():
+      print(f"{name:24s} {took:.3f} ms", flush=True)
+    results |= compare(options, dataset, cached)
     results["share of time waiting"] = {}
     for step_ms in map(float, options.step_ms.split(",")):
       for name, source in (("decoding", dataset), ("cached", cached)):
@@ -189,6 +221,11 @@ def main():
           share = waits(batches, step_ms, 40)
         results["share of time waiting"][f"{name}, {step_ms:g} ms"] = share
         print(f"steps of {step_ms:g} ms, {name}: waits {100 * share:.1f} % of the time")
+    demo = data.load(data.default_config("demo"), "train", workdir_cache=folder)
+    with our_batches(demo, 64, 0) as batches:
+      share = waits(batches, 20, 100)
+    results["share of time waiting"]["demo, 20 ms"] = share
+    print(f"steps of 20 ms, demo at 64 px: waits {100 * share:.1f} % of the time")
   if options.out:
     pathlib.Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
 
@@ -196,24 +233,26 @@ def main():
 def compare(options, dataset: data.Dataset, cached: data.Dataset) -> dict:
   """Returns and prints images per second of every loader."""
   size, workers = options.size, options.workers
-  loaders = {
-    "torchvision, float32": torch_batches(dataset, size, workers, True),
-    "torchvision, uint8": torch_batches(dataset, size, workers, False),
-    "processes": our_batches(dataset, size, workers),
-    "threads": our_batches(dataset, size, 0),
-    "threads, reduced decode": our_batches(dataset, size, 0, reduced_decode=True),
-    "processes, cached": our_batches(cached, size, workers),
-    "threads, cached": our_batches(cached, size, 0),
+  makers = {
+    "torchvision, float32": lambda: torch_batches(dataset, size, workers, True),
+    "torchvision, uint8": lambda: torch_batches(dataset, size, workers, False),
+    "processes": lambda: our_batches(dataset, size, workers),
+    "threads": lambda: our_batches(dataset, size, 0),
+    "threads, reduced decode": lambda: our_batches(
+      dataset, size, 0, reduced_decode=True
+    ),
+    "processes, cached": lambda: our_batches(cached, size, workers),
+    "threads, cached": lambda: our_batches(cached, size, 0),
   }
-  started = {name: Loader(batches) for name, batches in loaders.items()}
-  measured = {name: [] for name in loaders}
-  skip = 12 * max(workers, 1)
+  loaders = {name: Loader(make) for name, make in makers.items()}
+  measured = {name: [] for name in makers}
+  skip = 8 * max(workers, 1)
   for _ in range(options.repetitions):
-    for name, loader in started.items():
+    for name, loader in loaders.items():
       measured[name].append(loader.measure(skip, options.batches))
-  for batches in loaders.values():
-    if isinstance(batches, data.BatchIterator):
-      batches.close()
+  for loader in loaders.values():
+    if isinstance(loader.batches, data.BatchIterator):
+      loader.batches.close()
   print(f"{len(dataset)} images, {size} px, {workers} workers; images per second:")
   results = {}
   for kind, title in enumerate(("of time", "of one core's time")):
@@ -226,7 +265,7 @@ def compare(options, dataset: data.Dataset, cached: data.Dataset) -> dict:
       against = ", ".join(
         f"{value / medians[other]:.2f}x {other}" for other in list(loaders)[:2]
       )
-      print(f"{title:18s} {name:24s} {value:7.0f}   {against}")
+      print(f"{title:18s} {name:24s} {value:7.0f}   {against}", flush=True)
   return results
 
 

@@ -227,6 +227,11 @@ def test_prefetch_runs_ahead():
   batches = data.prefetch_to_device(source(), depth=3)
   next(batches)
   assert taken == [0, 1, 2]
+  host = data.train_iterator(make(), image_size=8, batch_size=5, seed=0, epochs=2)
+  batches = data.prefetch_to_device(host)
+  next(batches)
+  batches.close()
+  assert host._batches is None
   with pytest.raises(UsageError, match="depth 0"):
     next(data.prefetch_to_device(source(), depth=0))
 

@@ -59,7 +59,8 @@ class DecodedRecords:
 
   @functools.cached_property
   def _pixels(self) -> np.ndarray:
-    return np.memmap(self.path, np.uint8, mode="r")
+    # A plain array: slicing a memmap object costs more than the copy it saves.
+    return np.asarray(np.memmap(self.path, np.uint8, mode="r"))
 
   def __getstate__(self) -> dict[str, object]:
     # Another process maps the file itself.

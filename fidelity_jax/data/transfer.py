@@ -17,7 +17,7 @@ def prefetch_to_device(
   """Copies batches to devices while earlier ones are computed on.
 
   Args:
-    iterator: this host's batches.
+    iterator: this host's batches; closed, if it can be, with the generator.
     sharding: of the global batch, over its first axis; None for the default device.
     depth: number of batches on their way, at least 1.
 
@@ -31,12 +31,16 @@ def prefetch_to_device(
     raise UsageError(f"prefetch depth {depth} is less than 1")
   place = lambda batch: {k: _place(v, sharding) for k, v in batch.items()}
   ahead = collections.deque()
-  # Copies are asynchronous: what is queued here is under way already.
-  for batch in iterator:
-    ahead.append(place(batch))
-    if len(ahead) == depth:
-      yield ahead.popleft()
-  yield from ahead
+  try:
+    # Copies are asynchronous: what is queued here is under way already.
+    for batch in iterator:
+      ahead.append(place(batch))
+      if len(ahead) == depth:
+        yield ahead.popleft()
+    yield from ahead
+  finally:
+    if hasattr(iterator, "close"):
+      iterator.close()
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
