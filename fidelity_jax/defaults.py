@@ -111,6 +111,8 @@ def classifier(config: ConfigDict, source: str = "clean") -> ConfigDict:
       # A path, a name such as "torchvision/resnet50", "torchvision" for the network's
       # own ImageNet weights, or None for random ones.
       "weights": config_dict.placeholder(str),
+      # Replace the last layers of given weights; False keeps a classifier's own.
+      "new_head": True,
     }
   )
   config.model.weights = "torchvision"
@@ -165,6 +167,7 @@ def calibration(config: ConfigDict, source: str) -> ConfigDict:
       "residual": True,
       "channel_multiplication": True,
       "channel_concatenation": True,
+      "weights": config_dict.placeholder(str),
     }
   )
   # Recompute the estimator's activations in end-to-end training, to save memory.
@@ -228,8 +231,8 @@ def _shrink(config: ConfigDict) -> None:
   """
   config.learning_rate, config.batch_size = 0.02, 32
   config.epochs, config.warmup_epochs = 20, 2
-  config.ensemble.update({"learning_rate": 0.02, "epochs": 8, "warmup_epochs": 1})
-  config.evaluation.rounds = 5
+  config.ensemble.update({"learning_rate": 0.1, "epochs": 8, "warmup_epochs": 1})
+  config.evaluation.rounds = 3
   parent = config.parents.classifier
   parent.model.update(
     {"name": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 16, "block": "basic"}
@@ -243,6 +246,7 @@ def _shrink(config: ConfigDict) -> None:
 
 
 def _shrink_stack(config: ConfigDict) -> None:
-  config.model.depth, config.model.width = 5, 24
-  config.learning_rate, config.batch_size = 2e-3, 64
-  config.epochs, config.warmup_epochs = 15, 1
+  config.model.depth, config.model.width = 5, 16
+  config.patch_size, config.patch_stride = 32, 32
+  config.learning_rate, config.batch_size = 6e-3, 32
+  config.epochs, config.warmup_epochs = 24, 1

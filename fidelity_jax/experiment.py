@@ -43,9 +43,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       final = stages.resolve(_ensemble_config(config), directory)
     datasets = Datasets()
     plan = list(final.lineage())
-    # What cannot work should fail before hours of training, not after.
-    for stage in plan:
-      _check(stage, datasets)
+    _check(plan, datasets)
     for number, stage in enumerate(plan, 1):
       signals.stop_if_received(f"before {stage.name}")
       complete(stage, datasets, f"[{number}/{len(plan)}] ")
@@ -88,15 +86,36 @@ class Datasets:
     return "-".join(dataset.fingerprint[:16] for dataset in splits)
 
 
-def _check(stage: stages.Stage, datasets: Datasets) -> None:
-  """Loads the data of a stage and checks that its batch fits."""
-  config = stage.config
-  dataset = datasets.load(config.dataset, "train")
-  images = images_per_step(config)
-  if images > len(dataset):
-    raise errors.UsageError(
-      f"{stage.kind}: a batch of {images} images is larger than the training set of "
-      f"{len(dataset)}: lower batch_size."
+def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
+  """Fails now on what would fail after hours: missing data or weights, batch sizes.
+
+  Raises:
+    UsageError: if something does not fit.
+    RunError: names everything that is missing.
+  """
+  missing = {}
+  for stage in plan:
+    config = stage.config
+    try:
+      dataset = datasets.load(config.dataset, "train")
+    except errors.RunError as error:
+      missing[str(error)] = None
+    else:
+      images = images_per_step(config)
+      if images > len(dataset):
+        raise errors.UsageError(
+          f"{stage.kind}: a batch of {images} images is larger than the training set "
+          f"of {len(dataset)}: lower batch_size."
+        )
+    if not stage.finished():
+      try:
+        networks.initial_weights(config)
+      except errors.RunError as error:
+        missing[str(error)] = None
+  if missing:
+    raise errors.RunError(
+      f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
+      "photographs: write ':demo' after the config's path."
     )
 
 
@@ -194,6 +213,7 @@ def make_task(stage: stages.Stage, num_classes: int) -> tasks.Task:
       image_size=config.dataset.image_size,
       label_smoothing=config.label_smoothing,
       initial=initial,
+      new_head=config.model.new_head,
       restorer=restorer,
       frozen=frozen,
     )

@@ -43,16 +43,39 @@ def dncnn(config: ConfigDict) -> models.DnCNN:
 def initial_weights(config: ConfigDict) -> PyTree | None:
   """Returns the variables that a stage starts from, or None for random ones.
 
+  Args:
+    config: a stage's config; `model.weights` names a path, a name such as
+      "torchvision/resnet50", or "torchvision" for the network's own ImageNet weights.
+
   Raises:
-    UsageError: if the weights do not fit the network.
-    RunError: if they cannot be had.
+    UsageError: if the weights are not there or do not hold such a network.
+    RunError: if they cannot be downloaded or read.
   """
   source = config.model.weights
   if source is None:
     return None
   if source == "torchvision":
     source = f"torchvision/{config.model.name}"
-  return port.load_part(source, config.kind).variables
+  variables = port.load_part(source, config.kind).variables
+  if config.kind in ("restorer", "estimator"):
+    _check_shapes(config, variables)
+  return variables
+
+
+def _check_shapes(config: ConfigDict, variables: PyTree) -> None:
+  """Raises UsageError if weights are not of the DnCNN that the config describes."""
+  module = dncnn(config)
+  images = jnp.zeros((1, 8, 8, module.channels))
+  expected = jax.eval_shape(module.init, jax.random.key(0), images)
+  shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), dict(tree))
+  if shapes(expected) != shapes(variables):
+    layers = len(variables["params"])
+    width = variables["params"]["layer0"]["conv"]["kernel"].shape[-1]
+    raise errors.UsageError(
+      f"{config.kind}: {config.model.weights} holds a DnCNN of depth {layers} and width "
+      f"{width}: set model.depth and model.width to these, and model.batch_norm=False "
+      "(it is folded when weights are read)."
+    )
 
 
 def freeze(
@@ -90,40 +113,38 @@ class Method:
   Attributes:
     pipeline: the networks.
     frozen: variables of those that the stage does not train.
-    initial: variables to start those from that it trains on, or None.
+    initial: variables to start the others from, by role; what is absent starts fresh.
   """
 
   pipeline: pipeline.Method
   frozen: PyTree
-  initial: PyTree = None
+  initial: PyTree
 
 
 def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
   """Returns the method as a calibration or ensemble stage finds it."""
   config = stage.config
+  given = initial_weights(config)
+  initial = {} if given is None else {stage.kind: given}
+  dtype = compute_dtype(config.precision)
   if stage.kind == "ensemble":
     before = trained_method(stage.parents["calibration"], num_classes)
-    return dataclasses.replace(
-      before,
-      pipeline=dataclasses.replace(
-        before.pipeline,
-        ensemble=models.Ensemble(
-          before.pipeline.classifier.feature_size, config.model.ratio
-        ),
-      ),
-    )
+    size, ratio = before.pipeline.classifier.feature_size, config.model.ratio
+    ensemble = models.Ensemble(size, ratio, dtype)
+    method = dataclasses.replace(before.pipeline, ensemble=ensemble)
+    return Method(method, before.frozen, initial)
   networks, frozen = {}, {}
   for role, parent in stage.parents.items():
     networks[role], frozen[role] = load_frozen(parent, num_classes)
-  initial = None
   if config.fidelity.source == "end_to_end":
-    initial = {"estimator": as_float32(frozen.pop("estimator"))}
+    initial["estimator"] = as_float32(frozen.pop("estimator"))
   method = pipeline.Method(
     **networks,
     calibration=models.Calibration(
       feature_size=networks["classifier"].feature_size,
       num_taps=networks["classifier"].num_taps,
-      **config.model,
+      dtype=dtype,
+      **{k: v for k, v in config.model.items() if k != "weights"},
     ),
     map_kind=config.fidelity.map,
     estimator_input=config.fidelity.estimator_input,
@@ -140,12 +161,12 @@ def trained_method(stage: stages.Stage, num_classes: int) -> Method:
     size = stage.config.dataset.image_size
     init = lambda key: method.pipeline.init_calibration(key, (size, size))
     like = {"calibration": jax.eval_shape(init, key)["params"]}
-    like |= {k: v["params"] for k, v in (method.initial or {}).items()}
+    like |= {k: v["params"] for k, v in method.initial.items()}
   else:
     like = {"ensemble": jax.eval_shape(method.pipeline.init_ensemble, key)["params"]}
   params = stage.load({"params": like})["params"]
   variables = {name: {"params": tree} for name, tree in params.items()}
-  return Method(method.pipeline, method.frozen | variables)
+  return Method(method.pipeline, method.frozen | variables, {})
 
 
 def as_float32(variables: PyTree) -> PyTree:

@@ -144,6 +144,19 @@ def markdown(config: ConfigDict, results: Results, stages: list[str]) -> str:
   return "\n".join(lines)
 
 
+def _spaced(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _heading(condition: str) -> str:
+  """Returns "noise, sigma 0.3" for "awgn-0.3", "noise, 2D" for "awgn-2d", ..."""
+  kind, _, level = condition.rpartition("-")
+  kind = "noise" if kind == "awgn" else _spaced(kind)
+  if level in ("1d", "2d"):
+    return f"{kind}, {level.upper()}"
+  return f"{kind}, sigma {level}" if kind == "noise" else f"{kind} {level}"
+
+
 def _png(figure: plt.Figure) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=110)
@@ -182,7 +195,8 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   right.set_title("level varies over the image")
   for axes in (left, right):
     axes.grid(alpha=0.3)
-  figure.suptitle(f"{config.experiment}, {config.dataset.name}: classifying {kind} images")
+  what = "noisy (AWGN)" if kind == "awgn" else f"degraded ({_spaced(kind)})"
+  figure.suptitle(f"Classifying {what} images: {config.experiment}, {config.dataset.name}")
   figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
   return _png(figure)
 
@@ -202,6 +216,8 @@ def draw_examples(config: ConfigDict, results: Results) -> bytes:
     ("fidelity map\n(bright: error)", "map", f"prediction/{source}/True/{ensemble}"),
   ]
   maps = examples["map"].mean(-1)
+  meaning = {"l1": "|restored - clean|", "l2": "(restored - clean)²"}
+  meaning = meaning.get(config.fidelity.map, "1 - cosine similarity")
   if config.fidelity.map == "cosine":
     maps = 1 - maps
   vmax = float(np.quantile(maps, 0.995)) or 1.0
@@ -218,7 +234,8 @@ def draw_examples(config: ConfigDict, results: Results) -> bytes:
       else:
         axes.imshow(np.clip(examples[key][m, n], 0, 1))
       if i == 0:
-        axes.set_title(f"{conditions[m]}\n{names[label]}", fontsize=9)
+        text = f"{_heading(conditions[m])}\n{_spaced(names[label])}"
+        axes.set_title(text, fontsize=9)
       if j == 0:
         axes.set_ylabel(name, fontsize=10)
       if prediction:
@@ -226,9 +243,11 @@ def draw_examples(config: ConfigDict, results: Results) -> bytes:
         right = predicted == label
         sign = "✓" if right else "✗"
         axes.set_xlabel(
-          f"{sign} {names[predicted]}", fontsize=8, color="green" if right else "red"
+          f"{sign} {_spaced(names[predicted])}",
+          fontsize=8,
+          color="green" if right else "red",
         )
-  figure.colorbar(drawn, ax=grid[3, :].tolist(), shrink=0.9, label="map")
+  figure.colorbar(drawn, ax=grid[3, :].tolist(), shrink=0.9, label=meaning)
   figure.suptitle(
     "Below each image, what is predicted from it: the classifier trained on clean "
     "images sees the\ndegraded, then the restored image; the proposed method sees the "

@@ -86,7 +86,7 @@ def _without(method, variables, *names):
 )
 def test_gradients_reach_exactly_what_trains(networks, mode, trained):
   _, method, variables = networks
-  make, initial = tasks.CalibrationTask, None
+  make, initial = tasks.CalibrationTask, {}
   if mode == "oracle":
     method, frozen = _without(method, variables, "ensemble", "estimator", "calibration")
   elif mode == "pretrained":

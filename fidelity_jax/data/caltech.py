@@ -234,8 +234,7 @@ def archive(source: Source, folder: Path) -> Path:
     folder: created if a download needs it.
 
   Raises:
-    UsageError: it is not there, and the download is impossible.
-    RunError: its checksum is wrong.
+    RunError: it is not there and cannot be downloaded, or its checksum is wrong.
   """
   path = folder / source.archive
   if not path.exists():
@@ -262,10 +261,9 @@ def _download(source: Source, path: Path) -> None:
     os.replace(part, path)
   except OSError as error:
     reason = getattr(error, "reason", None) or error
-    raise UsageError(
+    raise RunError(
       f"{source.archive} is not in {path.parent} and cannot be downloaded "
       f"({reason}): get {source.url} ({source.size}, MD5 {source.md5}) elsewhere and "
-      f"put it there, or its extracted folder {source.folder}; or run the experiment "
-      "on the embedded photographs: add ':demo' to the config's path"
+      f"put it there, or its extracted folder {source.folder}"
     ) from error
 

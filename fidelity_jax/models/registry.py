@@ -100,7 +100,7 @@ def create(
     )
   build, fields = _MODELS[name]
   given = {k: v for k, v in config.items() if v is not None}
-  for key in given.keys() - fields.keys() - {"name", "weights"}:
+  for key in given.keys() - fields.keys() - {"name", "new_head", "weights"}:
     raise errors.UsageError(
       f"model.{key}: network {name!r} has no such field; {near(key, fields)}"
     )

@@ -21,7 +21,8 @@ class CalibrationTask(base.Task):
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
     frozen: variables of `method`'s frozen networks.
-    initial: {"estimator": variables} to start the estimator from; end-to-end only.
+    initial: variables to start from, by role: "estimator" in end-to-end training, and
+      given weights of "calibration" or "ensemble".
   """
 
   method: pipeline.Method
@@ -29,12 +30,12 @@ class CalibrationTask(base.Task):
   image_size: int
   label_smoothing: float
   frozen: Any
-  initial: Any = None
+  initial: Any = dataclasses.field(default_factory=dict)
 
   def init(self, key, initial):
     size = (self.image_size, self.image_size)
     variables = {"calibration": self.method.init_calibration(key, size)}
-    variables |= initial or {}
+    variables |= initial
     return {name: tree["params"] for name, tree in variables.items()}, {}
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
@@ -51,4 +52,5 @@ class EnsembleTask(CalibrationTask):
   """The second phase: only the ensemble module trains."""
 
   def init(self, key, initial):
-    return {"ensemble": self.method.init_ensemble(key)["params"]}, {}
+    variables = {"ensemble": self.method.init_ensemble(key)} | initial
+    return {name: tree["params"] for name, tree in variables.items()}, {}

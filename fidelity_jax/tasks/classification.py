@@ -20,7 +20,8 @@ class ClassificationTask(base.Task):
     source: "clean" (setup 1), "degraded" (setup 2) or "restored" (setup 3).
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
-    initial: variables to start from but for the last layers, or None for random ones.
+    initial: variables to start from, or None for random ones.
+    new_head: start the last layers fresh all the same, for other classes.
     restorer: the frozen restorer; "restored" only.
     frozen: {"restorer": variables} for "restored", else {}.
   """
@@ -31,6 +32,7 @@ class ClassificationTask(base.Task):
   image_size: int
   label_smoothing: float = 0.1
   initial: Any = None
+  new_head: bool = True
   restorer: models.DnCNN | None = None
   frozen: Any = dataclasses.field(default_factory=dict)
 
@@ -38,7 +40,7 @@ class ClassificationTask(base.Task):
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     variables = self.classifier.init(key, images)
     if initial:
-      variables = models.transfer(variables, initial, new_head=True)
+      variables = models.transfer(variables, initial, self.new_head)
     return variables["params"], variables.get("batch_stats", {})
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
