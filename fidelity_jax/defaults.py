@@ -35,6 +35,8 @@ def degradation(kind: str, mixture: str | None) -> ConfigDict:
       "level": config_dict.placeholder(object),
       "mixture": mixture if mixture else config_dict.placeholder(str),
       "vary": config_dict.placeholder(str),
+      "orientation": config_dict.placeholder(float),
+      "kernel_size": config_dict.placeholder(int),
     }
   )
 
@@ -229,6 +231,7 @@ def _shrink(config: ConfigDict) -> None:
   Everything but size stays as it is: the same networks with fewer and narrower layers,
   the same training with fewer epochs and, to make up for them, higher rates.
   """
+  config.dataset.cache = "ram"
   config.learning_rate, config.batch_size = 0.02, 32
   config.epochs, config.warmup_epochs = 20, 2
   config.ensemble.update({"learning_rate": 0.1, "epochs": 8, "warmup_epochs": 1})

@@ -170,6 +170,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
       workers=config.dataset.workers,
       crop_area=config.dataset.crop_area,
       crop_aspect=config.dataset.crop_aspect,
+      reduced_decode=config.dataset.reduced_decode,
     ),
     train_data=train_data,
     validation_data=datasets.load(config.dataset, "validation"),

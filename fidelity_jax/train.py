@@ -49,6 +49,7 @@ class Settings:
     workers: processes that decode images; 0 uses threads.
     crop_area: range of the training crop's share of the area.
     crop_aspect: range of the training crop's width / height.
+    reduced_decode: decode JPEGs at reduced scale where the crop allows.
   """
 
   seed: int
@@ -63,6 +64,7 @@ class Settings:
   workers: int
   crop_area: tuple[float, float]
   crop_aspect: tuple[float, float]
+  reduced_decode: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,7 @@ class Trainer:
       num_workers=settings.workers,
       crop_area=settings.crop_area,
       crop_aspect=settings.crop_aspect,
+      reduced_decode=settings.reduced_decode,
       **sharding.host_shard(),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from conftest import TOY, overrides
@@ -28,7 +29,8 @@ def _product(workdir):
     step = json.loads(marker.read_text())["best_step"]
     variables = marker.parent / "checkpoints" / str(step) / "variables"
     with ocp.StandardCheckpointer() as checkpointer:
-      arrays[marker.parent.name] = checkpointer.restore(variables)
+      restored = checkpointer.restore(variables)
+    arrays[marker.parent.name] = jax.tree.map(np.asarray, restored)
   return arrays, json.loads((workdir / "results.json").read_text())
 
 
