@@ -32,7 +32,7 @@ AUXILIARY = 0.3
 def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtype):
   """Returns {"forward", "train"}: functions that run one on this batch."""
   module = models.create({"name": name}, CLASSES, dtype)
-  variables = jax.jit(module.init)(jax.random.key(0), images)
+  variables = side_by_side.variables_of(module, images)
   folded, frozen = models.fold(module, variables)
   frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
   tx = optax.sgd(1e-3, momentum=0.9, nesterov=True)

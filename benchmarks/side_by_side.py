@@ -1,5 +1,6 @@
 """What the benchmarks against PyTorch share."""
 
+import math
 import pathlib
 import statistics
 import sys
@@ -8,10 +9,30 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
+from flax import linen as nn
 
 # The reference implementations live with the tests.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+
+
+def variables_of(module: nn.Module, *inputs: jax.Array) -> dict[str, object]:
+  """Returns He-normal variables without compiling the module's own initialization.
+
+  Compiling that takes longer for the deeper networks than the measurement.
+  """
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name == "kernel":
+      std = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+      return jnp.asarray(std * rng.standard_normal(leaf.shape, np.float32))
+    return jnp.ones(leaf.shape) if name in ("scale", "var") else jnp.zeros(leaf.shape)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def has_gpu() -> bool:

@@ -65,13 +65,12 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   classifier = models.create({"name": "resnet50"}, CLASSES, dtype, folded=True)
   dncnn = models.DnCNN(dtype=dtype)
-  keys = jax.random.split(jax.random.key(0), 3)
   images = jnp.zeros((1, size, size, 3))
   frozen = {
-    "classifier": jax.jit(classifier.init)(keys[0], images),
-    "restorer": jax.jit(dncnn.init)(keys[1], images),
+    "classifier": side_by_side.variables_of(classifier, images),
+    "restorer": side_by_side.variables_of(dncnn, images),
   }
-  estimator = jax.jit(dncnn.init)(keys[2], images)
+  estimator = side_by_side.variables_of(dncnn, images)
   if mode == "pretrained":
     frozen["estimator"] = estimator
   method = pipeline.Method(
@@ -92,7 +91,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
     initial={"estimator": estimator} if mode == "end_to_end" else None,
   )
   tx = optimizer.create("sgd", lambda step: 1e-3)
-  params, model_state = jax.jit(task.init)(keys[0], task.initial)
+  params, model_state = jax.jit(task.init)(jax.random.key(0), task.initial)
   values = {name: jnp.zeros(len(batch["label"])) for name in ("loss", "accuracy")}
   ones = jnp.ones(len(batch["label"]))
   averages = metrics.zeros_like(metrics.averages(values, ones))

@@ -1,3 +1,3 @@
-"""fidelity_jax: classify degraded images by steering frozen CNNs with a fidelity map."""
+"""Classify degraded images by steering frozen CNNs with a fidelity map."""
 
 __version__ = "0.1.0"

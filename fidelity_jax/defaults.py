@@ -53,8 +53,8 @@ def base(kind: str, size: str) -> ConfigDict:
   """
   if size not in ("", "demo"):
     raise errors.UsageError(
-      f"a config has no variant {size!r}: write ':demo' after its path for the embedded "
-      "photographs, or nothing for the report's own experiment."
+      f"a config has no variant {size!r}: write ':demo' after its path for the "
+      "embedded photographs, or nothing for the report's own experiment."
     )
   dataset = "demo" if size == "demo" else "caltech256"
   config = ConfigDict()

@@ -111,7 +111,11 @@ class Evaluation:
     """
     self.config, self.stage = config, stage
     self.dataset = datasets.load(config.dataset, "test")
-    material = [stage.digest, self.dataset.fingerprint, stages.as_json(config.evaluation)]
+    material = [
+      stage.digest,
+      self.dataset.fingerprint,
+      stages.as_json(config.evaluation),
+    ]
     digest = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
     self.directory = stage.directory.parent / f"evaluation-{stage.name}-{digest[:8]}"
     self.conditions = degradations.conditions(config.degradation)

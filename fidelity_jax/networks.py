@@ -72,9 +72,9 @@ def _check_shapes(config: ConfigDict, variables: PyTree) -> None:
     layers = len(variables["params"])
     width = variables["params"]["layer0"]["conv"]["kernel"].shape[-1]
     raise errors.UsageError(
-      f"{config.kind}: {config.model.weights} holds a DnCNN of depth {layers} and width "
-      f"{width}: set model.depth and model.width to these, and model.batch_norm=False "
-      "(it is folded when weights are read)."
+      f"{config.kind}: {config.model.weights} holds a DnCNN of depth {layers} and "
+      f"width {width}: set model.depth and model.width to these, and "
+      "model.batch_norm=False (it is folded when weights are read)."
     )
 
 
@@ -172,4 +172,3 @@ def trained_method(stage: stages.Stage, num_classes: int) -> Method:
 def as_float32(variables: PyTree) -> PyTree:
   """Returns variables that train: in float32 whatever the compute dtype."""
   return jax.tree.map(lambda x: x.astype(jnp.float32), variables)
-

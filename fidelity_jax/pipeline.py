@@ -12,7 +12,9 @@ from fidelity_jax import fidelity, models
 PyTree = Any
 
 
-def restore(restorer: models.DnCNN, variables: PyTree, degraded: jax.Array) -> jax.Array:
+def restore(
+  restorer: models.DnCNN, variables: PyTree, degraded: jax.Array
+) -> jax.Array:
   """Returns the restored image r = clip(d - R(d)), float32 [N, H, W, 3] in [0, 1]."""
   residual = restorer.apply(variables, degraded)
   return jnp.clip(degraded - residual.astype(jnp.float32), 0, 1)

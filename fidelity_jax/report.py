@@ -196,7 +196,9 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   for axes in (left, right):
     axes.grid(alpha=0.3)
   what = "noisy (AWGN)" if kind == "awgn" else f"degraded ({_spaced(kind)})"
-  figure.suptitle(f"Classifying {what} images: {config.experiment}, {config.dataset.name}")
+  figure.suptitle(
+    f"Classifying {what} images: {config.experiment}, {config.dataset.name}"
+  )
   figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
   return _png(figure)
 

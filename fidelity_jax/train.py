@@ -116,9 +116,7 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, root: jax.Arra
 
   def train_step(state: TrainState, frozen: PyTree, batch) -> TrainState:
     key = jax.random.fold_in(root, state.step)
-    loss = functools.partial(
-      task.loss, frozen=frozen, batch=batch, train=True, key=key
-    )
+    loss = functools.partial(task.loss, frozen=frozen, batch=batch, train=True, key=key)
     gradient = jax.value_and_grad(loss, has_aux=True)
     (value, (model_state, values)), grads = gradient(state.params, state.model_state)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -329,7 +327,9 @@ class Trainer:
         signals.stop_if_received(f"{self.title} at step {step} of {self.total_steps}")
         if bar.due() or step == self.total_steps:
           self._check_finite(state)
-          facts = {"epoch": f"{-(-step // self.steps_per_epoch)}/{self.settings.epochs}"}
+          facts = {
+            "epoch": f"{-(-step // self.steps_per_epoch)}/{self.settings.epochs}"
+          }
           if within:
             facts["loss"] = metrics.compute(state.averages)["loss"]
           if best["step"] is not None:

@@ -53,6 +53,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
       path.write_bytes(b"")
   again = checkpoints.Checkpoints(directory)
   like = jnp.zeros(4)
-  with pytest.raises(errors.RunError, match=r"is damaged .* delete the directory .*/stage"):
+  with pytest.raises(
+    errors.RunError, match=r"is damaged .* delete the directory .*/stage"
+  ):
     again.restore(3, {"params": {"x": like}}, {"opt_state": like})
   again.close()

@@ -22,7 +22,8 @@ def test_it_leaves_what_it_promises(toy_run):
     assert config["kind"] == kind
     assert list(directory.glob("events.out.tfevents.*"))
     records = [
-      json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
+      json.loads(line)
+      for line in (directory / "metrics.jsonl").read_text().splitlines()
     ]
     assert len(records) == config["epochs"]
     assert records[-1]["learning_rate"] >= 0

@@ -218,8 +218,9 @@ def test_inputs_depend_on_seed_epoch_and_index_alone():
 
 def test_training_flips_half_of_the_examples_and_validation_none():
   batch = _batch(4)
-  ramp = jnp.broadcast_to(jnp.arange(SIZE, dtype=jnp.uint8)[None, None, :, None],
-                          (64, SIZE, SIZE, 3))
+  ramp = jnp.broadcast_to(
+    jnp.arange(SIZE, dtype=jnp.uint8)[None, None, :, None], (64, SIZE, SIZE, 3)
+  )
   batch = {
     "image": ramp,
     "label": jnp.zeros(64, jnp.int32),

@@ -17,7 +17,7 @@ from absl import logging
 
 from fidelity_jax.data import archives, splits
 from fidelity_jax.data.dataset import SPLITS
-from fidelity_jax.errors import RunError, UsageError
+from fidelity_jax.errors import RunError
 
 _CHUNK = 1 << 20
 _NAMED = 10
@@ -102,11 +102,7 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for class_name, number, content in self._images(source):
       train, validation = self.lists()[class_name]
       belongs = (
-        "train"
-        if number in train
-        else "validation"
-        if number in validation
-        else "test"
+        "train" if number in train else "validation" if number in validation else "test"
       )
       if belongs == split:
         key = f"{class_name}/{number:04d}"
@@ -266,4 +262,3 @@ def _download(source: Source, path: Path) -> None:
       f"({reason}): get {source.url} ({source.size}, MD5 {source.md5}) elsewhere and "
       f"put it there, or its extracted folder {source.folder}"
     ) from error
-

@@ -83,9 +83,7 @@ def draw(
     order = class_generator(seed, name).permutation(len(members[label]))
     shuffled = [members[label][i] for i in order]
     start = 0
-    for split, n in zip(
-      SPLITS, sizes(len(shuffled), fractions, counts), strict=True
-    ):
+    for split, n in zip(SPLITS, sizes(len(shuffled), fractions, counts), strict=True):
       chosen[split] += shuffled[start : start + n]
       start += n
   return {split: sorted(indices) for split, indices in chosen.items()}

@@ -159,4 +159,3 @@ class _Store:
       os.replace(file.name, self._path)
     except OSError as error:
       logging.warning("cannot remember checked images: %s", error)
-

@@ -21,7 +21,7 @@ from jax import lax
 # Elements of a block's patches (2 MB in float32): small enough to stay in an L2 cache,
 # large enough to keep the matrix product busy. 1 to 4 MB measured within 15 %.
 _BLOCK_ELEMENTS = 2**19
-# Below this many elements both operands stay in the cache, and XLA's own kernel gradient
+# Below this many elements both operands stay in the cache, and XLA's kernel gradient
 # is as fast or faster.
 _LARGE_ELEMENTS = 2**20
 
