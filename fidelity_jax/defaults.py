@@ -232,7 +232,7 @@ def _shrink(config: ConfigDict) -> None:
   the same training with fewer epochs and, to make up for them, higher rates.
   """
   config.dataset.cache = "ram"
-  config.learning_rate, config.batch_size = 0.02, 32
+  config.learning_rate, config.batch_size = 0.06, 32
   config.epochs, config.warmup_epochs = 20, 2
   config.ensemble.update({"learning_rate": 0.1, "epochs": 8, "warmup_epochs": 1})
   config.evaluation.rounds = 3
@@ -249,7 +249,7 @@ def _shrink(config: ConfigDict) -> None:
 
 
 def _shrink_stack(config: ConfigDict) -> None:
-  config.model.depth, config.model.width = 5, 16
+  config.model.depth, config.model.width = 5, 32
   config.patch_size, config.patch_stride = 32, 32
-  config.learning_rate, config.batch_size = 6e-3, 32
-  config.epochs, config.warmup_epochs = 24, 1
+  config.learning_rate, config.batch_size = 4e-3, 32
+  config.epochs, config.warmup_epochs = 20, 1

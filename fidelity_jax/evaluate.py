@@ -119,7 +119,7 @@ class Evaluation:
     digest = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
     self.directory = stage.directory.parent / f"evaluation-{stage.name}-{digest[:8]}"
     self.conditions = degradations.conditions(config.degradation)
-    self.mesh = sharding.make_mesh()
+    self.mesh = sharding.make_mesh(config.evaluation.batch_size)
     self.sharding = sharding.batch(self.mesh)
 
   @functools.cached_property

@@ -6,9 +6,18 @@ import numpy as np
 from fidelity_jax import errors
 
 
-def make_mesh() -> jax.sharding.Mesh:
-  """Returns a mesh over all devices of all hosts with the axis "data"."""
-  return jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+def make_mesh(size: int) -> jax.sharding.Mesh:
+  """Returns a mesh over all devices of all hosts with the axis "data".
+
+  Args:
+    size: images in the batches to be split over it. The devices of a CPU are all the
+      same cores: of these, one alone is taken if the batch does not split evenly.
+  """
+  devices = jax.devices()
+  one_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
+  if one_cpu and size % len(devices):
+    devices = devices[:1]
+  return jax.sharding.Mesh(np.asarray(devices), ("data",))
 
 
 def batch(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

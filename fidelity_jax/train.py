@@ -189,7 +189,7 @@ class Trainer:
       settings.warmup_epochs,
     )
     self.tx = optimizer.create(settings.optimizer, self.schedule)
-    self.mesh = sharding.make_mesh()
+    self.mesh = sharding.make_mesh(settings.images_per_step)
     sharding.check_batch(self.mesh, settings.images_per_step, title)
     self.batch_sharding = sharding.batch(self.mesh)
     self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))

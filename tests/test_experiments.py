@@ -1,0 +1,142 @@
+"""Every kind of experiment, whole, at toy size, through the command."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import TOY, TOY_ESTIMATOR, overrides
+
+_ORACLE = "--config=configs/oracle.py:demo"
+# One epoch and one round: does it run, not what it gives.
+_QUICK = TOY | {
+  "epochs": 1,
+  "warmup_epochs": 0,
+  "evaluation.rounds": 1,
+  "parents.classifier.epochs": 1,
+  "parents.classifier.warmup_epochs": 0,
+  "parents.restorer.epochs": 1,
+}
+
+
+def _methods(workdir):
+  results = json.loads((workdir / "results.json").read_text())
+  return {(row["method"], row["ensemble"]) for row in results["rows"]}
+
+
+def _variables(stage):
+  step = json.loads((stage / "finished.json").read_text())["best_step"]
+  with ocp.StandardCheckpointer() as checkpointer:
+    variables = checkpointer.restore(stage / "checkpoints" / str(step) / "variables")
+  return jax.tree.map(np.asarray, variables)
+
+
+def test_estimated_maps(toy_run, command):
+  """Pretrained, then end-to-end, in the workdir where the oracle's parents are."""
+  fields = TOY | TOY_ESTIMATOR
+  workdir = f"--workdir={toy_run}"
+  for source in ("pretrained", "end_to_end"):
+    config = f"--config=configs/{source}.py:demo"
+    result = command(config, workdir, *overrides(fields), check=0)
+    finished = 2 if source == "pretrained" else 3
+    assert result.stderr.count(": finished (") == finished
+    assert _methods(toy_run) == {("setup1", None), (source, False), (source, True)}
+  estimator = _variables(next(toy_run.glob("estimator-*")))
+  before = estimator["params"]
+  (stage,) = toy_run.glob("calibration-end_to_end-*")
+  trained = _variables(stage)["params"]
+  assert set(trained) == {"calibration", "estimator"}
+  # End-to-end starts from the pretrained estimator and moves it.
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), trained["estimator"], before
+  )
+  assert all(0 < m < 0.5 for m in jax.tree.leaves(moved))
+  (stage,) = toy_run.glob("calibration-pretrained-*")
+  assert set(_variables(stage)["params"]) == {"calibration"}
+  (stage,) = toy_run.glob("ensemble-end_to_end-*")
+  assert set(_variables(stage)["params"]) == {"ensemble"}
+  # The estimator's own config is the same stage: nothing is left to do.
+  alone = {
+    k: v for k, v in TOY.items() if k.startswith(("dataset", "parents.restorer"))
+  }
+  alone |= {k.removeprefix("parents.estimator."): v for k, v in TOY_ESTIMATOR.items()}
+  config = "--config=configs/estimator.py:demo"
+  result = command(config, workdir, *overrides(alone), check=0)
+  assert result.stderr.count(": finished (") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "module",
+  [
+    "spatial_multiplication",
+    "spatial_addition",
+    "residual",
+    "channel_multiplication",
+    "channel_concatenation",
+  ],
+)
+def test_each_module_can_be_left_out(toy_run, command, module):
+  fields = TOY | {f"model.{module}": False, "epochs": 1, "warmup_epochs": 0}
+  fields["ensemble.enabled"] = False
+  result = command(_ORACLE, f"--workdir={toy_run}", *overrides(fields), check=0)
+  assert result.stderr.count(": finished (") == 2
+  assert _methods(toy_run) == {("setup1", None), ("oracle", False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"fidelity.map": "l2"},
+    {"fidelity.map": "cosine"},
+    {"model.resize": "bicubic"},
+    {"model.resize": "nearest"},
+    {"model.num_convs": 2},
+  ],
+  ids=str,
+)
+def test_maps_and_resizing(toy_run, command, fields):
+  fields = TOY | fields | {"epochs": 1, "warmup_epochs": 0, "ensemble.enabled": False}
+  command(_ORACLE, f"--workdir={toy_run}", *overrides(fields), check=0)
+
+
+@pytest.mark.slow
+def test_an_estimator_of_the_cosine_map_on_restored_images(toy_run, command):
+  fields = TOY | TOY_ESTIMATOR
+  fields |= {"fidelity.map": "cosine", "fidelity.estimator_input": "restored"}
+  config = "--config=configs/end_to_end.py:demo"
+  command(config, f"--workdir={toy_run}", *overrides(fields), check=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "kind", ["salt_and_pepper", "gaussian_blur", "motion_blur", "rectangular_crop"]
+)
+def test_every_degradation(tmp_path, command, kind):
+  fields = _QUICK | {"degradation.kind": kind}
+  command(_ORACLE, f"--workdir={tmp_path}", *overrides(fields), check=0)
+  results = json.loads((tmp_path / "results.json").read_text())
+  conditions = {row["condition"] for row in results["rows"]}
+  assert {"clean", f"{kind}-1d", f"{kind}-2d"} < conditions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["alexnet", "vgg16", "googlenet", "resnet18", "resnet50"]
+)
+def test_every_backbone(tmp_path, command, name):
+  free = ("parents.classifier.model.stage_sizes", "parents.classifier.model.width")
+  fields = {k: v for k, v in _QUICK.items() if k not in free}
+  fields |= {
+    "dataset.image_size": 64,
+    "parents.classifier.model.name": name,
+    "parents.classifier.model.stage_sizes": None,
+    "parents.classifier.model.width": None,
+    "parents.classifier.model.block": None,
+    # Narrow hidden layers: VGG-16's calibration has 1.57 billion parameters at 0.5.
+    "model.ratio": 0.002 if name == "vgg16" else 0.02,
+  }
+  command(_ORACLE, f"--workdir={tmp_path}", *overrides(fields), check=0)
+  assert _methods(tmp_path) == {("setup1", None), ("oracle", False), ("oracle", True)}
