@@ -210,6 +210,7 @@ class Evaluation:
     # What a picture can show: a middling and the strongest level, and the 2D variation.
     uniform = [c for c in self.conditions if not c.name.endswith(("-1d", "-2d"))]
     shown = [uniform[len(uniform) // 2], uniform[-1], self.conditions[-1]]
+    shown = list(dict.fromkeys(shown))
     # The test set is sorted by class: examples spread over it show different classes.
     count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)

@@ -157,6 +157,16 @@ def _heading(condition: str) -> str:
   return f"{kind}, sigma {level}" if kind == "noise" else f"{kind} {level}"
 
 
+def _level(condition: str) -> float | None:
+  """Returns the one level of a condition, None if there is not one."""
+  if condition == "clean":
+    return 0.0
+  try:
+    return float(condition.rpartition("-")[2])
+  except ValueError:
+    return None
+
+
 def _png(figure: plt.Figure) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=110)
@@ -168,9 +178,9 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   """Returns the picture of accuracy against level, a line per method (PNG)."""
   methods, conditions, rows = _grid(results)
   kind = config.degradation.kind
-  varying = [c for c in conditions if c.endswith(("-1d", "-2d"))]
-  uniform = [c for c in conditions if c not in varying]
-  levels = [0.0 if c == "clean" else float(c.rsplit("-", 1)[1]) for c in uniform]
+  levels = {c: level for c in conditions if (level := _level(c)) is not None}
+  uniform = sorted(levels, key=levels.get)
+  varying = [c for c in conditions if c not in levels]
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(10, 4.8), sharey=True, width_ratios=(3, 1), layout="constrained"
   )
@@ -179,20 +189,25 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
     kwargs = {"color": f"C{number}", "marker": "o", "capsize": 3}
     y = [rows[method, c]["accuracy"] for c in uniform]
     error = [rows[method, c]["std"] for c in uniform]
-    left.errorbar(levels, y, error, ls=style, label=title(method), **kwargs)
+    left.errorbar(
+      [levels[c] for c in uniform], y, error, ls=style, label=title(method), **kwargs
+    )
     y = [rows[method, c]["accuracy"] for c in varying]
     error = [rows[method, c]["std"] for c in varying]
     spread = (number - (len(methods) - 1) / 2) * 0.08
     right.errorbar(np.arange(len(varying)) + spread, y, error, ls="none", **kwargs)
   chance = 100 / len(results.class_names)
   left.axhline(chance, color="gray", lw=0.8, ls=":")
-  left.text(levels[-1], chance, "chance", color="gray", va="bottom", ha="right")
+  left.text(
+    levels[uniform[-1]], chance, "chance", color="gray", va="bottom", ha="right"
+  )
   level = "noise level sigma (images in [0, 1])" if kind == "awgn" else f"{kind} level"
-  left.set(xlabel=level, ylabel="test accuracy (%)", ylim=(0, 100), xticks=levels)
-  left.set_title("the same level everywhere")
+  left.set(xlabel=level, ylabel="test accuracy (%)", ylim=(0, 100))
+  left.set_xticks(list(levels.values()))
+  left.set_title("one level everywhere")
   right.set(xticks=range(len(varying)), xlim=(-0.5, len(varying) - 0.5))
-  right.set_xticklabels([c.rsplit("-", 1)[1].upper() for c in varying])
-  right.set_title("level varies over the image")
+  right.set_xticklabels([_heading(c) for c in varying])
+  right.set_title("varying levels")
   for axes in (left, right):
     axes.grid(alpha=0.3)
   what = "noisy (AWGN)" if kind == "awgn" else f"degraded ({_spaced(kind)})"

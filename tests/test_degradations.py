@@ -262,3 +262,17 @@ def test_blurs_are_random_only_where_their_level_is():
   assert random["gaussian_blur-1d"] and random["gaussian_blur-2d"]
   mixture = degradations.from_config("gaussian_blur")
   assert mixture.random and mixture.name == "gaussian_blur-mixture"
+
+
+def test_a_joined_kind_is_a_sequence_with_default_levels():
+  joined = degradations.from_config({"kind": "gaussian_blur+awgn", "level": None})
+  assert joined == degradations.from_config(["gaussian_blur", "awgn"])
+  continuous = {"kind": "gaussian_blur+awgn", "mixture": "continuous"}
+  variations = {step.variation for step in degradations.from_config(continuous).steps}
+  assert variations == {"continuous"}
+  names = [c.name for c in degradations.conditions("gaussian_blur+awgn")]
+  assert names == ["clean", "gaussian_blur-mixture+awgn-mixture"]
+  with pytest.raises(UsageError, match="level cannot be set for the sequence"):
+    degradations.from_config({"kind": "gaussian_blur+awgn", "level": 0.5})
+  with pytest.raises(UsageError, match="did you mean 'awgn'"):
+    degradations.from_config("gaussian_blur+awng")

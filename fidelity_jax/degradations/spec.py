@@ -14,6 +14,7 @@ from fidelity_jax.errors import UsageError
 
 Spec = str | Mapping[str, Any] | ml_collections.ConfigDict | Sequence[Any]
 
+_MAPPINGS = (Mapping, ml_collections.ConfigDict)
 _VARY = ("1d", "2d")
 _MIXTURES = ("discrete", "continuous")
 _FIELDS = ("kind", "level", "vary", "mixture", "orientation", "kernel_size")
@@ -27,7 +28,9 @@ def from_config(spec: Spec) -> Degradation:
   Args:
     spec: a mapping or ConfigDict with the fields below, a kind's name alone, or a list
       or tuple of such, applied in order. Fields that are None are as good as absent.
-      kind: clean, awgn, salt_and_pepper, gaussian_blur, motion_blur, rectangular_crop.
+      kind: clean, awgn, salt_and_pepper, gaussian_blur, motion_blur, rectangular_crop;
+        "gaussian_blur+awgn" is the sequence of both with their default levels, which
+        the command line can write.
       level: a number: the same level everywhere; a list: each example draws one of
         these; a tuple (lo, hi): each example draws from the range. With `vary` the two
         ends (a, b), as a list or a tuple. None: the kind's default levels as a list;
@@ -57,13 +60,28 @@ def members(spec: Spec) -> list[dict[str, Any]]:
         "degradation: an empty sequence; write {'kind': 'clean'} for none"
       )
     return [_fields_of(member) for member in spec]
-  return [_fields_of(spec)]
+  return _expand(spec)
+
+
+def _expand(spec: Any) -> list[dict[str, Any]]:
+  """Returns the members of a mapping or name, whose kind may be "a+b"."""
+  spec = {"kind": spec} if isinstance(spec, str) else spec
+  joined = spec.get("kind") if isinstance(spec, _MAPPINGS) else None
+  if not (isinstance(joined, str) and "+" in joined):
+    return [_fields_of(spec)]
+  shared = {k: v for k, v in spec.items() if k != "kind" and v is not None}
+  for name in shared.keys() - {"mixture", "vary"}:
+    raise UsageError(
+      f"degradation: {name} cannot be set for the sequence {joined!r}, whose members "
+      "have levels of their own; write a list of mappings in a config file"
+    )
+  return [_fields_of({"kind": kind, **shared}) for kind in joined.split("+")]
 
 
 def _fields_of(spec: Any) -> dict[str, Any]:
   if isinstance(spec, str):
     spec = {"kind": spec}
-  if not isinstance(spec, Mapping | ml_collections.ConfigDict):
+  if not isinstance(spec, _MAPPINGS):
     raise UsageError(
       f"degradation: {spec!r} is not a degradation; write a mapping such as "
       "{'kind': 'awgn', 'level': 0.1}, or a list of them"
