@@ -233,8 +233,8 @@ def _shrink(config: ConfigDict) -> None:
   """
   config.dataset.cache = "ram"
   config.learning_rate, config.batch_size = 0.06, 32
-  config.epochs, config.warmup_epochs = 20, 2
-  config.ensemble.update({"learning_rate": 0.1, "epochs": 8, "warmup_epochs": 1})
+  config.epochs, config.warmup_epochs = 16, 2
+  config.ensemble.update({"learning_rate": 0.1, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
   parent.model.update(
@@ -242,7 +242,7 @@ def _shrink(config: ConfigDict) -> None:
   )
   parent.model.weights = None
   parent.learning_rate, parent.batch_size = 0.05, 32
-  parent.epochs, parent.warmup_epochs = 40, 3
+  parent.epochs, parent.warmup_epochs = 36, 3
   _shrink_stack(config.parents.restorer)
   if "estimator" in config.parents:
     _shrink_stack(config.parents.estimator)
