@@ -232,9 +232,11 @@ def _shrink(config: ConfigDict) -> None:
   the same training with fewer epochs and, to make up for them, higher rates.
   """
   config.dataset.cache = "ram"
-  config.learning_rate, config.batch_size = 0.06, 32
-  config.epochs, config.warmup_epochs = 16, 2
-  config.ensemble.update({"learning_rate": 0.1, "epochs": 6, "warmup_epochs": 1})
+  # Two convolutions as the released code has; wide layers, as there are few features.
+  config.model.num_convs, config.model.ratio = 2, 4.0
+  config.learning_rate, config.batch_size = 6e-3, 16
+  config.epochs, config.warmup_epochs = 26, 2
+  config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
   parent.model.update(
@@ -252,4 +254,4 @@ def _shrink_stack(config: ConfigDict) -> None:
   config.model.depth, config.model.width = 5, 32
   config.patch_size, config.patch_stride = 32, 32
   config.learning_rate, config.batch_size = 4e-3, 32
-  config.epochs, config.warmup_epochs = 20, 1
+  config.epochs, config.warmup_epochs = 14, 1
