@@ -44,8 +44,13 @@ def _parse(arguments: list[str]) -> list[str]:
           f"--{flag} is missing: python -m fidelity_jax.main "
           "--config=configs/oracle.py:demo --workdir=DIR"
         )
-  except FileNotFoundError as error:
-    _fail(2, f"config file {error.filename or error} does not exist.")
+    # A config file that cannot be loaded shows at its first use.
+    flags.FLAGS["config"].value.lock()
+  except OSError as error:
+    flag = next((a for a in arguments if a.startswith("--config=")), "--config=")
+    path = flag.removeprefix("--config=").partition(":")[0]
+    missing = f"config file {path!r} does not exist."
+    _fail(2, error if os.path.exists(path) else missing)
   # ml_collections raises these for unknown fields and values of a wrong type.
   except (flags.Error, errors.UsageError, KeyError, TypeError, ValueError) as error:
     _fail(2, error)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -79,8 +80,14 @@ def command(compilation_cache):
 
 @pytest.fixture(scope="session")
 def toy_run(command, tmp_path_factory) -> pathlib.Path:
-  """The workdir of a finished toy-sized oracle experiment."""
+  """The workdir of a finished toy-sized oracle experiment, to be read only."""
   workdir = tmp_path_factory.mktemp("toy")
   arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
   command(*arguments, *overrides(TOY), check=0)
   return workdir
+
+
+@pytest.fixture
+def toy_copy(toy_run, tmp_path) -> pathlib.Path:
+  """A copy of it, to be continued or damaged."""
+  return shutil.copytree(toy_run, tmp_path / "copy")

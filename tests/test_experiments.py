@@ -32,19 +32,19 @@ def _variables(stage):
   return jax.tree.map(np.asarray, variables)
 
 
-def test_estimated_maps(toy_run, command):
+def test_estimated_maps(toy_copy, command):
   """Pretrained, then end-to-end, in the workdir where the oracle's parents are."""
   fields = TOY | TOY_ESTIMATOR
-  workdir = f"--workdir={toy_run}"
+  workdir = f"--workdir={toy_copy}"
   for source in ("pretrained", "end_to_end"):
     config = f"--config=configs/{source}.py:demo"
     result = command(config, workdir, *overrides(fields), check=0)
     finished = 2 if source == "pretrained" else 3
     assert result.stderr.count(": finished (") == finished
-    assert _methods(toy_run) == {("setup1", None), (source, False), (source, True)}
-  estimator = _variables(next(toy_run.glob("estimator-*")))
+    assert _methods(toy_copy) == {("setup1", None), (source, False), (source, True)}
+  estimator = _variables(next(toy_copy.glob("estimator-*")))
   before = estimator["params"]
-  (stage,) = toy_run.glob("calibration-end_to_end-*")
+  (stage,) = toy_copy.glob("calibration-end_to_end-*")
   trained = _variables(stage)["params"]
   assert set(trained) == {"calibration", "estimator"}
   # End-to-end starts from the pretrained estimator and moves it.
@@ -52,9 +52,9 @@ def test_estimated_maps(toy_run, command):
     lambda a, b: float(np.abs(a - b).max()), trained["estimator"], before
   )
   assert all(0 < m < 0.5 for m in jax.tree.leaves(moved))
-  (stage,) = toy_run.glob("calibration-pretrained-*")
+  (stage,) = toy_copy.glob("calibration-pretrained-*")
   assert set(_variables(stage)["params"]) == {"calibration"}
-  (stage,) = toy_run.glob("ensemble-end_to_end-*")
+  (stage,) = toy_copy.glob("ensemble-end_to_end-*")
   assert set(_variables(stage)["params"]) == {"ensemble"}
   # The estimator's own config is the same stage: nothing is left to do.
   alone = {
@@ -77,12 +77,12 @@ def test_estimated_maps(toy_run, command):
     "channel_concatenation",
   ],
 )
-def test_each_module_can_be_left_out(toy_run, command, module):
+def test_each_module_can_be_left_out(toy_copy, command, module):
   fields = TOY | {f"model.{module}": False, "epochs": 1, "warmup_epochs": 0}
   fields["ensemble.enabled"] = False
-  result = command(_ORACLE, f"--workdir={toy_run}", *overrides(fields), check=0)
+  result = command(_ORACLE, f"--workdir={toy_copy}", *overrides(fields), check=0)
   assert result.stderr.count(": finished (") == 2
-  assert _methods(toy_run) == {("setup1", None), ("oracle", False)}
+  assert _methods(toy_copy) == {("setup1", None), ("oracle", False)}
 
 
 @pytest.mark.slow
@@ -97,17 +97,17 @@ def test_each_module_can_be_left_out(toy_run, command, module):
   ],
   ids=str,
 )
-def test_maps_and_resizing(toy_run, command, fields):
+def test_maps_and_resizing(toy_copy, command, fields):
   fields = TOY | fields | {"epochs": 1, "warmup_epochs": 0, "ensemble.enabled": False}
-  command(_ORACLE, f"--workdir={toy_run}", *overrides(fields), check=0)
+  command(_ORACLE, f"--workdir={toy_copy}", *overrides(fields), check=0)
 
 
 @pytest.mark.slow
-def test_an_estimator_of_the_cosine_map_on_restored_images(toy_run, command):
+def test_an_estimator_of_the_cosine_map_on_restored_images(toy_copy, command):
   fields = TOY | TOY_ESTIMATOR
   fields |= {"fidelity.map": "cosine", "fidelity.estimator_input": "restored"}
   config = "--config=configs/end_to_end.py:demo"
-  command(config, f"--workdir={toy_run}", *overrides(fields), check=0)
+  command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
 
 
 @pytest.mark.slow

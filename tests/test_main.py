@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 
 import pytest
@@ -67,21 +66,14 @@ def test_a_second_run_only_reports(toy_run, command):
   assert json.loads((toy_run / "results.json").read_text()) == before
 
 
-def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_run, command):
+def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_copy, command):
   fields = TOY | {"parents.restorer.learning_rate": 0.5, "parents.restorer.epochs": 0}
   fields["evaluation.rounds"] = 1
-  before = {p.name for p in toy_run.iterdir()}
-  result = command(DEMO, f"--workdir={toy_run}", *overrides(fields), check=0)
-  new = {p.name.split("-")[0] for p in toy_run.iterdir() if p.name not in before}
+  before = {p.name for p in toy_copy.iterdir()}
+  result = command(DEMO, f"--workdir={toy_copy}", *overrides(fields), check=0)
+  new = {p.name.split("-")[0] for p in toy_copy.iterdir() if p.name not in before}
   assert new == {"restorer", "calibration", "ensemble", "evaluation"}
   assert result.stderr.count(": finished (") == 1
-
-
-@pytest.fixture
-def copy(toy_run, tmp_path):
-  """A copy of the toy workdir, to be damaged."""
-  shutil.copytree(toy_run, tmp_path / "copy")
-  return tmp_path / "copy"
 
 
 def _one_line(result, status):
@@ -93,8 +85,8 @@ def _one_line(result, status):
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "config"])
-def test_a_damaged_stage_is_named_and_not_used(copy, command, damage):
-  stage = next(copy.glob("restorer-*"))
+def test_a_damaged_stage_is_named_and_not_used(toy_copy, command, damage):
+  stage = next(toy_copy.glob("restorer-*"))
   if damage == "config":
     path = stage / "config.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
@@ -107,7 +99,7 @@ def test_a_damaged_stage_is_named_and_not_used(copy, command, damage):
       content = bytearray(largest.read_bytes())
       content[len(content) // 2] ^= 0xFF
       largest.write_bytes(content)
-  result = command(DEMO, f"--workdir={copy}", *overrides(TOY))
+  result = command(DEMO, f"--workdir={toy_copy}", *overrides(TOY))
   line = _one_line(result, 1)
   assert stage.name in line
   assert "delete the directory" in line
@@ -154,13 +146,13 @@ def test_two_runs_do_not_share_a_workdir(command, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_stage(command, tmp_path):
-  fields = TOY | {"parents.classifier.learning_rate": 1e30}
+  fields = TOY | {"parents.restorer.learning_rate": 1e30}
   result = command(DEMO, f"--workdir={tmp_path}", *overrides(fields))
   line = _one_line(result, 1)
   assert "not finite at step" in line
   assert "learning rate" in line
   assert "demo/" in line
-  assert not list(tmp_path.glob("*/finished.json"))
+  assert not list(tmp_path.glob("restorer-*/finished.json"))
 
 
 def test_progress_is_a_live_line_on_a_terminal(tmp_path):
@@ -168,6 +160,7 @@ def test_progress_is_a_live_line_on_a_terminal(tmp_path):
   import pty
   import subprocess
   import sys
+  import termios
 
   program = (
     "from fidelity_jax import progress; import time\n"
@@ -176,6 +169,7 @@ def test_progress_is_a_live_line_on_a_terminal(tmp_path):
     "bar.close()"
   )
   main, child = pty.openpty()
+  termios.tcsetwinsize(child, (24, 100))
   subprocess.run([sys.executable, "-c", program], stderr=child, check=True)
   os.close(child)
   text = b""
