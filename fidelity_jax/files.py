@@ -12,6 +12,15 @@ from typing import Any
 from fidelity_jax import errors
 
 
+def cache_folder() -> pathlib.Path:
+  """Returns the user's folder for what is worth keeping between runs.
+
+  $FIDELITY_JAX_CACHE, or ~/.cache/fidelity_jax; it need not exist.
+  """
+  path = os.environ.get("FIDELITY_JAX_CACHE")
+  return pathlib.Path(path or "~/.cache/fidelity_jax").expanduser()
+
+
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Writes `content` under a temporary name, then renames it to `path`.
 

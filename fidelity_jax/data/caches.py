@@ -24,12 +24,6 @@ _CHUNK = 32
 _MEMORY_SHARE = 0.5
 
 
-def folder() -> Path:
-  """Returns $FIDELITY_JAX_CACHE, or ~/.cache/fidelity_jax."""
-  path = os.environ.get("FIDELITY_JAX_CACHE")
-  return Path(path or "~/.cache/fidelity_jax").expanduser()
-
-
 @dataclasses.dataclass(frozen=True)
 class DecodedRecords:
   """Decoded images in one memory-mapped file.

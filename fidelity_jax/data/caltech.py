@@ -5,21 +5,18 @@ The encoded JPEGs go into ArrayRecord files as they are; TensorFlow is not neede
 
 import dataclasses
 import functools
-import hashlib
-import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
 from absl import logging
 
+from fidelity_jax import downloading
 from fidelity_jax.data import archives, splits
 from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import RunError
 
-_CHUNK = 1 << 20
 _NAMED = 10
 
 
@@ -28,15 +25,13 @@ class Source:
   """Where a dataset comes from.
 
   Attributes:
-    archive: file name.
-    url: its home.
+    url: of the archive, at the dataset's home.
     md5: of the archive, as its home states it (and torchvision's source).
     size: of the archive, for messages.
     folder: name of the folder of class folders inside of it.
     left_out: class folders that are no classes.
   """
 
-  archive: str
   url: str
   md5: str
   size: str
@@ -73,8 +68,17 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   @functools.cached_property
   def source(self) -> Path:
-    """The folder or archive that is read; see `archive` for what may be raised."""
-    return self.extracted() or archive(self.SOURCE, self.source_dir)
+    """The folder or archive that is read, downloaded if need be.
+
+    Raises:
+      RunError: it is not there and cannot be downloaded, or is damaged.
+    """
+    return self.extracted() or downloading.fetch(
+      self.SOURCE.url,
+      self.source_dir,
+      f"md5:{self.SOURCE.md5}",
+      f" ({self.SOURCE.size}), or its extracted folder {self.SOURCE.folder}",
+    )
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -166,8 +170,7 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       name, number = missing[0]
       raise RunError(
         f"{source} lacks {len(missing)} of the images that the authors' split names, "
-        f"the first is number {number} of class {name}; fetch {self.SOURCE.archive} "
-        f"again from {self.SOURCE.url}"
+        f"the first is number {number} of class {name}; fetch {self.SOURCE.url} again"
       )
 
 
@@ -179,7 +182,6 @@ class Caltech256(_Caltech, skip_registration=True):
   DESCRIPTION = "Caltech-256 (Griffin, Holub, Perona 2007): 30607 photographs."
   HOMEPAGE = "https://data.caltech.edu/records/nyy15-4j048"
   SOURCE = Source(
-    archive="256_ObjectCategories.tar",
     url=f"{HOMEPAGE}/files/256_ObjectCategories.tar",
     md5="67b4f42ca05d46448c6bb8ecd2220f6d",
     size="1.2 GB",
@@ -203,7 +205,6 @@ class Caltech101(_Caltech, skip_registration=True):
   DESCRIPTION = "Caltech-101 (Fei-Fei, Fergus, Perona 2004), without its background."
   HOMEPAGE = "https://data.caltech.edu/records/mzrjq-6wc02"
   SOURCE = Source(
-    archive="caltech-101.zip",
     url=f"{HOMEPAGE}/files/caltech-101.zip",
     md5="3138e1922a9193bfa496528edbbc45d0",
     size="137 MB",
@@ -220,45 +221,3 @@ def extracted(
     if place.is_dir() and any(is_class(entry.name) for entry in place.iterdir()):
       return place
   return None
-
-
-def archive(source: Source, folder: Path) -> Path:
-  """Returns the archive in a folder, downloaded if absent, its checksum verified.
-
-  Args:
-    source: what to find.
-    folder: created if a download needs it.
-
-  Raises:
-    RunError: it is not there and cannot be downloaded, or its checksum is wrong.
-  """
-  path = folder / source.archive
-  if not path.exists():
-    _download(source, path)
-  with path.open("rb") as file:
-    digest = hashlib.file_digest(file, "md5").hexdigest()
-  if digest != source.md5:
-    raise RunError(
-      f"{path} is damaged: its MD5 is {digest}, that of {source.url} is {source.md5}; "
-      "delete it and fetch it again"
-    )
-  return path
-
-
-def _download(source: Source, path: Path) -> None:
-  part = path.with_name(path.name + ".part")
-  try:
-    with urllib.request.urlopen(source.url, timeout=30) as response:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      logging.info("downloading %s (%s) to %s", source.url, source.size, path)
-      with part.open("wb") as file:
-        while chunk := response.read(_CHUNK):
-          file.write(chunk)
-    os.replace(part, path)
-  except OSError as error:
-    reason = getattr(error, "reason", None) or error
-    raise RunError(
-      f"{source.archive} is not in {path.parent} and cannot be downloaded "
-      f"({reason}): get {source.url} ({source.size}, MD5 {source.md5}) elsewhere and "
-      f"put it there, or its extracted folder {source.folder}"
-    ) from error

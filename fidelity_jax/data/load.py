@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
+from fidelity_jax import files
 from fidelity_jax.data import caches, crops, demo, folder, images, splits, verify
 from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
@@ -83,7 +84,7 @@ def load(
   validate(config)
   if split not in SPLITS:
     raise UsageError(f"no split '{split}'; there are {', '.join(SPLITS)}")
-  cache_dir = Path(workdir_cache) if workdir_cache else caches.folder()
+  cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
   part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
   dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)
   if config.cache is not None:

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fidelity_jax.data import caches, caltech
+from fidelity_jax import files
+from fidelity_jax.data import caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
 
@@ -141,7 +142,7 @@ def _prepared(
     target = folder
   else:
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    target = caches.folder() / f"tfds-{digest}"
+    target = files.cache_folder() / f"tfds-{digest}"
   builder = make(data_dir=target, file_format=_FORMAT)
   if builder.is_prepared():
     return builder

@@ -8,7 +8,7 @@ import pathlib
 
 from fidelity_jax import errors
 from fidelity_jax.models import registry
-from fidelity_jax.port import downloading, loading, storing
+from fidelity_jax.port import loading, published, storing
 from fidelity_jax.port.networks import Part
 
 __all__ = ["Part", "load", "load_part", "save"]
@@ -49,7 +49,7 @@ def load(
       )
     return storing.read(path)
   if str(source).startswith("torchvision/") and not path.exists():
-    path = downloading.find(str(source))
+    path = published.find(str(source))
   names = pathlib.Path(class_names).expanduser() if class_names else None
   return loading.load_file(path, names, transform_input)
 
