@@ -1,6 +1,7 @@
 """An experiment: find or train each stage, evaluate, report."""
 
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -87,7 +88,8 @@ class Datasets:
 
 
 def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
-  """Fails now on what would fail after hours: missing data or weights, batch sizes.
+  """Fails now on what would fail after hours: data or weights that are missing or do
+  not fit, batch sizes.
 
   Raises:
     UsageError: if something does not fit.
@@ -95,28 +97,45 @@ def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
   """
   missing = {}
   for stage in plan:
-    config = stage.config
-    try:
-      dataset = datasets.load(config.dataset, "train")
-    except errors.RunError as error:
-      missing[str(error)] = None
-    else:
-      images = images_per_step(config)
-      if images > len(dataset):
-        raise errors.UsageError(
-          f"{stage.kind}: a batch of {images} images is larger than the training set "
-          f"of {len(dataset)}: lower batch_size."
-        )
+    weights = None
     if not stage.finished():
       try:
-        networks.initial_weights(config)
+        weights = networks.initial_weights(stage.config)
       except errors.RunError as error:
         missing[str(error)] = None
+    try:
+      _check_fit(stage, weights, datasets)
+    except errors.RunError as error:
+      missing[str(error)] = None
   if missing:
     raise errors.RunError(
       f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
       "photographs: write ':demo' after the config's path."
     )
+
+
+def _check_fit(stage: stages.Stage, weights: Any, datasets: Datasets) -> None:
+  """Raises UsageError unless a stage's batch and classifier fit its dataset.
+
+  Args:
+    stage: what is to be trained or used.
+    weights: the variables it starts from, None for random ones.
+    datasets: gives splits.
+  """
+  config = stage.config
+  dataset = datasets.load(config.dataset, "train")
+  images = images_per_step(config)
+  if images > len(dataset):
+    raise errors.UsageError(
+      f"{stage.kind}: a batch of {images} images is larger than the training set "
+      f"of {len(dataset)}: lower batch_size."
+    )
+  if stage.kind == "classifier" and weights and not config.model.new_head:
+    data.check_num_classes(dataset, networks.num_classes(weights))
+  for parent in stage.lineage():
+    if parent.kind == "classifier" and parent is not stage:
+      trained_on = datasets.load(parent.config.dataset, "train")
+      data.check_num_classes(dataset, trained_on.num_classes)
 
 
 def images_per_step(config: ConfigDict) -> int:

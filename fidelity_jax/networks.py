@@ -62,6 +62,11 @@ def initial_weights(config: ConfigDict) -> PyTree | None:
   return variables
 
 
+def num_classes(variables: PyTree) -> int:
+  """Returns the number of classes of a classifier's head."""
+  return variables["params"]["head"]["logits"]["bias"].shape[0]
+
+
 def _check_shapes(config: ConfigDict, variables: PyTree) -> None:
   """Raises UsageError if weights are not of the DnCNN that the config describes."""
   module = dncnn(config)

@@ -145,14 +145,17 @@ def test_caltech256_from_its_archive(tmp_path, monkeypatch, caplog):
 def test_caltech256_redrawn_by_seed(tmp_path, monkeypatch):
   folder = tmp_path / "datasets"
   put_archive(monkeypatch, folder, tar(caltech256_files()))
-  drawn = config(folder, counts=(2, 1, -1))
-  drawn.split_file = None
+  drawn = config(folder, split_file="", counts=(2, 1, -1))
   parts = [data.load(drawn, split) for split in ("train", "validation", "test")]
   assert [len(part) for part in parts] == [6, 3, 6]
   keys = [key for part in parts for key in part.keys]
   assert len(set(keys)) == 15
   drawn.split_seed = 5
   assert data.load(drawn, "train").keys != parts[0].keys
+  # As many per class as the report has, unless told otherwise: all of these.
+  assert len(data.load(config(folder, split_file=""), "train")) == 15
+  fractions = config(folder, split_file="", counts=())
+  assert len(data.load(fractions, "train")) == 9
   options = {"image_size": 16, "batch_size": 3, "seed": 0, "epochs": 1}
   with data.train_iterator(parts[0], num_workers=1, **options) as batches:
     assert sum(len(batch["label"]) for batch in batches) == 6

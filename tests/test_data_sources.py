@@ -390,9 +390,18 @@ def test_impossible_fields_are_refused(folder, fields, words):
 
 
 def test_lists_of_another_dataset_are_refused(folder):
-  with pytest.raises(UsageError, match=r"class '001.ak47'.*an empty split_file"):
+  with pytest.raises(UsageError, match=r"class '001.ak47'.*split_file= draws"):
     data.load(config(folder, split_file="caltech256"), "train")
   assert len(data.load(config(folder, split_file=""), "train")) == 12
+
+
+def test_a_folder_in_the_place_of_caltech256_needs_its_path_alone(folder):
+  settings = data.default_config("caltech256")
+  settings.update({"name": "folder", "path": str(folder)})
+  parts = load_all(settings)
+  assert [len(part) for part in parts.values()] == [12, 4, 4]
+  settings.counts = (3, 2, -1)
+  assert len(data.load(settings, "train")) == 6
 
 
 def test_unknown_split(folder):

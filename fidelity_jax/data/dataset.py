@@ -236,5 +236,6 @@ def check_num_classes(dataset: Dataset, num_classes: int) -> None:
     raise UsageError(
       f"dataset '{dataset.name}' has {dataset.num_classes} classes but the "
       f"classifier's head has {num_classes}; train the classifier on this dataset "
-      "or name the dataset that it was trained on"
+      "(given weights: with model.new_head=True) or name the dataset that it was "
+      "trained on"
     )

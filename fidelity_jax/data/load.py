@@ -13,6 +13,8 @@ from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
 
 _CALTECH = splits.AUTHORS
+# The report's numbers of train, validation and test per class; -1: all that remain.
+_REPORT_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
 _CACHES = ("ram", "disk")
 
 
@@ -31,15 +33,14 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   # Independent of the training seed: every training run sees the same splits.
   config.split_seed = 0
   # JSON file of splits, or "caltech256" or "caltech101" for the authors' own lists;
-  # None or "": drawn by split_seed from fractions or counts.
+  # "": drawn by split_seed from fractions or counts; None: the dataset's own lists if
+  # it is one of the two, else drawn.
   config.split_file = config_dict.placeholder(str)
   # Shares of train, validation and test, per class.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)
-  # Numbers per class in place of fractions; -1: all that remain.
-  config.counts = ()
-  if name in _CALTECH:
-    config.split_file = name
-    config.counts = (48, 12, -1) if name == "caltech256" else (24, 6, -1)
+  # Numbers per class in place of fractions, -1: all that remain; (): fractions; None:
+  # the report's numbers if the dataset is one of the two, else fractions.
+  config.counts = config_dict.placeholder(tuple) if name in _CALTECH else ()
   # TFDS split expressions of train, validation and test, for datasets from TFDS.
   config.tfds_splits = ("train[:80%]", "train[80%:]", "test")
   # Largest number of examples of a class (demo); 0: all.
@@ -103,7 +104,7 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
 
     expressions = SPLITS if config.name in _CALTECH else config.tfds_splits
     parts = tfds_source.build(config.name, config.path, tuple(expressions))
-    if config.name not in _CALTECH or config.split_file == config.name:
+    if config.name not in _CALTECH or config.split_file in (None, config.name):
       return parts[split]
     whole = join(parts.values())
   if config.split_file:
@@ -111,13 +112,16 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
       config.split_file, whole.class_names, whole.keys, whole.labels
     )
   else:
+    counts = config.counts
+    if counts is None:
+      counts = _REPORT_COUNTS.get(config.name, ())
     chosen = splits.draw(
       whole.class_names,
       whole.labels,
       whole.keys,
       seed=config.split_seed,
       fractions=tuple(config.fractions),
-      counts=tuple(config.counts),
+      counts=tuple(counts),
     )
   return dataclasses.replace(whole.select(chosen[split]), split=split)
 
@@ -164,4 +168,4 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "dataset.tfds_splits must be three split expressions (train, validation, test), "
       f"not {tuple(config.tfds_splits)}"
     )
-  splits.check_shares(config.fractions, config.counts)
+  splits.check_shares(config.fractions, config.counts or ())

@@ -204,7 +204,7 @@ class _Finder:
       if class_name not in self._classes:
         raise UsageError(
           f"dataset.split_file: {self._path} names the class '{class_name}', which the "
-          "dataset does not have; an empty split_file draws the splits by split_seed"
+          "dataset does not have; --config.dataset.split_file= draws the splits"
         )
       for item in items:
         place = (class_name, item)
