@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+import socket
 import sys
 import tarfile
 import zipfile
@@ -360,6 +361,74 @@ def test_any_tfds_dataset_by_split_expressions(flowers):
   flowers.tfds_splits = ("training", "test", "test")
   with pytest.raises(UsageError, match=r"'training' is no split .*train, test"):
     data.load(flowers, "train")
+
+
+class CaltechBirds2011(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Some birds in the files that TFDS's builder of this name would write."""
+
+  VERSION = tfds.core.Version("0.2.0")
+
+  def _info(self):
+    image, text = tfds.features.Image(), tfds.features.Text()
+    features = {
+      "image": image,
+      "image/filename": text,
+      "label": tfds.features.ClassLabel(num_classes=200),
+      "label_name": text,
+      "bbox": tfds.features.BBoxFeature(),
+      "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(10), "test": self._generate_examples(4)}
+
+  def _generate_examples(self, count):
+    for i in range(count):
+      yield i, self.bird(i)
+
+  @staticmethod
+  def bird(number):
+    """Returns one example."""
+    return {
+      "image": jpeg(number),
+      "image/filename": f"{number}.jpg",
+      "label": 50 * (number % 4),
+      "label_name": "albatross",
+      "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+      # Whoever decodes it finds that it is no picture.
+      "segmentation_mask": b"mask",
+    }
+
+
+def test_cub200_is_tfds_caltech_birds2011(tmp_path):
+  CaltechBirds2011(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  settings = config(tmp_path, "cub200")
+  parts = [data.load(settings, split) for split in ("train", "validation", "test")]
+  assert [len(part) for part in parts] == [8, 2, 4]
+  assert {part.num_classes for part in parts} == {200}
+  assert parts[2].keys[0] == "cub200/test/0000000"
+  assert sorted(parts[2].labels) == [0, 50, 100, 150]
+  records = {parts[2].records[i] for i in range(4)}
+  assert records == {jpeg(number) for number in range(4)}
+  settings.name = "caltech_birds2011"
+  assert len(data.load(settings, "test")) == 4
+  assert "tensorflow" not in sys.modules
+
+
+def test_a_dataset_without_a_network_is_refused_at_once(tmp_path, monkeypatch):
+  def unresolved(*unused):
+    raise socket.gaierror("Temporary failure in name resolution")
+
+  monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+  with pytest.raises(UsageError) as caught:
+    data.load(config(tmp_path, "cub200"), "train")
+  message = str(caught.value)
+  assert message.startswith(f"dataset 'cub200' is not prepared in {tmp_path}")
+  assert "Temporary failure in name resolution" in message
+  assert "tfds.builder('caltech_birds2011', " in message
 
 
 @pytest.mark.parametrize("name", ["mnist", "cub200"])

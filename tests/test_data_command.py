@@ -30,6 +30,27 @@ UNTRAINED = TOY | {
 
 def refusal(command, *arguments, env=None):
   """Returns the one line with which a command line is refused."""
+  result = command(*arguments, env=env, check=2)
+  (line,) = [x for x in result.stderr.splitlines() if x.startswith("fidelity_jax: ")]
+  assert "Traceback" not in result.stderr
+  return line
+
+
+def save_classifier(directory: pathlib.Path, num_classes: int) -> dict:
+  """Writes a ported toy classifier and returns its variables."""
+  config = {"name": "resnet", "block": "basic", **CLASSIFIER}
+  module = models.create(config, num_classes)
+  images = np.zeros((1, 32, 32, 3), np.float32)
+  variables = jax.tree.map(np.array, jax.jit(module.init)(jax.random.key(5), images))
+  described = {"model": config, "num_classes": num_classes, "class_names": None}
+  port.save({"classifier": port.Part(variables, described)}, directory, "a test")
+  return variables
+
+
+def test_worker_processes_train_to_the_same_bits(toy_copy, command):
+  (stage,) = toy_copy.glob("ensemble-*")
+  before = json.loads((stage / "finished.json").read_text())
+  shutil.rmtree(stage)
   fields = TOY | {"dataset.workers": 2}
   result = command(DEMO, f"--workdir={toy_copy}", *overrides(fields), check=0)
   assert result.stderr.count(": finished (") == 3

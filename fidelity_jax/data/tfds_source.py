@@ -165,10 +165,14 @@ def _open(
       f"dataset '{name}' is no image classification dataset: its features are "
       f"{', '.join(features)} instead of image and label"
     )
+  # Pictures beside the image, such as the birds' masks, are nobody's business here.
+  encoded = {
+    feature: tfds.decode.SkipDecoding()
+    for feature, kind in features.items()
+    if isinstance(kind, tfds.features.Image)
+  }
   try:
-    source = builder.as_data_source(
-      expression, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    source = builder.as_data_source(expression, decoders=encoded)
   except ValueError as error:
     raise UsageError(
       f"dataset.tfds_splits: {expression!r} is no split of '{name}' "
