@@ -1,6 +1,7 @@
 """Input pipeline: images per second against torchvision in a PyTorch DataLoader.
 
   python benchmarks/input_pipeline.py [--folder=../shared/caltech101] [--workers=2]
+  python benchmarks/input_pipeline.py --only waits --steps demo:64:16:100
 
 Both sides read the same JPEGs, draw random-resized crops of the same distribution and
 make batches of 64, with the same number of worker processes. The other side is
@@ -9,11 +10,17 @@ Normalize: float32 out), once the crop alone (uint8 out). This side is decode, c
 resize, uint8 out; flip and normalization are the device's. All loaders stay open and
 take turns within every repetition, each after its full buffers were drained; medians
 are printed, per second and per second of one core (all processes counted: this one
-hardly depends on what else the machine does). The last part lets a consumer that takes
-a given time per step count how long it waits for its batches.
+hardly depends on what else the machine does).
+
+The last part is a consumer that takes a given time per step and counts how long it
+waits for its batches, which come as in training: `train_iterator`, then
+`prefetch_to_device`. An accelerator computes elsewhere, so the consumer sleeps; with
+--busy it computes on this machine's cores, as training on a CPU does.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -34,6 +41,8 @@ for _name in ("nms", "qnms"):
     )
 
 import cv2  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import simplejpeg  # noqa: E402
@@ -127,8 +136,9 @@ class Loader:
     )
 
 
-def parts(dataset: data.Dataset, cached: data.Dataset, size: int) -> dict[str, float]:
+def parts(datasets: dict[str, data.Dataset], size: int) -> dict[str, float]:
   """Returns the milliseconds of one core that each way to do a part takes per image."""
+  dataset, cached = datasets["decoding"], datasets["cached"]
   out = np.empty((size, size, 3), np.uint8)
   chosen = range(0, len(dataset), max(len(dataset) // 300, 1))
   encoded = [dataset.records[i] for i in chosen]
@@ -174,21 +184,98 @@ def parts(dataset: data.Dataset, cached: data.Dataset, size: int) -> dict[str, f
   return best
 
 
-def waits(batches, step_ms: float, steps: int) -> float:
-  """Returns the share of a consumer's time that it waits for batches."""
-  next(batches)
-  waited = 0.0
-  begin = time.perf_counter()
-  for _ in range(steps):
-    time.sleep(step_ms / 1e3)
-    asked = time.perf_counter()
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """A training run as its input pipeline sees it.
+
+  Attributes:
+    dataset: "demo" or "folder".
+    size: side of the images, in pixels.
+    batch: images per step.
+    milliseconds: that a step takes.
+  """
+
+  dataset: str
+  size: int
+  batch: int
+  milliseconds: float
+
+  @classmethod
+  def parse(cls, text: str) -> "Steps":
+    """Returns the steps that e.g. "folder:224:64:50" describes."""
+    dataset, size, batch, milliseconds = text.split(":")
+    if dataset not in ("demo", "folder"):
+      raise ValueError(dataset)
+    return cls(dataset, int(size), int(batch), float(milliseconds))
+
+
+def compute(seconds: float) -> None:
+  """Takes time and all cores that it can get."""
+  deadline = time.perf_counter() + seconds
+  square = jnp.ones((512, 512))
+  while time.perf_counter() < deadline:
+    jax.block_until_ready(square @ square)
+
+
+def waits(batches, seconds: float, step, count: int) -> dict[str, float]:
+  """Returns how a consumer waits for its batches.
+
+  Args:
+    batches: from `prefetch_to_device`.
+    seconds: that a step takes.
+    step: takes that time.
+    count: number of steps.
+  """
+  step(seconds)
+  for _ in range(3):
     next(batches)
-    waited += time.perf_counter() - asked
-  return waited / (time.perf_counter() - begin)
+    step(seconds)
+  waited = []
+  begin = time.perf_counter()
+  for _ in range(count):
+    step(seconds)
+    asked = time.perf_counter()
+    jax.block_until_ready(next(batches))
+    waited.append(time.perf_counter() - asked)
+  took = time.perf_counter() - begin
+  return {
+    "share": sum(waited) / took,
+    "median ms": 1e3 * statistics.median(waited),
+    "longest ms": 1e3 * max(waited),
+  }
+
+
+def all_waits(options, datasets: dict[str, dict[str, data.Dataset]]) -> dict:
+  """Returns and prints how the consumers of all --steps wait."""
+  results = {}
+  step = compute if options.busy else time.sleep
+  for steps in options.steps:
+    for kind, dataset in datasets[steps.dataset].items():
+      host = data.train_iterator(
+        dataset,
+        image_size=steps.size,
+        batch_size=steps.batch,
+        seed=0,
+        epochs=10**6,
+        num_workers=options.workers if options.processes else 0,
+      )
+      with contextlib.closing(data.prefetch_to_device(host)) as batches:
+        found = waits(batches, steps.milliseconds / 1e3, step, options.wait_steps)
+      name = (
+        f"{steps.dataset}, {steps.size} px, batch {steps.batch}, "
+        f"steps of {steps.milliseconds:g} ms, {kind}"
+      )
+      results[name] = found
+      print(
+        f"{name:60s} waits {found['share']:6.2%} of the time, a step "
+        f"{found['median ms']:.2f} ms, at most {found['longest ms']:.2f} ms",
+        flush=True,
+      )
+  return results
 
 
 def main():
-  """Prints one line per loader, then the waiting times."""
+  """Prints one line per part, per loader, and per consumer that waits."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   default = pathlib.Path(__file__).parents[2] / "shared" / "caltech101"
   parser.add_argument("--folder", default=str(default))
@@ -196,50 +283,72 @@ def main():
   parser.add_argument("--size", type=int, default=224)
   parser.add_argument("--repetitions", type=int, default=5)
   parser.add_argument("--batches", type=int, default=24)
-  parser.add_argument("--step_ms", default="20,50,100,200")
+  parser.add_argument(
+    "--only",
+    choices=("parts", "loaders", "waits"),
+    nargs="+",
+    default=("parts", "loaders", "waits"),
+  )
+  parser.add_argument(
+    "--steps",
+    type=Steps.parse,
+    nargs="+",
+    metavar="demo|folder:SIZE:BATCH:MILLISECONDS",
+    default=[
+      Steps("demo", 64, 16, 100.0),
+      *(Steps("folder", 224, 64, each) for each in (200.0, 100.0, 50.0, 25.0)),
+    ],
+  )
+  parser.add_argument("--wait_steps", type=int, default=60)
+  parser.add_argument("--busy", action="store_true", help="consumers use the cores too")
+  parser.add_argument(
+    "--processes", action="store_true", help="waits: worker processes, not threads"
+  )
   parser.add_argument("--out")
   options = parser.parse_args()
 
-  config = data.default_config("folder")
-  config.path = options.folder
+  results = {}
   with tempfile.TemporaryDirectory() as folder:
-    dataset = data.load(config, "train", workdir_cache=folder)
-    config.cache = "disk"
-    begin = time.perf_counter()
-    cached = data.load(config, "train", workdir_cache=folder)
-    built = time.perf_counter() - begin
-    print(f"cache of {len(dataset)} images built in {built:.1f} s")
-    results = {"seconds to build the cache": built}
-    results["milliseconds per image"] = parts(dataset, cached, options.size)
-    for name, took in results["milliseconds per image"].items():
-      print(f"{name:24s} {took:.3f} ms", flush=True)
-    results |= compare(options, dataset, cached)
-    results["share of time waiting"] = {}
-    for step_ms in map(float, options.step_ms.split(",")):
-      for name, source in (("decoding", dataset), ("cached", cached)):
-        with our_batches(source, options.size, 0) as batches:
-          share = waits(batches, step_ms, 40)
-        results["share of time waiting"][f"{name}, {step_ms:g} ms"] = share
-        print(f"steps of {step_ms:g} ms, {name}: waits {100 * share:.1f} % of the time")
-    demo = data.load(data.default_config("demo"), "train", workdir_cache=folder)
-    with our_batches(demo, 64, 0) as batches:
-      share = waits(batches, 20, 100)
-    results["share of time waiting"]["demo, 20 ms"] = share
-    print(f"steps of 20 ms, demo at 64 px: waits {100 * share:.1f} % of the time")
+    datasets = load(options.folder, folder, results)
+    if "parts" in options.only:
+      results["milliseconds per image"] = parts(datasets["folder"], options.size)
+      for name, took in results["milliseconds per image"].items():
+        print(f"{name:24s} {took:.3f} ms", flush=True)
+    if "loaders" in options.only:
+      results |= compare(options, **datasets["folder"])
+    if "waits" in options.only:
+      results["waiting"] = all_waits(options, datasets)
   if options.out:
     pathlib.Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
 
 
-def compare(options, dataset: data.Dataset, cached: data.Dataset) -> dict:
+def load(path: str, cache: str, results: dict) -> dict[str, dict[str, data.Dataset]]:
+  """Returns the training sets by name, each decoding and cached."""
+  datasets = {}
+  for name in ("demo", "folder"):
+    config = data.default_config(name)
+    config.path = path if name == "folder" else None
+    decoding = data.load(config, "train", workdir_cache=cache)
+    config.cache = "disk"
+    begin = time.perf_counter()
+    cached = data.load(config, "train", workdir_cache=cache)
+    built = time.perf_counter() - begin
+    print(f"cache of {len(cached)} images ({name}) built in {built:.1f} s", flush=True)
+    results[f"seconds to build the cache ({name})"] = built
+    datasets[name] = {"decoding": decoding, "cached": cached}
+  return datasets
+
+
+def compare(options, decoding: data.Dataset, cached: data.Dataset) -> dict:
   """Returns and prints images per second of every loader."""
   size, workers = options.size, options.workers
   makers = {
-    "torchvision, float32": lambda: torch_batches(dataset, size, workers, True),
-    "torchvision, uint8": lambda: torch_batches(dataset, size, workers, False),
-    "processes": lambda: our_batches(dataset, size, workers),
-    "threads": lambda: our_batches(dataset, size, 0),
+    "torchvision, float32": lambda: torch_batches(decoding, size, workers, True),
+    "torchvision, uint8": lambda: torch_batches(decoding, size, workers, False),
+    "processes": lambda: our_batches(decoding, size, workers),
+    "threads": lambda: our_batches(decoding, size, 0),
     "threads, reduced decode": lambda: our_batches(
-      dataset, size, 0, reduced_decode=True
+      decoding, size, 0, reduced_decode=True
     ),
     "processes, cached": lambda: our_batches(cached, size, workers),
     "threads, cached": lambda: our_batches(cached, size, 0),
@@ -253,7 +362,7 @@ def compare(options, dataset: data.Dataset, cached: data.Dataset) -> dict:
   for loader in loaders.values():
     if isinstance(loader.batches, data.BatchIterator):
       loader.batches.close()
-  print(f"{len(dataset)} images, {size} px, {workers} workers; images per second:")
+  print(f"{len(decoding)} images, {size} px, {workers} workers; images per second:")
   results = {}
   for kind, title in enumerate(("of time", "of one core's time")):
     medians = {

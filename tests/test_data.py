@@ -1,6 +1,7 @@
 """The pipeline: order, crops, resumption, sharding, padding, worker processes."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -160,6 +161,77 @@ def test_evaluation_counts_every_example_once(batch_size, shards):
     )
     assert not batch["image"][~real].any()
   np.testing.assert_array_equal(counted, 1)
+
+
+DEVICES = textwrap.dedent(
+  """
+  import sys
+  sys.path.insert(0, {tests!r})
+  import jax
+  import numpy as np
+  import test_data
+  from jax.sharding import Mesh
+  from fidelity_jax import data, sharding
+
+  count = jax.jit(lambda index, mask: jax.numpy.zeros(23).at[index].add(mask))
+  dataset = test_data.make()
+  assert len(jax.devices()) == 8
+  for devices in (1, 2, 3, 5, 8):
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    for size in (1, 4, 7, 23, 40):
+      batches = data.eval_iterator(
+        dataset, image_size=4, batch_size=sharding.round_up(mesh, size)
+      )
+      counted = np.zeros(23)
+      for batch in data.prefetch_to_device(batches, sharding.batch(mesh)):
+        assert len(batch["image"].sharding.device_set) == devices
+        counted += np.asarray(count(batch["index"], batch["mask"]))
+      np.testing.assert_array_equal(counted, 1, err_msg=f"{{devices}} {{size}}")
+  print("each once")
+  """
+)
+
+
+def test_evaluation_counts_every_example_once_on_any_device_count(tmp_path):
+  script = tmp_path / "devices.py"
+  script.write_text(DEVICES.format(tests=os.path.dirname(__file__)))
+  flags = "--xla_force_host_platform_device_count=8"
+  result = subprocess.run(
+    [sys.executable, script],
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert result.stdout == "each once\n", result.stderr
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_hosts_share_an_epoch_without_overlap_or_loss(shards):
+  dataset = make(count=25)
+  seen = [
+    index
+    for i in range(shards)
+    for batch in train(
+      dataset, batch_size=12, epochs=1, shard_index=i, shard_count=shards
+    )
+    for index in batch["index"].tolist()
+  ]
+  whole = [
+    i for batch in train(dataset, batch_size=12, epochs=1) for i in batch["index"]
+  ]
+  assert len(seen) == len(set(seen)) == 24 and set(seen) == set(whole)
+
+
+def test_a_run_goes_on_mid_epoch_with_other_workers():
+  dataset = make()
+  expected = train(dataset)
+  options = {"image_size": 8, "batch_size": 5, "seed": 0, "epochs": 2}
+  with data.train_iterator(dataset, **options) as batches:
+    first = [next(batches) for _ in range(3)]
+    state = json.loads(json.dumps(batches.get_state()))
+  with data.train_iterator(dataset, num_workers=1, **options) as batches:
+    batches.set_state(state)
+    assert_same(first + list(batches), expected)
 
 
 def test_worker_processes_change_nothing():

@@ -129,9 +129,13 @@ def test_greyscale_is_repeated():
 
 def test_palette_is_expanded():
   image = Image.fromarray(photograph()).quantize(64)
-  np.testing.assert_array_equal(
-    images.decode(encoded(image)), np.asarray(image.convert("RGB"))
-  )
+  expected = np.asarray(image.convert("RGB"))
+  np.testing.assert_array_equal(images.decode(encoded(image)), expected)
+  # One of its colours may be transparent: white, too.
+  chosen = np.asarray(image) == 7
+  assert chosen.any()
+  decoded = images.decode(encoded(image, transparency=7))
+  np.testing.assert_array_equal(decoded, np.where(chosen[..., None], 255, expected))
 
 
 def test_16_bit_values_keep_their_upper_byte():
@@ -140,6 +144,14 @@ def test_16_bit_values_keep_their_upper_byte():
   np.testing.assert_array_equal(decoded[..., 0], deep >> 8)
   decoded = images.decode(encoded(deep, format="TIFF"))
   np.testing.assert_array_equal(decoded[..., 2], deep >> 8)
+
+
+def test_16_bit_colours_keep_their_upper_byte():
+  import cv2
+
+  deep = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3)).astype(np.uint16)
+  _, png = cv2.imencode(".png", deep[..., ::-1])
+  np.testing.assert_array_equal(images.decode(png.tobytes()), deep >> 8)
 
 
 def test_transparent_pixels_show_white():
@@ -160,18 +172,31 @@ def test_cmyk_becomes_rgb():
     assert np.abs(difference).mean() < 6
 
 
+# What turns an image with each EXIF orientation upright.
+UPRIGHT = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: np.rot90(x, k=-1),
+  7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+  8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_exif_orientation_is_applied(format):
+def test_exif_orientation_is_applied(format, orientation):
   pixels = photograph()
   exif = Image.Exif()
-  exif[0x0112] = 6
-  decoded = images.decode(encoded(pixels, format=format, exif=exif))
-  assert decoded.shape == (300, 200, 3)
-  turned = np.rot90(images.decode(encoded(pixels, format=format)), k=-1)
-  np.testing.assert_array_equal(decoded, turned)
+  exif[0x0112] = orientation
+  record = encoded(pixels, format=format, exif=exif)
+  upright = UPRIGHT[orientation](images.decode(encoded(pixels, format=format)))
+  np.testing.assert_array_equal(images.decode(record), upright)
   # The header alone gives the upright size: the crop is drawn from it.
-  picture = images.Picture(encoded(pixels, format=format, exif=exif))
-  assert (picture.height, picture.width) == (300, 200)
+  picture = images.Picture(record)
+  assert (picture.height, picture.width) == upright.shape[:2]
 
 
 def test_the_first_frame_of_an_animation_is_taken():

@@ -228,6 +228,24 @@ def test_unusable_images_are_left_out_and_named(folder, caplog):
     data.load(config(folder, counts=(-1, 0, 0), strict=True), "train")
 
 
+@pytest.mark.parametrize(
+  "name,content,words",
+  [
+    ("truncated.jpg", encoded(photograph(), format="JPEG")[:2000], "truncated"),
+    ("empty.png", b"", "the file is empty"),
+    ("letter.jpg", b"Dear all, this is no image.", "no image in a known format"),
+    ("bomb.png", encoded(Image.new("1", (9000, 9000))), "9000x9000 pixels are more"),
+  ],
+)
+def test_a_strict_run_stops_at_the_first(folder, name, content, words):
+  (folder / "cat" / name).write_bytes(content)
+  (folder / "dog" / "zebra.jpg").write_bytes(b"")
+  settings = config(folder, counts=(-1, 0, 0), strict=True)
+  with pytest.raises(UsageError, match=f"^cat/{name}: .*{words}") as caught:
+    data.load(settings, "train")
+  assert "zebra" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_usable_odd_images_are_used(folder):
   picture = Image.fromarray(photograph(30, 40))
   (folder / "cat" / "cmyk.jpg").write_bytes(
@@ -240,10 +258,16 @@ def test_usable_odd_images_are_used(folder):
     encoded(picture.quantize(16), format="GIF")
   )
   (folder / "dog" / "alpha.png").write_bytes(encoded(picture.convert("RGBA")))
+  # A name that says another format than the content, and the smallest of images.
+  (folder / "dog" / "png.jpg").write_bytes(encoded(picture))
+  (folder / "dog" / "pixel.png").write_bytes(encoded(Image.new("RGB", (1, 1))))
   train = data.load(config(folder, counts=(-1, 0, 0)), "train")
-  assert len(train) == 24 and not train.skipped
+  assert len(train) == 26 and not train.skipped
   for batch in data.eval_iterator(train, image_size=16, batch_size=8):
     assert batch["image"].dtype == np.uint8
+  options = {"image_size": 16, "batch_size": 26, "seed": 0, "epochs": 1}
+  with data.train_iterator(train, **options) as batches:
+    assert next(batches)["image"].shape == (26, 16, 16, 3)
 
 
 def test_only_the_first_ten_are_named(folder, caplog):
@@ -301,6 +325,15 @@ def test_symbolic_links(folder, tmp_path):
   skipped = {one.key: one.reason for one in train.skipped}
   assert set(skipped) == {"cat/loop/", "cat/self.jpg", "dog/gone.jpg"}
   assert "back to its own parent" in skipped["cat/loop/"]
+
+
+def test_links_to_the_folder_of_classes_are_no_class(folder):
+  (folder / "all").symlink_to(folder)
+  (folder / "dog" / "up").symlink_to(folder)
+  train = data.load(config(folder, counts=(-1, 0, 0)), "train")
+  assert train.class_names == ("cat", "dog") and len(train) == 20
+  reasons = {one.reason for one in train.skipped if one.key in ("all/", "dog/up/")}
+  assert "a symbolic link back to its own parent" in reasons
 
 
 @contextlib.contextmanager

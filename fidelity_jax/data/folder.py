@@ -85,16 +85,16 @@ def _refuse_collisions(root: Path, names: list[str]) -> None:
 
 def _walk(root: Path, folder: str, skipped: list[Skipped]) -> Iterator[str]:
   """Yields the keys of the images in a class folder, symbolic links followed once."""
-  waiting = [(folder, frozenset())]
+  # A class folder may itself be a link to the folder of classes.
+  waiting = [(folder, frozenset({_identity(root)}))]
   while waiting:
     current, ancestors = waiting.pop()
     try:
-      status = (root / current).stat()
+      identity = _identity(root / current)
       entries = list(os.scandir(root / current))
     except OSError as error:
       skipped.append(Skipped(current + "/", error.strerror or str(error)))
       continue
-    identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
       skipped.append(Skipped(current + "/", "a symbolic link back to its own parent"))
       continue
@@ -108,6 +108,12 @@ def _walk(root: Path, folder: str, skipped: list[Skipped]) -> Iterator[str]:
         waiting.append((key, ancestors | {identity}))
       elif entry.is_symlink() and not (root / key).exists():
         skipped.append(Skipped(key, "a symbolic link that leads nowhere"))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+  """Returns what two paths to the same folder have in common."""
+  status = path.stat()
+  return status.st_dev, status.st_ino
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
