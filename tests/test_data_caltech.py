@@ -275,6 +275,15 @@ def test_path_traversal_is_refused(tmp_path, make, name):
   assert not (tmp_path.parent / "evil.jpg").exists()
 
 
+def test_a_dataset_with_a_path_traversal_is_refused(tmp_path, monkeypatch):
+  folder = tmp_path / "datasets"
+  files = caltech256_files() | {"../001.ak47/001_0006.jpg": jpeg(2)}
+  put_archive(monkeypatch, folder, tar(files))
+  with pytest.raises(RunError, match=r"holds '../001.ak47/001_0006.jpg'"):
+    data.load(config(folder), "train")
+  assert not list(folder.glob("caltech256/*/*.array_record*"))
+
+
 def test_links_in_archives_are_passed_over(tmp_path):
   path = tmp_path / "a.tar"
   with tarfile.open(path, "w") as archive:

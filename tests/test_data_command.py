@@ -47,14 +47,20 @@ def save_classifier(directory: pathlib.Path, num_classes: int) -> dict:
   return variables
 
 
-def test_worker_processes_train_to_the_same_bits(toy_copy, command):
+def metrics(stage: pathlib.Path) -> list[dict]:
+  """Returns what a stage measured, epoch by epoch, but for its speed."""
+  lines = (stage / "metrics.jsonl").read_text().splitlines()
+  return [{**json.loads(line), "steps_per_second": None} for line in lines]
+
+
+def test_worker_processes_change_nothing(toy_copy, command):
   (stage,) = toy_copy.glob("ensemble-*")
-  before = json.loads((stage / "finished.json").read_text())
+  before = metrics(stage)
   shutil.rmtree(stage)
   fields = TOY | {"dataset.workers": 2}
   result = command(DEMO, f"--workdir={toy_copy}", *overrides(fields), check=0)
   assert result.stderr.count(": finished (") == 3
-  assert json.loads((stage / "finished.json").read_text()) == before
+  assert metrics(stage) == before
 
 
 def test_a_classifier_for_other_classes_is_refused(tmp_path, command):

@@ -361,6 +361,11 @@ def test_unreadable_files_and_folders_are_named(folder, monkeypatch):
     with without_privileges():
       train = data.load(config(root, counts=(-1, 0, 0)), "train")
     (root / "dog" / "private").chmod(0o700)
+    root.chmod(0)
+    with without_privileges():
+      with pytest.raises(UsageError, match=r"cannot list .*: Permission denied"):
+        data.load(config(root), "train")
+    root.chmod(0o700)
     skipped = {one.key: one.reason for one in train.skipped}
     assert skipped == {
       "cat/image_0001.jpg": "Permission denied",
