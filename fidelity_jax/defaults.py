@@ -234,17 +234,17 @@ def _shrink(config: ConfigDict) -> None:
   config.dataset.cache = "ram"
   # Two convolutions as the released code has; wide layers, as there are few features.
   config.model.num_convs, config.model.ratio = 2, 4.0
-  config.learning_rate, config.batch_size = 6e-3, 16
-  config.epochs, config.warmup_epochs = 26, 2
+  config.learning_rate, config.batch_size = 5e-3, 8
+  config.epochs, config.warmup_epochs = 36, 2
   config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
   parent.model.update(
-    {"name": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 16, "block": "basic"}
+    {"name": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 24, "block": "basic"}
   )
   parent.model.weights = None
   parent.learning_rate, parent.batch_size = 0.05, 32
-  parent.epochs, parent.warmup_epochs = 36, 3
+  parent.epochs, parent.warmup_epochs = 22, 3
   _shrink_stack(config.parents.restorer)
   if "estimator" in config.parents:
     _shrink_stack(config.parents.estimator)
@@ -254,4 +254,4 @@ def _shrink_stack(config: ConfigDict) -> None:
   config.model.depth, config.model.width = 5, 32
   config.patch_size, config.patch_stride = 32, 32
   config.learning_rate, config.batch_size = 4e-3, 32
-  config.epochs, config.warmup_epochs = 14, 1
+  config.epochs, config.warmup_epochs = 9, 1
