@@ -223,28 +223,6 @@ def test_adaptive_average_pool(size, cells):
   assert half.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("size", [(5, 6), (7, 8), (9, 4), (3, 3)])
-@pytest.mark.parametrize(
-  "window, stride, pad, ceil_mode",
-  [
-    (3, 2, 0, False),
-    (3, 2, 1, False),
-    (2, 2, 0, True),
-    (3, 2, 0, True),
-    (3, 1, 1, True),
-  ],
-)
-def test_max_pool(size, window, stride, pad, ceil_mode):
-  import torch
-
-  x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-  theirs = torch.nn.functional.max_pool2d(
-    torch.from_numpy(x.transpose(0, 3, 1, 2)), window, stride, pad, 1, ceil_mode
-  )
-  ours = layers.max_pool(x, window, stride, pad=pad, ceil_mode=ceil_mode)
-  np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
-
-
 def test_batch_norm_with_a_large_mean():
   """Statistics of values far from zero, where E[x^2] - E[x]^2 would cancel."""
   import torch

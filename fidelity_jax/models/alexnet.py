@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax.models import layers
+from fidelity_jax.models import layers, pooling
 
 # Per stage: (channels, kernel, stride, padding) of its convolutions. Each of the three
 # stages ends in a 3x3 max pool of stride 2.
@@ -66,6 +66,6 @@ class AlexNet(nn.Module):
           name=f"conv{number}",
         )
         x = nn.relu(conv(x))
-      x = layers.max_pool(layers.apply_tap(tap, stage + 1, x), 3, 2)
+      x = pooling.max_pool(layers.apply_tap(tap, stage + 1, x), 3, 2)
     x = layers.apply_tap(tap, 4, x)
     return layers.flatten_chw(layers.adaptive_average_pool(x, 6)), ()

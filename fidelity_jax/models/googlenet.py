@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax.models import layers
+from fidelity_jax.models import layers, pooling
 
 EPSILON = 1e-3
 
@@ -81,7 +81,7 @@ class Inception(nn.Module):
     for name, (reduced, features) in (("branch2", middle), ("branch3", large)):
       y = conv(reduced, 1, f"{name}_reduce")(x, train)
       branches.append(conv(features, 3, name)(y, train))
-    y = layers.max_pool(x, 3, 1, pad=1, ceil_mode=True)
+    y = pooling.max_pool(x, 3, 1, pad=1, ceil_mode=True)
     branches.append(conv(pooled, 1, "branch4")(y, train))
     return jnp.concatenate(branches, -1)
 
@@ -154,17 +154,17 @@ class GoogLeNet(nn.Module):
     if self.transform_input:
       x = _rescale(x)
     x = layers.apply_tap(tap, 1, conv(64, 7, 2, name="conv1")(x, train))
-    x = layers.max_pool(x, 3, 2, ceil_mode=True)
+    x = pooling.max_pool(x, 3, 2, ceil_mode=True)
     x = conv(64, 1, name="conv2")(x, train)
     x = layers.apply_tap(tap, 2, conv(192, 3, name="conv3")(x, train))
-    x = layers.max_pool(x, 3, 2, ceil_mode=True)
+    x = pooling.max_pool(x, 3, 2, ceil_mode=True)
     aux_inputs = []
     for block, widths in _BLOCKS.items():
       x = Inception(widths, self.norm, self.dtype, name=f"inception{block}")(x, train)
       if block == "3b":
-        x = layers.max_pool(layers.apply_tap(tap, 3, x), 3, 2, ceil_mode=True)
+        x = pooling.max_pool(layers.apply_tap(tap, 3, x), 3, 2, ceil_mode=True)
       elif block == "4e":
-        x = layers.max_pool(layers.apply_tap(tap, 4, x), 2, 2, ceil_mode=True)
+        x = pooling.max_pool(layers.apply_tap(tap, 4, x), 2, 2, ceil_mode=True)
       elif block in ("4a", "4d"):
         aux_inputs.append(x)
     x = layers.apply_tap(tap, 5, x)

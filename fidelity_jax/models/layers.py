@@ -65,33 +65,6 @@ def check_image(x: jax.Array, network: str, minimum: int) -> None:
     )
 
 
-def _pool_padding(size: int, window: int, stride: int, pad: int, ceil_mode: bool):
-  """Returns (before, after) padding that gives PyTorch's number of windows."""
-  if not ceil_mode:
-    return pad, pad
-  windows = math.ceil((size + 2 * pad - window) / stride) + 1
-  # The last window has to start inside the image or its leading padding.
-  if (windows - 1) * stride >= size + pad:
-    windows -= 1
-  return pad, max(pad, (windows - 1) * stride + window - size - pad)
-
-
-def max_pool(
-  x: jax.Array, window: int, stride: int, *, pad: int = 0, ceil_mode: bool = False
-) -> jax.Array:
-  """Returns PyTorch's `max_pool2d` of [N, H, W, C] with a square window.
-
-  Args:
-    x: features [N, H, W, C].
-    window: side of the window, in pixels.
-    stride: step of the window, in pixels.
-    pad: padding on every side (with minus infinity).
-    ceil_mode: also keep a last window that reaches past the border.
-  """
-  padding = [_pool_padding(n, window, stride, pad, ceil_mode) for n in x.shape[1:3]]
-  return nn.max_pool(x, (window, window), (stride, stride), padding)
-
-
 def _averaging_matrix(size: int, cells: int) -> np.ndarray:
   """Returns [cells, size]; row i averages size * i/cells to size * (i+1)/cells."""
   matrix = np.zeros((cells, size), np.float32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax.models import layers
+from fidelity_jax.models import layers, pooling
 
 
 class Block(nn.Module):
@@ -99,7 +99,7 @@ class ResNet(nn.Module):
       self.width, 7, 2, pad=3, norm=self.norm, dtype=self.dtype, name="stem"
     )
     x = layers.apply_tap(tap, 1, nn.relu(stem(x, train)))
-    x = layers.max_pool(x, 3, 2, pad=1)
+    x = pooling.max_pool(x, 3, 2, pad=1)
     for stage, size in enumerate(self.stage_sizes):
       for i in range(size):
         x = Block(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax.models import layers
+from fidelity_jax.models import layers, pooling
 
 # Channels of the 3x3 convolutions per stage; every stage ends in a 2x2 max pool.
 _STAGES = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
@@ -58,6 +58,6 @@ class VGG16(nn.Module):
           name=f"conv{stage}_{i}",
         )
         x = nn.relu(conv(x))
-      x = layers.max_pool(layers.apply_tap(tap, stage, x), 2, 2)
+      x = pooling.max_pool(layers.apply_tap(tap, stage, x), 2, 2)
     x = layers.apply_tap(tap, 6, x)
     return layers.flatten_chw(layers.adaptive_average_pool(x, 7)), ()
