@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import os
 import pathlib
-import urllib.error
 import urllib.request
 
 from fidelity_jax import errors, progress
@@ -82,11 +81,9 @@ def _transfer(url: str, part: pathlib.Path, checksum: str, alternative: str) -> 
     request.add_header("Range", f"bytes={have}-")
   try:
     response = urllib.request.urlopen(request, timeout=30)
-  except urllib.error.HTTPError as error:
-    if error.code == 416 and have:  # Everything is here; the checksum will tell.
-      return
-    raise _unavailable(url, part.parent, checksum, alternative, error) from error
   except (OSError, http.client.HTTPException) as error:
+    if have and getattr(error, "code", None) == 416:
+      return  # Everything is here; the checksum will tell.
     raise _unavailable(url, part.parent, checksum, alternative, error) from error
   with response:
     resumed = response.status == 206

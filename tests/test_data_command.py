@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TOY, overrides
 from test_data_images import encoded, photograph
 
-from fidelity_jax import models, port
+from fidelity_jax import checkpoints, models, port
 
 DEMO = "--config=configs/oracle.py:demo"
 CALTECH101 = ROOT.parent / "shared" / "caltech101"
@@ -107,8 +107,6 @@ def test_a_ported_classifier_is_used_as_it_is(toy_copy, tmp_path, command):
   old = set(toy_copy.glob("classifier-*"))
   command(DEMO, f"--workdir={toy_copy}", *overrides(fields), check=0)
   (stage,) = set(toy_copy.glob("classifier-*")) - old
-  from fidelity_jax import checkpoints
-
   directory = checkpoints.variables_directory(stage / "checkpoints", 0)
   kept = checkpoints.load_variables(directory, variables)
   jax.tree.map(np.testing.assert_array_equal, kept, variables)
