@@ -88,7 +88,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
     image_size=size,
     label_smoothing=0.1,
     frozen=jax.tree.map(lambda x: x.astype(dtype), frozen),
-    initial={"estimator": estimator} if mode == "end_to_end" else None,
+    initial={"estimator": estimator} if mode == "end_to_end" else {},
   )
   tx = optimizer.create("sgd", lambda step: 1e-3)
   params, model_state = jax.jit(task.init)(jax.random.key(0), task.initial)

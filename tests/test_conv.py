@@ -74,6 +74,14 @@ def test_large_cases_take_the_blocked_path():
     assert ("scan[" in str(jax.make_jaxpr(run)(*arrays))) == case.startswith("large")
 
 
+def test_pointwise_cases_are_matrix_products():
+  for case in CASES:
+    arrays, strides, padding = draw(case)
+    run = with_gradients(conv.conv2d, strides, padding)
+    product = "conv_general_dilated" not in str(jax.make_jaxpr(run)(*arrays))
+    assert product == (case in ("pointwise", "pointwise_strided")), case
+
+
 def test_runs_are_bit_identical():
   arrays, strides, padding = draw("large")
   first, second = (

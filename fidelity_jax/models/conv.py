@@ -1,11 +1,11 @@
 """Convolution whose gradient is fast on CPUs too.
 
 XLA's CPU convolutions were measured against PyTorch's (docs/speed.md). Forward, and
-backward to the input, they are a library call and as fast. The gradient with respect to
-the kernel is not: XLA runs it as a convolution whose window is the whole image, which
-streams both operands from memory once per kernel position and channel. Here it is a
-matrix product instead, one cache-sized block of rows at a time. Accelerators get XLA's
-own gradient.
+backward to the input, they are a library call and as fast, except that 1x1 kernels are
+faster as the matrix product they are. The gradient with respect to the kernel is not:
+XLA runs it as a convolution whose window is the whole image, which streams both
+operands from memory once per kernel position and channel. Here it is a matrix product
+instead, one cache-sized block of rows at a time. Accelerators get XLA's own.
 """
 
 import functools
@@ -65,20 +65,33 @@ def conv2d(
   return _cpu_conv2d(x, kernel, tuple(strides), pads)
 
 
+def _is_pointwise(kernel: jax.Array, pads: Pads) -> bool:
+  return kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0))
+
+
+def _fast_convolve(x, kernel, strides, pads) -> jax.Array:
+  """Returns the convolution by whichever way was measured fastest."""
+  if _is_pointwise(kernel, pads):
+    # XLA does not recognize the matrix product in this one.
+    visited = x[:, :: strides[0], :: strides[1]]
+    return lax.dot_general(visited, kernel[0, 0], (((3,), (0,)), ((), ())))
+  return _convolve(x, kernel, strides, pads)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _cpu_conv2d(
   x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
 ) -> jax.Array:
-  return _convolve(x, kernel, strides, pads)
+  return _fast_convolve(x, kernel, strides, pads)
 
 
 def _forward(x, kernel, strides, pads):
-  return _convolve(x, kernel, strides, pads), (x, kernel)
+  return _fast_convolve(x, kernel, strides, pads), (x, kernel)
 
 
 def _backward(strides, pads, residuals, g):
   x, kernel = residuals
-  to_input = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, pads), x)
+  to_input = jax.linear_transpose(lambda x: _fast_convolve(x, kernel, strides, pads), x)
   (dx,) = to_input(g)
   return dx, _kernel_gradient(x, g, kernel, strides, pads)
 
@@ -89,10 +102,8 @@ _cpu_conv2d.defvjp(_forward, _backward)
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   """Returns the gradient of the kernel by whichever way was measured fastest."""
   size = kernel.shape[:2]
-  if size == (1, 1) and min(*pads[0], *pads[1]) == 0 == max(*pads[0], *pads[1]):
-    # XLA does not recognize the matrix product in this one.
-    x = x[:, :: strides[0], :: strides[1]][:, : g.shape[1], : g.shape[2]]
-    return _product(x, g)[None, None]
+  if _is_pointwise(kernel, pads):
+    return _product(x[:, :: strides[0], :: strides[1]], g)[None, None]
   if strides == (1, 1) and max(x.size, g.size) > _LARGE_ELEMENTS:
     border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
     x = lax.pad(x, jnp.zeros((), x.dtype), border)
