@@ -9,9 +9,6 @@ dropout and auxiliary heads included. float32 on a CPU; on a GPU bfloat16 agains
 PyTorch's float32 (TF32 allowed). A ratio below 1 means that JAX is faster.
 """
 
-import argparse
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,42 +107,30 @@ def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
 
 def main() -> None:
   """Prints a line per network and measurement, and writes --json."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--nets", default=",".join(NETS), help="comma-separated")
-  parser.add_argument("--batch", type=int, default=4)
-  parser.add_argument("--size", type=int, default=224, help="side of the images")
-  parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--json", help="file for the results")
-  args = parser.parse_args()
-  nets = args.nets.split(",")
-  if unknown := set(nets) - set(NETS):
-    parser.error(f"unknown nets {', '.join(sorted(unknown))}: known are {NETS}")
-
+  args = side_by_side.parser(__doc__, "nets", NETS).parse_args()
   gpu = side_by_side.has_gpu()
   device, dtype = ("cuda", jnp.bfloat16) if gpu else ("cpu", jnp.float32)
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
   rng = np.random.default_rng(0)
   images = rng.standard_normal((args.batch, args.size, args.size, 3), np.float32)
   labels = rng.integers(0, CLASSES, args.batch).astype(np.int32)
-  results = {"device": side_by_side.device_name(), **vars(args), "nets": {}}
+  results = {"device": side_by_side.device_name(), **vars(args), "times": {}}
   print(f"{results['device']}; batch {args.batch}, {args.size} px; seconds")
-  for name in nets:
+  for name in args.nets:
     mine = jax_sides(name, images, labels, dtype)
     theirs = torch_sides(name, images, labels, device)
-    results["nets"][name] = {}
+    results["times"][name] = {}
     for what in mine:
       sides = {"jax": mine[what], "torch": theirs[what]}
       times = side_by_side.interleave(sides, args.repeats)
-      row = results["nets"][name][what] = side_by_side.with_ratios(times)
+      row = results["times"][name][what] = side_by_side.with_ratios(times)
       print(
         f"{name:10} {what:8} jax {row['jax']['seconds']:7.3f} "
         f"torch {row['torch']['seconds']:7.3f} ratio {row['ratio']:5.2f} "
         f"(CPU time {row['cpu_ratio']:5.2f})",
         flush=True,
       )
-  if args.json:
-    with open(args.json, "w") as file:
-      json.dump(results, file, indent=2)
+  side_by_side.save(results, args.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the benchmarks against PyTorch share."""
 
+import argparse
+import json
 import math
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,40 @@ def variables_of(module: nn.Module, *inputs: jax.Array) -> dict[str, object]:
     return jnp.ones(leaf.shape) if name in ("scale", "var") else jnp.zeros(leaf.shape)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def parser(description: str, choice: str, known: Sequence[str]):
+  """Returns a parser of the options that both benchmarks have.
+
+  Args:
+    description: the benchmark's docstring.
+    choice: name of the option that selects what is measured.
+    known: what can be selected; all of it by default.
+  """
+  result = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+
+  def names(text: str) -> list[str]:
+    given = text.split(",")
+    if unknown := sorted(set(given) - set(known)):
+      raise argparse.ArgumentTypeError(
+        f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
+      )
+    return given
+
+  result.add_argument(f"--{choice}", type=names, default=list(known))
+  result.add_argument("--batch", type=int, default=4)
+  result.add_argument("--size", type=int, default=224, help="side of the images")
+  result.add_argument("--repeats", type=int, default=3)
+  result.add_argument("--json", type=pathlib.Path, help="file for the results")
+  return result
+
+
+def save(results: dict[str, object], path: pathlib.Path | None) -> None:
+  """Writes results as JSON where a path is given."""
+  if path:
+    path.write_text(json.dumps(results, indent=2, default=str) + "\n")
 
 
 def has_gpu() -> bool:

@@ -16,7 +16,6 @@ product.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -168,21 +167,13 @@ def measure_memory(side: str, mode: str, args: argparse.Namespace) -> int:
 
 def main() -> None:
   """Prints a paragraph per mode, and writes --json."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
-  parser.add_argument("--batch", type=int, default=4)
-  parser.add_argument("--size", type=int, default=224, help="side of the images")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser = side_by_side.parser(__doc__, "modes", MODES)
   parser.add_argument(
     "--remat", action="store_true", help="rematerialize the estimator (end_to_end)"
   )
   parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
   parser.add_argument("--memory_of", choices=SIDES, help="only print a side's memory")
-  parser.add_argument("--json", help="file for the results")
   args = parser.parse_args()
-  modes = args.modes.split(",")
-  if unknown := set(modes) - set(MODES):
-    parser.error(f"unknown modes {', '.join(sorted(unknown))}: known are {MODES}")
   gpu = side_by_side.has_gpu()
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
   batch = make_batch(args.batch, args.size)
@@ -192,26 +183,26 @@ def main() -> None:
   }
   if args.memory_of:
     before = resident()
-    step = make[args.memory_of](modes[0])
+    step = make[args.memory_of](args.modes[0])
     step()
     step()
     print(resident() - before)
     return
 
   peak = side_by_side.matmul_rate(jnp.bfloat16 if gpu else jnp.float32)
-  results = {"device": side_by_side.device_name(), **vars(args), "modes": {}}
+  results = {"device": side_by_side.device_name(), **vars(args), "steps": {}}
   results["matmul_flops"] = peak
   print(
     f"{results['device']}; matrix product {peak / 1e9:.0f} GFLOP/s; batch "
     f"{args.batch}, {args.size} px"
   )
-  for mode in modes:
+  for mode in args.modes:
     sides = {name: make[name](mode) for name in SIDES}
     with FlopCounterMode(display=False) as counter:
       sides["torch"]()
     row = side_by_side.with_ratios(side_by_side.interleave(sides, args.repeats))
     row["flops"] = counter.get_total_flops()
-    results["modes"][mode] = row
+    results["steps"][mode] = row
     for name in SIDES:
       rate = row["flops"] / row[name]["seconds"]
       line = f"{mode:11} {name:6} {row[name]['seconds']:7.2f} s {rate / 1e9:7.0f}"
@@ -224,9 +215,7 @@ def main() -> None:
       f"{mode:11} ratio {row['ratio']:.2f} (CPU time {row['cpu_ratio']:.2f})",
       flush=True,
     )
-  if args.json:
-    with open(args.json, "w") as file:
-      json.dump(results, file, indent=2)
+  side_by_side.save(results, args.json)
 
 
 if __name__ == "__main__":
