@@ -1,11 +1,13 @@
 """Convolution whose gradient is fast on CPUs too.
 
 XLA's CPU convolutions were measured against PyTorch's (docs/speed.md). Forward, and
-backward to the input, they are a library call and as fast, except that 1x1 kernels are
-faster as the matrix product they are. The gradient with respect to the kernel is not:
-XLA runs it as a convolution whose window is the whole image, which streams both
-operands from memory once per kernel position and channel. Here it is a matrix product
-instead, one cache-sized block of rows at a time. Accelerators get XLA's own.
+backward to the input, most are a library call and as fast. What is not becomes a matrix
+product here: 1x1 kernels; 3x3 kernels on images smaller than themselves, which XLA
+computes element by element; the input's gradient on small images of many channels. The
+gradient with respect to the kernel XLA runs as a convolution whose window is the whole
+image, which streams both operands from memory once per kernel position and channel:
+here it is a matrix product too, one cache-sized block of rows at a time. Accelerators
+get XLA's own.
 """
 
 import functools
@@ -24,6 +26,9 @@ _BLOCK_ELEMENTS = 2**19
 # Below this many elements both operands stay in the cache, and XLA's kernel gradient
 # is as fast or faster.
 _LARGE_ELEMENTS = 2**20
+# Up to this many pixels, from this many channels on, with kernels of up to 9 weights,
+# the gradient with respect to the input is faster by patches; so it is when strided.
+_FEW_PIXELS, _MANY_CHANNELS = 14 * 14, 96
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -75,7 +80,32 @@ def _fast_convolve(x, kernel, strides, pads) -> jax.Array:
     # XLA does not recognize the matrix product in this one.
     visited = x[:, :: strides[0], :: strides[1]]
     return lax.dot_general(visited, kernel[0, 0], (((3,), (0,)), ((), ())))
+  if math.prod(x.shape[1:3]) < math.prod(kernel.shape[:2]) <= 9:
+    return _convolve_patches(x, kernel, strides, pads)
   return _convolve(x, kernel, strides, pads)
+
+
+def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
+  """Returns the same, by the way whose transpose to x is fastest."""
+  many = kernel.shape[2] >= _MANY_CHANNELS and math.prod(x.shape[1:3]) <= _FEW_PIXELS
+  small_kernel = 1 < math.prod(kernel.shape[:2]) <= 9
+  if small_kernel and (many or strides != (1, 1)):
+    return _convolve_patches(x, kernel, strides, pads)
+  return _fast_convolve(x, kernel, strides, pads)
+
+
+def _convolve_patches(x, kernel, strides, pads) -> jax.Array:
+  """Returns the convolution as one product of all patches with the kernel."""
+  (kh, kw, channels, out), (dy, dx) = kernel.shape, strides
+  x = lax.pad(
+    x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0,) * 3]
+  )
+  rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+  patches = [
+    x[:, i : i + rows : dy, j : j + columns : dx] for i in range(kh) for j in range(kw)
+  ]
+  patches = jnp.concatenate(patches, axis=-1)
+  return patches @ kernel.reshape(kh * kw * channels, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -91,7 +121,9 @@ def _forward(x, kernel, strides, pads):
 
 def _backward(strides, pads, residuals, g):
   x, kernel = residuals
-  to_input = jax.linear_transpose(lambda x: _fast_convolve(x, kernel, strides, pads), x)
+  to_input = jax.linear_transpose(
+    lambda x: _convolve_for_input(x, kernel, strides, pads), x
+  )
   (dx,) = to_input(g)
   return dx, _kernel_gradient(x, g, kernel, strides, pads)
 
