@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from torch_reference import torchvision_models
 
-from fidelity_jax import models
+from fidelity_jax import models, platform
 
 NETS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
 CLASSES = 257
@@ -56,8 +56,10 @@ def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtyp
 
   params = variables["params"]
   state = [(params, variables.get("batch_stats", {}), tx.init(params))]
-  predict = jax.jit(lambda variables, x: folded.apply(variables, x)[0])
-  step = jax.jit(train_step, donate_argnums=0)
+  options = platform.compiler_options()
+  forward = lambda variables, x: folded.apply(variables, x)[0]
+  predict = jax.jit(forward, compiler_options=options)
+  step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
   def train():
     state[0] = jax.block_until_ready(step(state[0], images, labels))

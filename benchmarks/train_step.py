@@ -16,7 +16,7 @@ product.
 """
 
 import argparse
-import resource
+import pathlib
 import subprocess
 import sys
 
@@ -36,6 +36,7 @@ from fidelity_jax import (
   models,
   optimizer,
   pipeline,
+  platform,
   tasks,
   train,
 )
@@ -104,7 +105,11 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
       bad_step=jnp.int32(-1),
     )
   ]
-  step = jax.jit(train.make_train_step(task, tx, jax.random.key(0)), donate_argnums=0)
+  step = jax.jit(
+    train.make_train_step(task, tx, jax.random.key(0)),
+    donate_argnums=0,
+    compiler_options=platform.compiler_options(),
+  )
   batch = jax.device_put(batch)
   frozen = jax.device_put(task.frozen)
 
@@ -152,8 +157,10 @@ def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
 
 
 def resident() -> int:
-  """Returns the largest resident size of this process so far, in bytes."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  """Returns the largest resident size of this process so far, in bytes (Linux)."""
+  # Not getrusage's figure, which starts at the parent process's.
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  return 1024 * next(int(line.split()[1]) for line in lines if "VmHWM" in line)
 
 
 def measure_memory(side: str, mode: str, args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from fidelity_jax import (
   files,
   networks,
   pipeline,
+  platform,
   progress,
   randomness,
   sharding,
@@ -133,7 +134,8 @@ class Evaluation:
     method, _ = self._network
     source = self.config.fidelity.source
     # One compiled function for all conditions: what differs is done before it.
-    return jax.jit(functools.partial(predict, method, source))
+    function = functools.partial(predict, method, source)
+    return jax.jit(function, compiler_options=platform.compiler_options())
 
   def _degrade(self, condition, batch, round_: int) -> tuple[jax.Array, jax.Array]:
     """Returns (degraded, clean) of a batch, float32 [N, H, W, 3] in [0, 1]."""

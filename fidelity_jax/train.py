@@ -22,6 +22,7 @@ from fidelity_jax import (
   errors,
   metrics,
   optimizer,
+  platform,
   progress,
   randomness,
   sharding,
@@ -195,8 +196,9 @@ class Trainer:
     self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))
     dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")
     step = make_train_step(task, self.tx, dropout)
-    self.train_step = jax.jit(step, donate_argnums=0)
-    self.eval_step = jax.jit(make_eval_step(task))
+    options = platform.compiler_options()
+    self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
+    self.eval_step = jax.jit(make_eval_step(task), compiler_options=options)
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step, on the devices."""
