@@ -235,7 +235,7 @@ def _shrink(config: ConfigDict) -> None:
   # Two convolutions as the released code has; wide layers, as there are few features.
   config.model.num_convs, config.model.ratio = 2, 4.0
   config.learning_rate, config.batch_size = 5e-3, 8
-  config.epochs, config.warmup_epochs = 36, 2
+  config.epochs, config.warmup_epochs = 72, 2
   if config.fidelity.source == "end_to_end":
     # The estimator that moves along makes larger steps diverge.
     config.learning_rate, config.warmup_epochs = 3e-3, 4
