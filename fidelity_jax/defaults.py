@@ -242,10 +242,8 @@ def _shrink(config: ConfigDict) -> None:
   config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
-  parent.model.update(
-    {"name": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 24, "block": "basic"}
-  )
-  parent.model.weights = None
+  # A block per stage, 24 channels in the first.
+  parent.model.name, parent.model.weights = "resnet", None
   parent.learning_rate, parent.batch_size = 0.05, 32
   parent.epochs, parent.warmup_epochs = 22, 3
   _shrink_stack(config.parents.restorer)

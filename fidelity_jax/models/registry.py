@@ -55,7 +55,8 @@ _MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
     _googlenet,
     dict(transform_input=None, dropout=0.2, aux_dropout=0.7, aux_heads=True),
   ),
-  "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=64, block="basic")),
+  # The demo's: a config that names another network need not unset any field.
+  "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=24, block="basic")),
   "resnet18": (_resnet, dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic")),
   "resnet50": (_resnet, dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")),
   "vgg16": (_vgg16, dict(dropout=0.5)),
