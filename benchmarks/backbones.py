@@ -16,7 +16,7 @@ import optax
 import side_by_side
 import torch
 from torch.nn import functional
-from torch_reference import torchvision_models
+from torch_reference import torchvision
 
 from fidelity_jax import models, platform
 
@@ -73,7 +73,7 @@ def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtyp
 def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
   """Returns the same two functions for torchvision's network."""
   options = {"init_weights": True} if name == "googlenet" else {}
-  network = getattr(torchvision_models(), name)(num_classes=CLASSES, **options)
+  network = getattr(torchvision().models, name)(num_classes=CLASSES, **options)
   network = network.to(device)
   images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
   labels = torch.from_numpy(labels).long().to(device)

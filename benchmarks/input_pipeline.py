@@ -1,7 +1,7 @@
 """Input pipeline: images per second against torchvision in a PyTorch DataLoader.
 
   python benchmarks/input_pipeline.py [--folder=../shared/caltech101] [--workers=2]
-  python benchmarks/input_pipeline.py --only waits --steps demo:64:16:100
+  python benchmarks/input_pipeline.py --only waits --steps demo:64:8:46
 
 Both sides read the same JPEGs, draw random-resized crops of the same distribution and
 make batches of 64, with the same number of worker processes. The other side is
@@ -23,35 +23,27 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import os
 import pathlib
 import statistics
 import tempfile
 import time
 
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import side_by_side
+import simplejpeg
 import torch
+from PIL import Image
+from torch_reference import torchvision
 
-for _name in ("nms", "qnms"):
-  # torchvision's wheels mention two operators at import that a CPU-only torch lacks.
-  if not hasattr(torch.ops.torchvision, _name):
-    torch.library.define(
-      f"torchvision::{_name}",
-      "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    )
+from fidelity_jax import data
+from fidelity_jax.data import crops, images, pipeline
 
-import cv2  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-import simplejpeg  # noqa: E402
-from PIL import Image  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-from fidelity_jax import data  # noqa: E402
-from fidelity_jax.data import crops, images, pipeline  # noqa: E402
-
+transforms = torchvision().transforms
 BATCH = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -295,7 +287,7 @@ def main():
     nargs="+",
     metavar="demo|folder:SIZE:BATCH:MILLISECONDS",
     default=[
-      Steps("demo", 64, 16, 100.0),
+      Steps("demo", 64, 8, 46.0),
       *(Steps("folder", 224, 64, each) for each in (200.0, 100.0, 50.0, 25.0)),
     ],
   )
@@ -304,7 +296,7 @@ def main():
   parser.add_argument(
     "--processes", action="store_true", help="waits: worker processes, not threads"
   )
-  parser.add_argument("--out")
+  parser.add_argument("--json", type=pathlib.Path, help="file for the results")
   options = parser.parse_args()
 
   results = {}
@@ -318,8 +310,7 @@ def main():
       results |= compare(options, **datasets["folder"])
     if "waits" in options.only:
       results["waiting"] = all_waits(options, datasets)
-  if options.out:
-    pathlib.Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
+  side_by_side.save(results, options.json)
 
 
 def load(path: str, cache: str, results: dict) -> dict[str, dict[str, data.Dataset]]:

@@ -28,7 +28,7 @@ import torch
 import torch_method
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from torch_reference import torchvision_models
+from torch_reference import torchvision
 
 from fidelity_jax import (
   degradations,
@@ -121,7 +121,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
 
 def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
   """Returns the same for plain, eager PyTorch."""
-  network = torchvision_models().resnet50(num_classes=CLASSES)
+  network = torchvision().models.resnet50(num_classes=CLASSES)
   backbone, head = torch_method.split(network)
   source = "oracle" if mode == "oracle" else "degraded"
   method = torch_method.Method(backbone, head, 2048, source=source).to(device).eval()

@@ -242,7 +242,7 @@ def _shrink(config: ConfigDict) -> None:
   config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
-  # A block per stage, 24 channels in the first.
+  # Small by default (models/registry.py): `stage_sizes`, `width`, `block` override.
   parent.model.name, parent.model.weights = "resnet", None
   parent.learning_rate, parent.batch_size = 0.05, 32
   parent.epochs, parent.warmup_epochs = 22, 3

@@ -27,7 +27,7 @@ class TinyResNet(nn.Module):
 
   def __init__(self, width=8):
     super().__init__()
-    block = torch_reference.torchvision_models().resnet.BasicBlock
+    block = torch_reference.torchvision().models.resnet.BasicBlock
     self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
     self.bn1 = nn.BatchNorm2d(width)
     self.relu = nn.ReLU()
@@ -181,7 +181,7 @@ def test_combinations(options, tmp_path):
 
 def torchvision_network(name):
   """A torchvision network with few classes, and its feature length."""
-  make = getattr(torch_reference.torchvision_models(), name)
+  make = getattr(torch_reference.torchvision().models, name)
   extra = dict(init_weights=False, transform_input=True) if name == "googlenet" else {}
   sizes = dict(alexnet=9216, vgg16=25088, googlenet=1024, resnet18=512, resnet50=2048)
   return make(num_classes=NUM_CLASSES, **extra), sizes[name]

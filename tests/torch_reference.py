@@ -1,8 +1,8 @@
 """The reference that parity tests compare with: torchvision, beside a CPU-only torch.
 
 torchvision's wheels bring operators built for CUDA. Where those cannot be loaded, its
-models can be imported all the same once the two operators exist by name that its
-modules mention while they are imported.
+networks and transforms can be imported all the same once the two operators exist by
+name that its modules mention while they are imported.
 """
 
 import functools
@@ -12,8 +12,8 @@ import numpy as np
 
 
 @functools.cache
-def torchvision_models() -> types.ModuleType:
-  """Returns `torchvision.models`; skips the test where it is not installed."""
+def torchvision() -> types.ModuleType:
+  """Returns torchvision; skips the test where it is not installed."""
   import pytest
 
   torch = pytest.importorskip("torch")
@@ -21,7 +21,7 @@ def torchvision_models() -> types.ModuleType:
   for name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, name):
       torch.library.define(f"torchvision::{name}", signature)
-  return pytest.importorskip("torchvision.models")
+  return pytest.importorskip("torchvision")
 
 
 def randomize(network, seed: int = 0) -> None:
@@ -61,7 +61,7 @@ def build(name: str, num_classes: int, seed: int = 0, **kwargs):
   """
   import torch
 
-  make = getattr(torchvision_models(), name)
+  make = getattr(torchvision().models, name)
   if name == "googlenet":
     kwargs = {"init_weights": False, "aux_logits": True, **kwargs}
   with torch.device("meta"):

@@ -41,7 +41,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
     zlib.error,
     EOFError,
     OSError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile: a compression it does not know
   ) as error:
     raise RunError(
       f"{path} is damaged or cannot be read ({error}); delete it and fetch it again"

@@ -70,6 +70,12 @@ def conv2d(
   return _cpu_conv2d(x, kernel, tuple(strides), pads)
 
 
+def _pad(x: jax.Array, pads: Pads) -> jax.Array:
+  """Returns the images with zeros around them, or cropped where a pad is negative."""
+  border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
+  return lax.pad(x, jnp.zeros((), x.dtype), border)
+
+
 def _is_pointwise(kernel: jax.Array, pads: Pads) -> bool:
   return kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0))
 
@@ -97,9 +103,7 @@ def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
 def _convolve_patches(x, kernel, strides, pads) -> jax.Array:
   """Returns the convolution as one product of all patches with the kernel."""
   (kh, kw, channels, out), (dy, dx) = kernel.shape, strides
-  x = lax.pad(
-    x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0,) * 3]
-  )
+  x = _pad(x, pads)
   rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
   patches = [
     x[:, i : i + rows : dy, j : j + columns : dx] for i in range(kh) for j in range(kw)
@@ -137,8 +141,7 @@ def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   if _is_pointwise(kernel, pads):
     return _product(x[:, :: strides[0], :: strides[1]], g)[None, None]
   if strides == (1, 1) and max(x.size, g.size) > _LARGE_ELEMENTS:
-    border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), border)
+    x = _pad(x, pads)
     if x.shape[3] <= g.shape[3]:
       return _correlate(x, g, size)
     # Copying patches is the expensive part: cut them from the narrower side. The
