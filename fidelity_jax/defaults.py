@@ -233,19 +233,19 @@ def _shrink(config: ConfigDict) -> None:
   """
   config.dataset.cache = "ram"
   # Two convolutions as the released code has; wide layers, as there are few features.
-  config.model.num_convs, config.model.ratio = 2, 4.0
-  config.learning_rate, config.batch_size = 5e-3, 8
-  config.epochs, config.warmup_epochs = 72, 2
+  config.model.num_convs, config.model.channels, config.model.ratio = 2, 4, 4.0
+  config.learning_rate, config.batch_size = 1e-2, 8
+  config.epochs, config.warmup_epochs = 72, 4
   if config.fidelity.source == "end_to_end":
     # The estimator that moves along makes larger steps diverge.
-    config.learning_rate, config.warmup_epochs = 3e-3, 4
+    config.learning_rate, config.warmup_epochs = 4e-3, 6
   config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
   # Small by default (models/registry.py): `stage_sizes`, `width`, `block` override.
   parent.model.name, parent.model.weights = "resnet", None
   parent.learning_rate, parent.batch_size = 0.05, 32
-  parent.epochs, parent.warmup_epochs = 22, 3
+  parent.epochs, parent.warmup_epochs = 14, 3
   _shrink_stack(config.parents.restorer)
   if "estimator" in config.parents:
     _shrink_stack(config.parents.estimator)
