@@ -8,17 +8,15 @@ from flax import linen as nn
 
 from fidelity_jax.models import conv
 
-# (x shape, kernel shape, strides, padding): one per way the kernel's gradient is
-# computed, and the corners of each. "large" is above the threshold for blocks.
+# (x shape, kernel shape, strides, padding): one per way that a convolution or one of
+# its gradients is computed, and the corners of each.
 CASES = {
   "small": ((2, 9, 7, 5), (3, 3, 5, 4), (1, 1), "SAME"),
   "pointwise": ((2, 9, 7, 20), (1, 1, 20, 30), (1, 1), "SAME"),
   "pointwise_strided": ((2, 9, 8, 20), (1, 1, 20, 6), (2, 2), "VALID"),
   "pointwise_padded": ((2, 6, 5, 3), (1, 1, 3, 4), (1, 1), ((1, 0), (0, 2))),
-  "large": ((6, 97, 76, 12), (3, 3, 12, 24), (1, 1), "SAME"),
-  "large_valid": ((6, 103, 77, 12), (3, 3, 12, 24), (1, 1), "VALID"),
-  "large_explicit": ((6, 100, 75, 7), (5, 3, 7, 24), (1, 1), ((2, 3), (0, 2))),
-  "large_narrowing": ((2, 150, 151, 32), (3, 3, 32, 24), (1, 1), "SAME"),
+  "large": ((3, 47, 36, 12), (3, 3, 12, 24), (1, 1), "SAME"),
+  "large_explicit": ((3, 50, 35, 7), (5, 3, 7, 24), (1, 1), ((2, 3), (0, 2))),
   "tiny": ((3, 2, 2, 20), (3, 3, 20, 30), (1, 1), "SAME"),
   "one_pixel": ((3, 1, 1, 20), (3, 3, 20, 30), (1, 1), ((1, 1), (1, 1))),
   "tiny_uneven": ((3, 2, 3, 5), (3, 3, 5, 4), (2, 1), ((1, 2), (0, 1))),
@@ -72,13 +70,6 @@ def test_output_and_gradients_match_float64(case):
     assert relative(mine_wide, theirs) < 1e-13
 
 
-def test_large_cases_take_the_blocked_path():
-  for case in CASES:
-    arrays, strides, padding = draw(case)
-    run = with_gradients(conv.conv2d, strides, padding)
-    assert ("scan[" in str(jax.make_jaxpr(run)(*arrays))) == case.startswith("large")
-
-
 def test_pointwise_cases_are_matrix_products():
   for case in CASES:
     arrays, strides, padding = draw(case)
@@ -118,10 +109,8 @@ def test_where_plain_convolution_is_used(monkeypatch):
 
   assert own(x, kernel)
   assert not own(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
-  for name, value in (("default_backend", "gpu"), ("device_count", 2)):
-    with monkeypatch.context() as patch:
-      patch.setattr(jax, name, lambda value=value: value)
-      assert not own(x, kernel)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert not own(x, kernel)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
-"""Convolution whose gradient is fast on CPUs too.
+"""Convolution that is fast on CPUs too.
 
-XLA's CPU convolutions were measured against PyTorch's (docs/speed.md). Forward, and
-backward to the input, most are a library call and as fast. What is not becomes a matrix
+XLA's CPU convolutions were measured against PyTorch's, with the compiler options that
+this package uses (docs/speed.md). Most are as fast. What is not becomes a matrix
 product here: 1x1 kernels; 3x3 kernels on images smaller than themselves, which XLA
-computes element by element; the input's gradient on small images of many channels. The
-gradient with respect to the kernel XLA runs as a convolution whose window is the whole
-image, which streams both operands from memory once per kernel position and channel:
-here it is a matrix product too, one cache-sized block of rows at a time. Accelerators
-get XLA's own.
+computes element by element; the input's gradient on small images of many channels.
+Accelerators get XLA's own.
 """
 
 import functools
@@ -20,12 +17,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-# Elements of a block's patches (2 MB in float32): small enough to stay in an L2 cache,
-# large enough to keep the matrix product busy. 1 to 4 MB measured within 15 %.
-_BLOCK_ELEMENTS = 2**19
-# Below this many elements both operands stay in the cache, and XLA's kernel gradient
-# is as fast or faster.
-_LARGE_ELEMENTS = 2**20
 # Up to this many pixels, from this many channels on, with kernels of up to 9 weights,
 # the gradient with respect to the input is faster by patches; so it is when strided.
 _FEW_PIXELS, _MANY_CHANNELS = 14 * 14, 96
@@ -47,9 +38,9 @@ def conv2d(
 ) -> jax.Array:
   """Returns the cross-correlation of images and a kernel.
 
-  In float32 and float64 on a single CPU device it has its own backward pass, which
-  supports reverse-mode differentiation only; the results agree with XLA's to rounding.
-  Which one runs is decided when a function is traced.
+  In float32 and float64 on CPUs it has its own backward pass, which supports
+  reverse-mode differentiation only; the results agree with XLA's to rounding. Which one
+  runs is decided when a function is traced.
 
   Args:
     x: [N, H, W, in].
@@ -60,9 +51,7 @@ def conv2d(
   Returns:
     [N, h, w, out], dtype as given.
   """
-  # Blocks are cut through the batch axis, along which several devices would shard it.
-  one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-  if not one_cpu or x.dtype not in (jnp.float32, jnp.float64):
+  if jax.default_backend() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
     return _convolve(x, kernel, strides, padding)
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
@@ -137,17 +126,8 @@ _cpu_conv2d.defvjp(_forward, _backward)
 
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   """Returns the gradient of the kernel by whichever way was measured fastest."""
-  size = kernel.shape[:2]
   if _is_pointwise(kernel, pads):
     return _product(x[:, :: strides[0], :: strides[1]], g)[None, None]
-  if strides == (1, 1) and max(x.size, g.size) > _LARGE_ELEMENTS:
-    x = _pad(x, pads)
-    if x.shape[3] <= g.shape[3]:
-      return _correlate(x, g, size)
-    # Copying patches is the expensive part: cut them from the narrower side. The
-    # gradient's patches see the kernel rotated by 180 degrees.
-    edge = [(0, 0), *((k - 1, k - 1) for k in size), (0, 0)]
-    return _correlate(jnp.pad(g, edge), x, size)[::-1, ::-1].swapaxes(2, 3)
   to_kernel = jax.linear_transpose(lambda k: _convolve(x, k, strides, pads), kernel)
   return to_kernel(g)[0]
 
@@ -159,39 +139,6 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
   if a.shape[-1] > b.shape[-1]:
     return _product(b, a).T
   return lax.dot_general(a, b, ((pixels, pixels), ((), ())))
-
-
-def _correlate(a: jax.Array, b: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Returns sum over n, y, x of a[n, y + i, x + j, p] b[n, y, x, q] at [i, j, p, q].
-
-  Args:
-    a: [N, H + kh - 1, W + kw - 1, A].
-    b: [N, H, W, B].
-    size: (kh, kw).
-
-  Returns:
-    [kh, kw, A, B].
-  """
-  (count, height, width, columns), (kh, kw), rows_of_a = b.shape, size, a.shape[3]
-  row_elements = width * kh * kw * rows_of_a
-  blocks = min(height, -(-height * row_elements // _BLOCK_ELEMENTS))
-  block = -(-height // blocks)
-  blocks = -(-height // block)
-  # Rows of zeros fill the last block.
-  extra = [(0, 0), (0, blocks * block - height), (0, 0), (0, 0)]
-  a, b = jnp.pad(a, extra), jnp.pad(b, extra)
-
-  def add_block(total, index):
-    start = (index // blocks, index % blocks * block, 0, 0)
-    part = lax.dynamic_slice(a, start, (1, block + kh - 1, *a.shape[2:]))
-    shifts = [(i, j) for i in range(kh) for j in range(kw)]
-    patches = [part[:, i : i + block, j : j + width] for i, j in shifts]
-    part_of_b = lax.dynamic_slice(b, start, (1, block, width, columns))
-    return total + _product(jnp.concatenate(patches, -1), part_of_b), None
-
-  zero = jnp.zeros((kh * kw * rows_of_a, columns), a.dtype)
-  total, _ = lax.scan(add_block, zero, jnp.arange(count * blocks))
-  return total.reshape(kh, kw, rows_of_a, columns)
 
 
 def _conv_general_dilated(x, kernel, strides, padding, **kwargs):
