@@ -235,10 +235,10 @@ def _shrink(config: ConfigDict) -> None:
   # Two convolutions as the released code has; wide layers, as there are few features.
   config.model.num_convs, config.model.channels, config.model.ratio = 2, 4, 4.0
   config.learning_rate, config.batch_size = 1e-2, 8
-  config.epochs, config.warmup_epochs = 72, 4
+  config.epochs, config.warmup_epochs = 96, 4
   if config.fidelity.source == "end_to_end":
     # The estimator that moves along makes larger steps diverge.
-    config.learning_rate, config.warmup_epochs = 4e-3, 6
+    config.learning_rate, config.warmup_epochs = 4e-3, 8
   config.ensemble.update({"learning_rate": 0.02, "epochs": 6, "warmup_epochs": 1})
   config.evaluation.rounds = 3
   parent = config.parents.classifier
@@ -256,5 +256,5 @@ def _shrink_stack(config: ConfigDict) -> None:
   config.patch_size, config.patch_stride = 32, 32
   config.learning_rate, config.batch_size = 4e-3, 32
   # After more, restored tiles leave the map little to tell about them.
-  config.epochs = 5 if config.kind == "restorer" else 9
+  config.epochs = 7 if config.kind == "restorer" else 9
   config.warmup_epochs = 1
