@@ -98,13 +98,12 @@ def main() -> None:
     pad = size // 2
     x = rng.standard_normal((batch, side, side, channels), np.float32)
     kernel = rng.standard_normal((size, size, channels, out), np.float32)
-    place = {"strides": (stride, stride), "padding": ((pad, pad), (pad, pad))}
-    own = functools.partial(conv.conv2d, **place)
-    xla = lambda x, kernel, place=place: jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      place["strides"],
-      place["padding"],
+    strides, pads = (stride, stride), ((pad, pad), (pad, pad))
+    own = functools.partial(conv.conv2d, strides=strides, padding=pads)
+    xla = functools.partial(
+      jax.lax.conv_general_dilated,
+      window_strides=strides,
+      padding=pads,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     g = np.ones(jax.eval_shape(own, x, kernel).shape, np.float32)

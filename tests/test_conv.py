@@ -15,8 +15,8 @@ CASES = {
   "pointwise": ((2, 9, 7, 20), (1, 1, 20, 30), (1, 1), "SAME"),
   "pointwise_strided": ((2, 9, 8, 20), (1, 1, 20, 6), (2, 2), "VALID"),
   "pointwise_padded": ((2, 6, 5, 3), (1, 1, 3, 4), (1, 1), ((1, 0), (0, 2))),
-  "large": ((3, 47, 36, 12), (3, 3, 12, 24), (1, 1), "SAME"),
-  "large_explicit": ((3, 50, 35, 7), (5, 3, 7, 24), (1, 1), ((2, 3), (0, 2))),
+  "plain": ((3, 47, 36, 12), (3, 3, 12, 24), (1, 1), "SAME"),
+  "explicit": ((3, 50, 35, 7), (5, 3, 7, 24), (1, 1), ((2, 3), (0, 2))),
   "tiny": ((3, 2, 2, 20), (3, 3, 20, 30), (1, 1), "SAME"),
   "one_pixel": ((3, 1, 1, 20), (3, 3, 20, 30), (1, 1), ((1, 1), (1, 1))),
   "tiny_uneven": ((3, 2, 3, 5), (3, 3, 5, 4), (2, 1), ((1, 2), (0, 1))),
@@ -79,7 +79,7 @@ def test_pointwise_cases_are_matrix_products():
 
 
 def test_runs_are_bit_identical():
-  arrays, strides, padding = draw("large")
+  arrays, strides, padding = draw("plain")
   first, second = (
     with_gradients(conv.conv2d, strides, padding)(*arrays) for _ in range(2)
   )
@@ -101,7 +101,7 @@ def test_under_vmap_and_remat():
 
 
 def test_where_plain_convolution_is_used(monkeypatch):
-  x, kernel, _ = draw("large")[0]
+  x, kernel, _ = draw("plain")[0]
 
   def own(*arrays):
     # A function of its own each time, or the trace would come from a cache.

@@ -59,12 +59,6 @@ def conv2d(
   return _cpu_conv2d(x, kernel, tuple(strides), pads)
 
 
-def _pad(x: jax.Array, pads: Pads) -> jax.Array:
-  """Returns the images with zeros around them, or cropped where a pad is negative."""
-  border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
-  return lax.pad(x, jnp.zeros((), x.dtype), border)
-
-
 def _is_pointwise(kernel: jax.Array, pads: Pads) -> bool:
   return kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0))
 
@@ -92,7 +86,9 @@ def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
 def _convolve_patches(x, kernel, strides, pads) -> jax.Array:
   """Returns the convolution as one product of all patches with the kernel."""
   (kh, kw, channels, out), (dy, dx) = kernel.shape, strides
-  x = _pad(x, pads)
+  # Not jnp.pad, which cannot crop: pads may be negative.
+  border = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), border)
   rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
   patches = [
     x[:, i : i + rows : dy, j : j + columns : dx] for i in range(kh) for j in range(kw)
