@@ -183,6 +183,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
       images_per_step=images_per_step(config),
       epochs=config.epochs,
       warmup_epochs=config.warmup_epochs,
+      validation_rounds=config.validation_rounds,
       learning_rate=config.learning_rate,
       optimizer=config.optimizer,
       checkpoint_seconds=config.checkpoint_seconds,

@@ -44,6 +44,7 @@ class Settings:
     images_per_step: images in one global batch.
     epochs: epochs in all.
     warmup_epochs: epochs of linear warm-up.
+    validation_rounds: degradations of each validation image.
     learning_rate: peak learning rate.
     optimizer: "sgd" or "adam".
     checkpoint_seconds: longest time between checkpoints.
@@ -59,6 +60,7 @@ class Settings:
   images_per_step: int
   epochs: int
   warmup_epochs: int
+  validation_rounds: int
   learning_rate: float
   optimizer: str
   checkpoint_seconds: float
@@ -136,9 +138,11 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, root: jax.Arra
 
 
 def make_eval_step(task: Task):
-  """Returns (params, model_state, frozen, batch) -> averages, to be jitted."""
+  """Returns (params, model_state, frozen, batch, draw) -> averages, to be jitted."""
 
-  def eval_step(params, model_state, frozen, batch) -> metrics.Averages:
+  def eval_step(params, model_state, frozen, batch, draw) -> metrics.Averages:
+    # Tasks draw degradations by epoch and index.
+    batch = batch | {"epoch": jnp.full_like(batch["epoch"], draw)}
     _, (_, values) = task.loss(
       params, model_state, frozen, batch, train=False, key=jax.random.key(0)
     )
@@ -213,7 +217,7 @@ class Trainer:
         "mask": jnp.ones(1),
       }
       values = jax.eval_shape(
-        make_eval_step(self.task), params, model_state, self.task.frozen, batch
+        make_eval_step(self.task), params, model_state, self.task.frozen, batch, 0
       )
       return TrainState(
         step=jnp.int32(0),
@@ -259,8 +263,9 @@ class Trainer:
     )
     total = None
     for batch in data.prefetch_to_device(batches, self.batch_sharding):
-      part = self.eval_step(state.params, state.model_state, self.frozen, batch)
-      total = part if total is None else metrics.merge(total, part)
+      for i in range(self.settings.validation_rounds):
+        part = self.eval_step(state.params, state.model_state, self.frozen, batch, i)
+        total = part if total is None else metrics.merge(total, part)
     return metrics.compute(total, "validation/")
 
   def run(self) -> Result:

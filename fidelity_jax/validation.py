@@ -32,6 +32,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
   "patch_size": (_COUNT, lambda v: v >= 1),
   "patch_stride": (_COUNT, lambda v: v >= 1),
   "seed": (_NOT_NEGATIVE, lambda v: v >= 0),
+  "validation_rounds": (_COUNT, lambda v: v >= 1),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -61,10 +61,11 @@ class ConvStack(nn.Module):
       )
     for i in range(self.num_convs):
       last = i == self.num_convs - 1
+      x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
       x = Conv(
         1 if last else self.channels,
         (3, 3),
-        padding="REFLECT",
+        padding="VALID",
         dtype=self.dtype,
         kernel_init=_kernel_init(),
         bias_init=_bias_init(9 * x.shape[-1]),

@@ -40,7 +40,7 @@ class Inputs:
 
     In training, examples are flipped by a fair coin; with patches, each example gives
     P of them, consecutive, each with its own key. Draws depend on (seed, epoch, index)
-    alone; validation always draws as epoch 0.
+    alone; in validation the epoch is the round, so that all epochs draw the same.
 
     Args:
       batch: "image" uint8 [B, H, W, 3], "index" int32 [B], "epoch" int32 [B].

@@ -1,0 +1,67 @@
+"""The training loop's own parts; whole runs are in test_main and test_kills."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fidelity_jax import data, degradations, models, tasks, train
+
+
+@pytest.fixture(scope="module")
+def make_trainer(tmp_path_factory):
+  """Returns a function of validation_rounds that prepares to train a restorer."""
+  some = data.load(data.default_config("demo"), "validation")
+
+  def make(rounds):
+    return train.Trainer(
+      title="restorer",
+      task=tasks.RestorationTask(
+        restorer=models.DnCNN(depth=2, width=4),
+        inputs=tasks.Inputs(degradations.from_config("awgn"), 0, "restorer", 32, 32),
+        patches_per_image=4,
+      ),
+      settings=train.Settings(
+        seed=0,
+        purpose="restorer",
+        image_size=64,
+        images_per_step=40,
+        epochs=1,
+        warmup_epochs=0,
+        validation_rounds=rounds,
+        learning_rate=1e-3,
+        optimizer="adam",
+        checkpoint_seconds=60.0,
+        workers=0,
+        crop_area=(0.5, 1.0),
+        crop_aspect=(1.0, 1.0),
+        reduced_decode=False,
+      ),
+      train_data=some,
+      validation_data=some,
+      directory=tmp_path_factory.mktemp("stage"),
+    )
+
+  return make
+
+
+def test_validation_is_the_mean_over_rounds_of_fixed_degradations(make_trainer):
+  trainer = make_trainer(3)
+  state = trainer.initial_state()
+  whole = data.eval_iterator(
+    trainer.validation_data, image_size=64, batch_size=len(trainer.validation_data)
+  )
+  batch = jax.tree.map(jnp.asarray, next(iter(whole)))
+  losses = []
+  for draw in range(3):
+    at = batch | {"epoch": jnp.full_like(batch["epoch"], draw)}
+    loss, _ = trainer.task.loss(
+      state.params, {}, (), at, train=False, key=jax.random.key(0)
+    )
+    losses.append(float(loss))
+  assert len(set(losses)) == 3
+  first, again = (trainer.validate(state) for _ in range(2))
+  assert first == again
+  np.testing.assert_allclose(first["validation/loss"], np.mean(losses), rtol=1e-5)
+  once = make_trainer(1).validate(state)
+  np.testing.assert_allclose(once["validation/loss"], losses[0], rtol=1e-5)
