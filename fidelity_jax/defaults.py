@@ -250,7 +250,7 @@ def _shrink(config: ConfigDict) -> None:
   # Small by default (models/registry.py): `stage_sizes`, `width`, `block` override.
   parent.model.name, parent.model.weights = "resnet", None
   parent.learning_rate, parent.batch_size = 0.05, 32
-  parent.epochs, parent.warmup_epochs = 14, 3
+  parent.epochs, parent.warmup_epochs = 12, 3
   _shrink_stack(config.parents.restorer)
   if "estimator" in config.parents:
     _shrink_stack(config.parents.estimator)
