@@ -100,17 +100,19 @@ def test_under_vmap_and_remat():
   assert relative(each.sum(0), expected) < 1e-6
 
 
-def test_where_plain_convolution_is_used(monkeypatch):
+@pytest.mark.parametrize("function", [conv.conv2d, conv.add_bias])
+def test_accelerators_and_bfloat16_get_what_xla_has(monkeypatch, function):
   x, kernel, _ = draw("plain")[0]
+  arrays = (x, kernel) if function is conv.conv2d else (x, np.ones(12, np.float32))
 
   def own(*arrays):
     # A function of its own each time, or the trace would come from a cache.
-    return "custom_vjp" in str(jax.make_jaxpr(lambda *a: conv.conv2d(*a))(*arrays))
+    return "custom_vjp" in str(jax.make_jaxpr(lambda *a: function(*a))(*arrays))
 
-  assert own(x, kernel)
-  assert not own(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
+  assert own(*arrays)
+  assert not own(*(jnp.asarray(a, jnp.bfloat16) for a in arrays))
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert not own(x, kernel)
+  assert not own(*arrays)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -126,18 +128,6 @@ def test_bias_and_its_gradient_match_float64(dtype):
   assert relative(y, x + bias) < limit
   assert relative(to_x, g) < limit
   assert relative(to_bias, g.sum((0, 1, 2))) < limit
-
-
-def test_where_the_plain_sum_is_used(monkeypatch):
-  x, bias = np.ones((2, 3, 3, 4), np.float32), np.ones(4, np.float32)
-
-  def own(*arrays):
-    return "custom_vjp" in str(jax.make_jaxpr(lambda *a: conv.add_bias(*a))(*arrays))
-
-  assert own(x, bias)
-  assert not own(jnp.asarray(x, jnp.bfloat16), jnp.asarray(bias, jnp.bfloat16))
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert not own(x, bias)
 
 
 @pytest.mark.parametrize(
