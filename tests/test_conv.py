@@ -23,6 +23,19 @@ CASES = {
   "wide": ((2, 6, 5, 100), (3, 3, 100, 20), (1, 1), ((1, 1), (1, 1))),
   "small_strided": ((2, 9, 8, 12), (3, 3, 12, 20), (2, 2), ((1, 1), (1, 1))),
   "strided": ((2, 33, 30, 3), (7, 7, 3, 20), (2, 2), ((3, 3), (3, 3))),
+  "from_one": ((2, 9, 8, 1), (3, 3, 1, 6), (1, 1), "SAME"),
+  "from_one_uneven": ((2, 9, 8, 1), (3, 2, 1, 6), (1, 1), ((0, 4), (3, 0))),
+  "to_one": ((2, 9, 8, 5), (3, 3, 5, 1), (1, 1), "SAME"),
+  "to_one_uneven": ((2, 9, 8, 20), (2, 3, 20, 1), (1, 1), ((0, 4), (3, 0))),
+  "to_one_strided": ((2, 9, 8, 5), (3, 3, 5, 1), (2, 2), "SAME"),
+  "many_to_one": ((2, 9, 8, 40), (3, 3, 40, 1), (1, 1), "SAME"),
+  "one_to_one": ((2, 9, 8, 1), (3, 3, 1, 1), (1, 1), "VALID"),
+  "to_few": ((2, 9, 8, 20), (3, 3, 20, 3), (1, 1), ((0, 2), (1, 4))),
+  "reflect": ((2, 9, 8, 5), (3, 3, 5, 4), (1, 1), "REFLECT"),
+  "reflect_from_one": ((2, 9, 8, 1), (3, 3, 1, 4), (1, 1), "REFLECT"),
+  "reflect_to_one": ((2, 9, 8, 5), (3, 3, 5, 1), (1, 1), "REFLECT"),
+  "reflect_smallest": ((2, 2, 2, 5), (3, 3, 5, 4), (1, 1), "REFLECT"),
+  "reflect_flat": ((2, 2, 7, 5), (3, 3, 5, 4), (1, 1), "REFLECT"),
   "uneven_strides": ((2, 33, 30, 3), (3, 5, 3, 20), (2, 1), "SAME"),
 }
 
@@ -37,6 +50,9 @@ def draw(case, dtype=np.float32, out=False):
 
 
 def plain(x, kernel, strides, padding):
+  if padding == "REFLECT":
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    padding = "VALID"
   dimensions = ("NHWC", "HWIO", "NHWC")
   return jax.lax.conv_general_dilated(
     x, kernel, strides, padding, dimension_numbers=dimensions
@@ -70,12 +86,47 @@ def test_output_and_gradients_match_float64(case):
     assert relative(mine_wide, theirs) < 1e-13
 
 
-def test_pointwise_cases_are_matrix_products():
-  for case in CASES:
-    arrays, strides, padding = draw(case)
-    run = with_gradients(conv.conv2d, strides, padding)
-    product = "conv_general_dilated" not in str(jax.make_jaxpr(run)(*arrays))
-    assert product == (case in ("pointwise", "pointwise_strided")), case
+@pytest.mark.parametrize(
+  ("case", "own"),
+  [
+    ("plain", (False, False, False)),
+    ("pointwise", (True, True, True)),
+    ("pointwise_strided", (True, True, True)),
+    ("tiny", (True, True, False)),
+    ("one_pixel", (True, True, False)),
+    ("wide", (False, True, False)),
+    ("small_strided", (False, True, False)),
+    ("from_one", (True, True, False)),
+    ("from_one_uneven", (True, True, False)),
+    ("to_one", (True, True, False)),
+    ("to_one_uneven", (True, True, True)),
+    ("many_to_one", (False, True, True)),
+    ("one_to_one", (True, True, False)),
+    ("to_few", (False, False, True)),
+  ],
+)
+def test_what_is_left_to_xla(case, own):
+  """Says of output, dx and dk whether they are other than XLA's convolution."""
+  arrays, strides, padding = draw(case)
+  run = with_gradients(conv.conv2d, strides, padding)
+  for part, expected in enumerate(own):
+    # Compiled, so that what only the other parts need is gone.
+    one = jax.jit(lambda *a, i=part: run(*a)[i])
+    text = one.lower(*arrays).compile().as_text()
+    assert (" convolution(" not in text) == expected
+
+
+@pytest.mark.parametrize(
+  ("x", "kernel", "strides"),
+  [
+    ((2, 1, 5, 3), (3, 3, 3, 4), (1, 1)),
+    ((2, 9, 9, 3), (5, 5, 3, 4), (1, 1)),
+    ((2, 9, 9, 3), (3, 3, 3, 4), (2, 2)),
+  ],
+)
+def test_what_reflection_is_not_for_is_refused(x, kernel, strides):
+  with pytest.raises(ValueError, match="padding by reflection is for 3x3 kernels"):
+    conv.conv2d(jnp.ones(x), jnp.ones(kernel), strides, "REFLECT")
 
 
 def test_runs_are_bit_identical():

@@ -61,11 +61,10 @@ class ConvStack(nn.Module):
       )
     for i in range(self.num_convs):
       last = i == self.num_convs - 1
-      x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
       x = Conv(
         1 if last else self.channels,
         (3, 3),
-        padding="VALID",
+        padding="REFLECT",
         dtype=self.dtype,
         kernel_init=_kernel_init(),
         bias_init=_bias_init(9 * x.shape[-1]),
@@ -179,7 +178,7 @@ class Calibration(nn.Module):
       ConvStack(self.num_convs, self.channels, self.dtype, name=f"{name}_{i}")
       for i in range(self.num_taps)
     ]
-    layers = lambda name: TwoLayers(
+    two_layers = lambda name: TwoLayers(
       check_hidden(self.feature_size, self.ratio),
       self.feature_size,
       self.dtype,
@@ -190,9 +189,9 @@ class Calibration(nn.Module):
     if self.spatial_addition:
       self.addition = stacks("addition")
     if self.channel_multiplication:
-      self.multiplication_layers = layers("channel_multiplication")
+      self.multiplication_layers = two_layers("channel_multiplication")
     if self.channel_concatenation:
-      self.concatenation_layers = layers("channel_concatenation")
+      self.concatenation_layers = two_layers("channel_concatenation")
 
   def __call__(
     self,
