@@ -23,7 +23,13 @@ from fidelity_jax.models import conv
 # By group: batch, side, channels in and out, kernel, stride.
 SHAPES = {
   "dncnn": [(4, 224, 3, 64, 3, 1), (4, 224, 64, 64, 3, 1), (4, 224, 64, 3, 3, 1)],
-  "calibration": [(4, 224, 1, 16, 3, 1), (4, 224, 16, 16, 3, 1)],
+  "calibration": [
+    (4, 224, 1, 16, 3, 1),
+    (4, 224, 16, 16, 3, 1),
+    (4, 224, 16, 1, 3, 1),
+    (8, 64, 1, 4, 3, 1),
+    (8, 64, 4, 1, 3, 1),
+  ],
   "resnet": [
     (4, 56, 64, 64, 3, 1),
     (4, 56, 64, 256, 1, 1),

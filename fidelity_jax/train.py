@@ -32,6 +32,10 @@ from fidelity_jax.tasks import Task
 
 PyTree = Any
 
+# Validation keeps nothing for a backward pass, so that small training steps need not
+# make for small batches here.
+_VALIDATION_BATCH = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -254,10 +258,11 @@ class Trainer:
 
   def validate(self, state: TrainState) -> dict[str, float]:
     """Returns the validation metrics; every epoch draws the same degradations."""
+    size = max(self.settings.images_per_step, _VALIDATION_BATCH)
     batches = data.eval_iterator(
       self.validation_data,
       image_size=self.settings.image_size,
-      batch_size=sharding.round_up(self.mesh, self.settings.images_per_step),
+      batch_size=sharding.round_up(self.mesh, size),
       num_workers=0,
       **sharding.host_shard(),
     )
