@@ -237,7 +237,7 @@ def _shrink(config: ConfigDict) -> None:
   config.dataset.cache = "ram"
   # Two convolutions as the released code has; wide layers, as there are few features.
   config.model.num_convs, config.model.channels, config.model.ratio = 2, 4, 4.0
-  config.learning_rate, config.batch_size = 1e-2, 8
+  config.learning_rate, config.batch_size = 5e-3, 8
   config.epochs, config.warmup_epochs = 80, 4
   # One draw for each of 139 tiles is too noisy to tell epochs apart.
   config.validation_rounds = 3
