@@ -174,7 +174,8 @@ def init_values(calibration, size=8):
 @pytest.mark.parametrize("off", MODULES)
 def test_modules_that_are_off_own_nothing_and_compute_nothing(off):
   full = set(init(Calibration(8, 2, channels=2)))
-  calibration = Calibration(8, 2, channels=2, **{off: False})
+  # In bfloat16 every convolution is XLA's own, which can be counted.
+  calibration = Calibration(8, 2, channels=2, dtype=jnp.bfloat16, **{off: False})
   params = init(calibration)
   missing = {
     "spatial_multiplication": {"multiplication_0", "multiplication_1"},
