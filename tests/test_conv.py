@@ -40,13 +40,13 @@ CASES = {
 }
 
 
-def draw(case, dtype=np.float32, out=False):
+def draw(case):
   x, kernel, strides, padding = CASES[case]
   rng = np.random.default_rng(0)
   arrays = [rng.standard_normal(s).astype(np.float32) for s in (x, kernel)]
   shape = jax.eval_shape(lambda x, k: plain(x, k, strides, padding), *arrays).shape
   arrays.append(rng.standard_normal(shape).astype(np.float32))
-  return [a.astype(dtype) for a in arrays], strides, padding
+  return arrays, strides, padding
 
 
 def plain(x, kernel, strides, padding):

@@ -121,10 +121,10 @@ def _convolve_from_one(x, kernel, pads) -> jax.Array:
 
 def _convolve_to_one(x, kernel, pads) -> jax.Array:
   """Returns the convolution to one channel: pixels times weights, shifted, added up."""
-  (kh, kw, channels, _) = kernel.shape
-  products = x @ kernel.reshape(kh * kw, channels).T
-  windows = [_windows(products[..., i], (kh, kw), pads)[i] for i in range(kh * kw)]
-  return sum(windows)[..., None]
+  weights = kernel.reshape(-1, kernel.shape[2])
+  windows = _windows(x @ weights.T, kernel.shape[:2], pads)
+  # A weight's own product, where that weight sees it.
+  return sum(window[..., i : i + 1] for i, window in enumerate(windows))
 
 
 def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
@@ -200,9 +200,8 @@ def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
 def _kernel_gradient_of_few(x, g, kernel, pads) -> jax.Array:
   """Returns the gradient of the kernel as products of the shifted g with x."""
   (kh, kw, channels, out), (_, pads) = kernel.shape, _mirrored(kernel, pads)
-  g = jnp.moveaxis(g, 3, 0)
+  g = jnp.moveaxis(jnp.stack(_windows(g, (kh, kw), pads), axis=1), 4, 2)
   # [N, kh kw out, H, W]: a product per image, which XLA spreads over threads.
-  g = jax.vmap(lambda g: jnp.stack(_windows(g, (kh, kw), pads), axis=1), 0, 2)(g)
   g = g.reshape(len(x), kh * kw * out, *x.shape[1:3])
   products = lax.dot_general(g, x, (((2, 3), (1, 2)), ((0,), (0,))))
   gradient = jnp.sum(products, axis=0).reshape(kh, kw, out, channels)
