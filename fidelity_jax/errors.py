@@ -1,5 +1,9 @@
 """What the command line turns into one clear line and an exit status."""
 
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class UsageError(Exception):
   """The user asked for something impossible; `main` exits with status 2.
@@ -13,3 +17,12 @@ class RunError(Exception):
 
   The message is one line: what is wrong, where, and what to do about it.
   """
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+  """Returns what an error says of the names that could have been meant."""
+  known = sorted(known)
+  written = str(name).lower().replace("-", "_")
+  if close := difflib.get_close_matches(written, known, cutoff=0.5):
+    return f"did you mean {' or '.join(map(repr, close))}?"
+  return f"known: {', '.join(map(repr, known))}"

@@ -5,7 +5,6 @@ one. Three kinds exist: the l1 distance, the l2 distance, and the cosine similar
 of the colour vectors.
 """
 
-import difflib
 import math
 
 import jax
@@ -15,7 +14,8 @@ from fidelity_jax import errors
 
 KINDS = ("l1", "l2", "cosine")
 
-# Appendix B: the variance of the noise mixture, halved by the restorer.
+# Appendix B: what the restorer is assumed to leave of the noise, half of its variance.
+# The mixture's own would be the sum divided by 6; the report divides by 6 squared.
 VARIANCE = sum(sigma**2 for sigma in (0.1, 0.2, 0.3, 0.4, 0.5)) / (2 * 6**2)
 
 # (mu, s) per kind. Errors that are normal with that variance have an l1 distance
@@ -40,10 +40,8 @@ def check_kind(kind: str) -> str:
     UsageError: `kind` is not one of `KINDS`.
   """
   if kind not in KINDS:
-    near = difflib.get_close_matches(str(kind), KINDS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise errors.UsageError(
-      f"unknown fidelity map {kind!r}: {hint}choose one of {', '.join(KINDS)}"
+      f"unknown fidelity map {kind!r}; {errors.near(kind, KINDS)}"
     )
   return kind
 

@@ -1,6 +1,5 @@
 """Degradations named as data: from a config's fields to a Degradation, or one line."""
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ import ml_collections
 
 from fidelity_jax.degradations.degradation import Degradation, Step
 from fidelity_jax.degradations.kinds import KINDS, Kind
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import UsageError, near
 
 Spec = str | Mapping[str, Any] | ml_collections.ConfigDict | Sequence[Any]
 
@@ -89,20 +88,13 @@ def _fields_of(spec: Any) -> dict[str, Any]:
   fields = {name: value for name, value in spec.items() if value is not None}
   for name in fields:
     if name not in _FIELDS:
-      raise UsageError(f"degradation: unknown field {name!r}{_near(name, _FIELDS)}")
+      raise UsageError(f"degradation: unknown field {name!r}; {near(name, _FIELDS)}")
   if "kind" not in fields:
     raise UsageError(f"degradation: no kind given; choose one of {', '.join(KINDS)}")
   kind = fields["kind"]
   if kind not in KINDS:
-    raise UsageError(f"degradation: unknown kind {kind!r}{_near(kind, KINDS)}")
+    raise UsageError(f"degradation: unknown kind {kind!r}; {near(kind, KINDS)}")
   return fields
-
-
-def _near(name: Any, known: Any) -> str:
-  close = difflib.get_close_matches(str(name).lower().replace("-", "_"), known)
-  if close:
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-  return f"; known: {', '.join(known)}"
 
 
 def _step(fields: dict[str, Any]) -> Step:

@@ -7,7 +7,6 @@ what is read.
 import pathlib
 
 from fidelity_jax import errors
-from fidelity_jax.models import registry
 from fidelity_jax.port import loading, published, storing
 from fidelity_jax.port.networks import Part
 
@@ -69,4 +68,4 @@ def load_part(source: str | pathlib.Path, part: str) -> Part:
   for name in (part, _SUBSTITUTES.get(part)):
     if name in parts:
       return parts[name]
-  raise errors.UsageError(f"{source} holds no {part}; {registry.near(part, parts)}")
+  raise errors.UsageError(f"{source} holds no {part}; {errors.near(part, parts)}")

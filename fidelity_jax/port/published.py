@@ -4,7 +4,6 @@ import pathlib
 import re
 
 from fidelity_jax import downloading, errors, files
-from fidelity_jax.models import registry
 
 BASE_URL = "https://download.pytorch.org/models/"
 # The hexadecimal digits in a name are the first ones of the file's SHA-256.
@@ -31,7 +30,7 @@ def find(name: str) -> pathlib.Path:
   """
   if name not in FILES:
     raise errors.UsageError(
-      f"there are no published weights {name!r}; {registry.near(name, FILES)}"
+      f"there are no published weights {name!r}; {errors.near(name, FILES)}"
     )
   file = FILES[name]
   digits = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", file).group(1)
