@@ -169,7 +169,7 @@ class Calibration(nn.Module):
     for name in ("num_convs", "channels", "num_taps"):
       if getattr(self, name) < 1:
         raise errors.UsageError(
-          f"calibration.{name} is {getattr(self, name)}: must be at least 1"
+          f"model.{name} is {getattr(self, name)}: must be at least 1"
         )
     super().__post_init__()
 
@@ -343,7 +343,7 @@ def check_hidden(feature_size: int, ratio: float) -> int:
   hidden = int(feature_size * ratio)
   if feature_size < 2 or hidden < 1:
     raise errors.UsageError(
-      f"calibration.ratio {ratio} of a feature of {feature_size} leaves {hidden} "
+      f"model.ratio {ratio} of a feature of {feature_size} leaves {hidden} "
       "hidden units: at least 1 is needed"
     )
   return hidden
