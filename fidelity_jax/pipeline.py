@@ -71,11 +71,11 @@ class Method:
     """
     if self.estimator is None:
       return fidelity.oracle_map(restored, clean, self.map_kind)
-    estimate = self.estimator.apply
-    if self.rematerialize:
-      estimate = jax.checkpoint(estimate)
     seen = degraded if self.estimator_input == "degraded" else restored
-    return estimate(variables["estimator"], seen).astype(jnp.float32)
+    if self.rematerialize:
+      params = variables["estimator"]["params"]
+      return models.dncnn.apply_rematerialized(self.estimator, params, seen)
+    return self.estimator.apply(variables["estimator"], seen)
 
   def calibrated(
     self, variables: PyTree, restored: jax.Array, confidence: jax.Array

@@ -1,6 +1,6 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
-from fidelity_jax.models import layers
+from fidelity_jax.models import dncnn, layers
 from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
@@ -14,6 +14,7 @@ __all__ = [
   "DnCNN",
   "Ensemble",
   "create",
+  "dncnn",
   "fold",
   "layers",
   "transfer",
