@@ -113,6 +113,7 @@ def classifier(config: ConfigDict, source: str = "clean") -> ConfigDict:
       "width": config_dict.placeholder(int),
       "block": config_dict.placeholder(str),
       "transform_input": config_dict.placeholder(bool),
+      "transform_steered": config_dict.placeholder(bool),
       # A path, a name such as "torchvision/resnet50", "torchvision" for the network's
       # own ImageNet weights, or None for random ones.
       "weights": config_dict.placeholder(str),
@@ -180,7 +181,13 @@ def calibration(config: ConfigDict, source: str) -> ConfigDict:
   config.label_smoothing = 0.1
   training(config, "sgd", 1e-3, 64, 50)
   config.ensemble = ConfigDict(
-    {"enabled": True, "learning_rate": 1e-3, "epochs": 25, "warmup_epochs": 5}
+    {
+      "enabled": True,
+      "learning_rate": 1e-3,
+      "epochs": 25,
+      "warmup_epochs": 5,
+      "weights": config_dict.placeholder(str),
+    }
   )
   return config
 

@@ -1,7 +1,6 @@
 """An experiment: find or train each stage, evaluate, report."""
 
 import pathlib
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,6 +11,7 @@ from fidelity_jax import (
   evaluate,
   files,
   networks,
+  port,
   progress,
   report,
   signals,
@@ -56,9 +56,13 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def _ensemble_config(config: ConfigDict) -> ConfigDict:
   """Returns the config of the ensemble phase of a calibration experiment."""
-  ensemble = ConfigDict({k: v for k, v in config.items() if k != "parents"})
+  ensemble = ConfigDict(
+    {k: v for k, v in config.items() if k not in ("model", "parents")}
+  )
   ensemble.kind = "ensemble"
-  ensemble.update({k: v for k, v in config.ensemble.items() if k != "enabled"})
+  own = {k: v for k, v in config.ensemble.items() if k not in ("enabled", "weights")}
+  ensemble.update(own)
+  ensemble.model = {"ratio": config.model.ratio, "weights": config.ensemble.weights}
   ensemble.parents = ConfigDict({"calibration": config})
   return ensemble
 
@@ -97,14 +101,14 @@ def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
   """
   missing = {}
   for stage in plan:
-    weights = None
+    given = None
     if not stage.finished():
       try:
-        weights = networks.initial_weights(stage.config)
+        given = networks.given_part(stage.config)
       except errors.RunError as error:
         missing[str(error)] = None
     try:
-      _check_fit(stage, weights, datasets)
+      _check_fit(stage, given, datasets)
     except errors.RunError as error:
       missing[str(error)] = None
   if missing:
@@ -114,12 +118,14 @@ def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
     )
 
 
-def _check_fit(stage: stages.Stage, weights: Any, datasets: Datasets) -> None:
-  """Raises UsageError unless a stage's batch and classifier fit its dataset.
+def _check_fit(
+  stage: stages.Stage, given: port.Part | None, datasets: Datasets
+) -> None:
+  """Raises UsageError unless a stage's batch and networks fit its data and each other.
 
   Args:
     stage: what is to be trained or used.
-    weights: the variables it starts from, None for random ones.
+    given: the weights it starts from, None for random ones.
     datasets: gives splits.
   """
   config = stage.config
@@ -130,12 +136,14 @@ def _check_fit(stage: stages.Stage, weights: Any, datasets: Datasets) -> None:
       f"{stage.kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."
     )
-  if stage.kind == "classifier" and weights and not config.model.new_head:
-    data.check_num_classes(dataset, networks.num_classes(weights))
+  if stage.kind == "classifier" and given and not config.model.new_head:
+    data.check_num_classes(dataset, networks.num_classes(given.variables))
   for parent in stage.lineage():
     if parent.kind == "classifier" and parent is not stage:
       trained_on = datasets.load(parent.config.dataset, "train")
       data.check_num_classes(dataset, trained_on.num_classes)
+  if stage.kind in ("calibration", "ensemble") and not stage.finished():
+    networks.check_modules(stage, dataset.num_classes, given)
 
 
 def images_per_step(config: ConfigDict) -> int:

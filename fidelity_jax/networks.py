@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fidelity_jax import errors, models, pipeline, port, stages
+from fidelity_jax import errors, fidelity, models, pipeline, port, stages
 
 PyTree = Any
 
@@ -30,22 +30,22 @@ def classifier(config: ConfigDict, num_classes: int) -> models.Classifier:
 
 def dncnn(config: ConfigDict) -> models.DnCNN:
   """Returns the restorer or estimator of a stage's config, as it is trained."""
-  one_channel = config.kind == "estimator" and config.fidelity.map == "cosine"
+  estimates = config.kind == "estimator"
   return models.DnCNN(
     depth=config.model.depth,
     width=config.model.width,
-    out_channels=1 if one_channel else None,
+    out_channels=fidelity.map_channels(config.fidelity.map) if estimates else None,
     batch_norm=config.model.batch_norm,
     dtype=compute_dtype(config.precision),
   )
 
 
-def initial_weights(config: ConfigDict) -> PyTree | None:
-  """Returns the variables that a stage starts from, or None for random ones.
+def given_part(config: ConfigDict) -> port.Part | None:
+  """Returns the weights that a stage starts from, or None for random ones.
 
   Args:
     config: a stage's config; `model.weights` names a path, a name such as
-      "torchvision/resnet50", or "torchvision" for the network's own ImageNet weights.
+      "torchvision/resnet50", or "torchvision" for a classifier's own ImageNet weights.
 
   Raises:
     UsageError: if the weights are not there or do not hold such a network.
@@ -55,32 +55,79 @@ def initial_weights(config: ConfigDict) -> PyTree | None:
   if source is None:
     return None
   if source == "torchvision":
+    if config.kind != "classifier":
+      raise errors.UsageError(
+        f"{config.kind}: torchvision has no weights for it: set model.weights to a "
+        "checkpoint's path."
+      )
     source = f"torchvision/{config.model.name}"
-  variables = port.load_part(source, config.kind).variables
+  part = port.load_part(source, config.kind)
   if config.kind in ("restorer", "estimator"):
-    _check_shapes(config, variables)
-  return variables
+    module = dncnn(config)
+    images = jnp.zeros((1, 8, 8, module.channels))
+    expected = jax.eval_shape(module.init, jax.random.key(0), images)
+    described = {name: getattr(module, name) for name in part.config}
+    described["out_channels"] = module.out_channels or module.channels
+    if config.model.batch_norm:
+      described["batch_norm"], part.config["batch_norm"] = True, False
+    _check_fit(config, part, expected, described)
+  return part
+
+
+def initial_weights(config: ConfigDict) -> PyTree | None:
+  """Returns the variables of `given_part`."""
+  part = given_part(config)
+  return None if part is None else part.variables
+
+
+def check_modules(
+  stage: stages.Stage, num_classes: int, given: port.Part | None
+) -> None:
+  """Checks what a calibration or ensemble stage is to train.
+
+  Args:
+    stage: the stage.
+    num_classes: of its dataset.
+    given: weights to start from, if any.
+
+  Raises:
+    UsageError: if such modules cannot be made, or the weights are of others.
+  """
+  expected = _module_shapes(stage, num_classes)
+  if given is not None:
+    _check_fit(stage.config, given, expected, stage.config.model.to_dict())
+
+
+def _check_fit(
+  config: ConfigDict, part: port.Part, expected: PyTree, described: dict[str, Any]
+) -> None:
+  """Raises UsageError unless weights have the shapes that a config's network has.
+
+  Args:
+    config: the stage's.
+    part: the weights.
+    expected: the network's variables, or their shapes.
+    described: what the network is, in the words of `part.config`.
+  """
+  shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), dict(tree))
+  if shapes(expected) == shapes(part.variables):
+    return
+  differing = [
+    f"model.{name} {value!r} (the config's is {described[name]!r})"
+    for name, value in part.config.items()
+    if name in described and described[name] != value
+  ]
+  if "feature_size" in part.config:
+    differing.append(f"features of {part.config['feature_size']}")
+  raise errors.UsageError(
+    f"{config.kind}: {config.model.weights} holds another network than the config "
+    f"describes, with {', '.join(differing) or 'other shapes'}."
+  )
 
 
 def num_classes(variables: PyTree) -> int:
   """Returns the number of classes of a classifier's head."""
   return variables["params"]["head"]["logits"]["bias"].shape[0]
-
-
-def _check_shapes(config: ConfigDict, variables: PyTree) -> None:
-  """Raises UsageError if weights are not of the DnCNN that the config describes."""
-  module = dncnn(config)
-  images = jnp.zeros((1, 8, 8, module.channels))
-  expected = jax.eval_shape(module.init, jax.random.key(0), images)
-  shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), dict(tree))
-  if shapes(expected) != shapes(variables):
-    layers = len(variables["params"])
-    width = variables["params"]["layer0"]["conv"]["kernel"].shape[-1]
-    raise errors.UsageError(
-      f"{config.kind}: {config.model.weights} holds a DnCNN of depth {layers} and "
-      f"width {width}: set model.depth and model.width to these, and "
-      "model.batch_norm=False (it is folded when weights are read)."
-    )
 
 
 def freeze(
@@ -98,8 +145,16 @@ def freeze(
   return folded[-1], variables
 
 
-def load_frozen(stage: stages.Stage, num_classes: int) -> tuple[nn.Module, PyTree]:
-  """Returns the network that a finished stage trained, frozen."""
+def load_frozen(
+  stage: stages.Stage, num_classes: int, dtype: Any = None
+) -> tuple[nn.Module, PyTree]:
+  """Returns the network that a finished stage trained, frozen.
+
+  Args:
+    stage: a classifier, restorer or estimator.
+    num_classes: of the classifier.
+    dtype: of the variables; by default the stage's compute dtype.
+  """
   if stage.kind == "classifier":
     module = classifier(stage.config, num_classes)
     size = stage.config.dataset.image_size
@@ -108,7 +163,7 @@ def load_frozen(stage: stages.Stage, num_classes: int) -> tuple[nn.Module, PyTre
     module = dncnn(stage.config)
     images = jnp.zeros((1, 8, 8, module.channels))
   variables = stage.load_module(module, images)
-  return freeze(module, variables, compute_dtype(stage.config.precision))
+  return freeze(module, variables, dtype or compute_dtype(stage.config.precision))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +183,43 @@ class Method:
 
 def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
   """Returns the method as a calibration or ensemble stage finds it."""
+  method = _assemble(stage, num_classes)
+  given = initial_weights(stage.config)
+  if given is None:
+    return method
+  return dataclasses.replace(method, initial=method.initial | {stage.kind: given})
+
+
+def trained_method(stage: stages.Stage, num_classes: int) -> Method:
+  """Returns the method as a finished stage left it, everything frozen."""
+  method = _assemble(stage, num_classes)
+  like = {stage.kind: _module_shapes(stage, num_classes)} | method.initial
+  like = {name: variables["params"] for name, variables in like.items()}
+  params = stage.load({"params": like})["params"]
+  dtype = compute_dtype(stage.config.precision)
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  variables = {name: {"params": tree} for name, tree in params.items()}
+  return Method(method.pipeline, method.frozen | variables, {})
+
+
+def _assemble(stage: stages.Stage, num_classes: int) -> Method:
+  """Returns the method before a stage, but for weights given to its own modules."""
   config = stage.config
-  given = initial_weights(config)
-  initial = {} if given is None else {stage.kind: given}
-  dtype = compute_dtype(config.precision)
   if stage.kind == "ensemble":
     before = trained_method(stage.parents["calibration"], num_classes)
-    size, ratio = before.pipeline.classifier.feature_size, config.model.ratio
-    ensemble = models.Ensemble(size, ratio, dtype)
+    ensemble = _ensemble(config, before.pipeline.classifier)
     method = dataclasses.replace(before.pipeline, ensemble=ensemble)
-    return Method(method, before.frozen, initial)
-  networks, frozen = {}, {}
+    return Method(method, before.frozen, {})
+  networks, frozen, initial = {}, {}, {}
   for role, parent in stage.parents.items():
-    networks[role], frozen[role] = load_frozen(parent, num_classes)
-  if config.fidelity.source == "end_to_end":
-    initial["estimator"] = as_float32(frozen.pop("estimator"))
+    if role == "estimator" and config.fidelity.source == "end_to_end":
+      # It trains, so it starts in full precision whatever it computes in.
+      networks[role], initial[role] = load_frozen(parent, num_classes, jnp.float32)
+    else:
+      networks[role], frozen[role] = load_frozen(parent, num_classes)
   method = pipeline.Method(
     **networks,
-    calibration=models.Calibration(
-      feature_size=networks["classifier"].feature_size,
-      num_taps=networks["classifier"].num_taps,
-      dtype=dtype,
-      **{k: v for k, v in config.model.items() if k != "weights"},
-    ),
+    calibration=_calibration(config, networks["classifier"]),
     map_kind=config.fidelity.map,
     estimator_input=config.fidelity.estimator_input,
     rematerialize=config.rematerialize,
@@ -158,22 +227,34 @@ def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
   return Method(method, frozen, initial)
 
 
-def trained_method(stage: stages.Stage, num_classes: int) -> Method:
-  """Returns the method as a finished stage left it, everything frozen."""
-  method = untrained_method(stage, num_classes)
-  key = jax.random.key(0)
-  if stage.kind == "calibration":
-    size = stage.config.dataset.image_size
-    init = lambda key: method.pipeline.init_calibration(key, (size, size))
-    like = {"calibration": jax.eval_shape(init, key)["params"]}
-    like |= {k: v["params"] for k, v in method.initial.items()}
-  else:
-    like = {"ensemble": jax.eval_shape(method.pipeline.init_ensemble, key)["params"]}
-  params = stage.load({"params": like})["params"]
-  variables = {name: {"params": tree} for name, tree in params.items()}
-  return Method(method.pipeline, method.frozen | variables, {})
+def _calibration(
+  config: ConfigDict, classifier: models.Classifier
+) -> models.Calibration:
+  return models.Calibration(
+    feature_size=classifier.feature_size,
+    num_taps=classifier.num_taps,
+    dtype=compute_dtype(config.precision),
+    **{k: v for k, v in config.model.items() if k != "weights"},
+  )
 
 
-def as_float32(variables: PyTree) -> PyTree:
-  """Returns variables that train: in float32 whatever the compute dtype."""
-  return jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+def _ensemble(config: ConfigDict, classifier: models.Classifier) -> models.Ensemble:
+  dtype = compute_dtype(config.precision)
+  return models.Ensemble(classifier.feature_size, config.model.ratio, dtype)
+
+
+def _module_shapes(stage: stages.Stage, num_classes: int) -> PyTree:
+  """Returns the shapes of the variables of a stage's calibration or ensemble."""
+  last = {s.kind: s for s in stage.lineage()}
+  network = classifier(last["classifier"].config, num_classes)
+  method = pipeline.Method(
+    classifier=network,
+    restorer=dncnn(last["restorer"].config),
+    calibration=_calibration(last["calibration"].config, network),
+    ensemble=_ensemble(stage.config, network),
+  )
+  size = (stage.config.dataset.image_size,) * 2
+  init = lambda key: method.init_calibration(key, size)
+  if stage.kind == "ensemble":
+    init = method.init_ensemble
+  return jax.eval_shape(init, jax.random.key(0))

@@ -1,12 +1,11 @@
 """Refuses impossible configs before anything runs, in one line each."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fidelity_jax import data, degradations, errors, models
+from fidelity_jax import data, degradations, errors, fidelity, models, resize
 
 _POSITIVE = "a number above 0"
 _COUNT = "a whole number, at least 1"
@@ -37,13 +36,20 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
   "fidelity.estimator_input": ("degraded", "restored"),
-  "fidelity.map": ("l1", "l2", "cosine"),
+  "fidelity.map": fidelity.KINDS,
   "fidelity.source": ("oracle", "pretrained", "end_to_end"),
-  "model.resize": ("bilinear", "bicubic", "nearest"),
+  "model.resize": resize.METHODS,
   "optimizer": ("sgd", "adam"),
   "precision": ("auto", "float32", "bfloat16"),
   "source": ("clean", "degraded", "restored"),
 }
+
+_MODULES = (
+  "spatial_multiplication",
+  "spatial_addition",
+  "channel_multiplication",
+  "channel_concatenation",
+)
 
 
 def check(config: ConfigDict, where: str = "config") -> None:
@@ -62,10 +68,8 @@ def check(config: ConfigDict, where: str = "config") -> None:
       raise _refusal(where, path, fields[path], f"must be {meaning}")
   for path, choices in _CHOICES.items():
     if path in fields and fields[path] not in choices:
-      near = difflib.get_close_matches(str(fields[path]), choices, 1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      known = ", ".join(map(repr, choices))
-      raise _refusal(where, path, fields[path], f"must be one of {known}{hint}")
+      hint = errors.near(fields[path], choices)
+      raise _refusal(where, path, fields[path], f"is not possible; {hint}")
   for prefix in ("", "ensemble."):
     warmup, epochs = fields.get(f"{prefix}warmup_epochs"), fields.get(f"{prefix}epochs")
     if warmup is not None and not 0 <= warmup <= max(epochs, warmup * (epochs == 0)):
@@ -86,8 +90,37 @@ def check(config: ConfigDict, where: str = "config") -> None:
       config.patch_size,
       f"must be at most dataset.image_size ({config.dataset.image_size})",
     )
+  if config.kind == "calibration":
+    _check_calibration(config, where)
   for role, parent in config.get("parents", ConfigDict()).items():
     check(parent, f"{where}.parents.{role}")
+
+
+def _check_calibration(config: ConfigDict, where: str) -> None:
+  """Checks that a calibration trains something, by the map that its estimator gives."""
+  if not any(config.model[name] for name in _MODULES):
+    raise errors.UsageError(
+      f"{where}.model: every module is switched off, so there is nothing to train: "
+      f"leave one of {', '.join(_MODULES)} on."
+    )
+  source, estimator = config.fidelity.source, config.parents.get("estimator")
+  if (source == "oracle") != (estimator is None):
+    has = "has no estimator" if estimator is None else "has an estimator"
+    raise _refusal(
+      where,
+      "fidelity.source",
+      source,
+      f"does not fit this experiment, which {has}: use configs/{source}.py",
+    )
+  for name in ("map", "estimator_input") if estimator else ():
+    if estimator.fidelity[name] != config.fidelity[name]:
+      raise _refusal(
+        f"{where}.parents.estimator",
+        f"fidelity.{name}",
+        estimator.fidelity[name],
+        f"must be that of the method, {where}.fidelity.{name} = "
+        f"{config.fidelity[name]!r}: set that one alone",
+      )
 
 
 def _refusal(where: str, path: str, value: Any, rule: str) -> errors.UsageError:

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
+import torch
+import torch_method
 from conftest import TOY, TOY_ESTIMATOR, overrides
 
 _ORACLE = "--config=configs/oracle.py:demo"
@@ -32,6 +35,21 @@ def _variables(stage):
   return jax.tree.map(np.asarray, variables)
 
 
+def _assert_the_best_epoch_was_kept(workdir):
+  """By loss for an estimator, by PSNR gain for a restorer, by accuracy otherwise."""
+  names = {"estimator": ("loss", -1), "restorer": ("psnr_gain", 1)}
+  stages = [path.parent for path in workdir.glob("*/metrics.jsonl")]
+  for stage in stages:
+    name, sign = names.get(stage.name.split("-")[0], ("accuracy", 1))
+    lines = (stage / "metrics.jsonl").read_text().splitlines()
+    scores = {r["step"]: r[f"validation/{name}"] for r in map(json.loads, lines)}
+    record = json.loads((stage / "finished.json").read_text())
+    assert record["metric"] == name
+    assert record["score"] == pytest.approx(scores[record["best_step"]])
+    assert sign * record["score"] == max(sign * score for score in scores.values())
+  return {stage.name.split("-")[0] for stage in stages}
+
+
 def test_estimated_maps(toy_copy, command):
   """Pretrained, then end-to-end, in the workdir where the oracle's parents are."""
   fields = TOY | TOY_ESTIMATOR
@@ -56,6 +74,8 @@ def test_estimated_maps(toy_copy, command):
   assert set(_variables(stage)["params"]) == {"calibration"}
   (stage,) = toy_copy.glob("ensemble-end_to_end-*")
   assert set(_variables(stage)["params"]) == {"ensemble"}
+  kinds = {"classifier", "restorer", "estimator", "calibration", "ensemble"}
+  assert _assert_the_best_epoch_was_kept(toy_copy) == kinds
   # The estimator's own config is the same stage: nothing is left to do.
   alone = {
     k: v for k, v in TOY.items() if k.startswith(("dataset", "parents.restorer"))
@@ -64,6 +84,56 @@ def test_estimated_maps(toy_copy, command):
   config = "--config=configs/estimator.py:demo"
   result = command(config, workdir, *overrides(alone), check=0)
   assert result.stderr.count(": finished (") == 2
+
+
+def test_calibration_and_ensemble_from_the_authors_checkpoint(
+  toy_copy, command, tmp_path
+):
+  """Given weights are used as they are, checked early, and needed only once."""
+  calibration = torch.nn.Module()
+  for name in ("cnn_layers_weight", "cnn_layers_bias"):
+    stacks = [torch_method.conv_stack(2, 4) for _ in range(3)]
+    calibration.add_module(name, torch.nn.ModuleList(stacks))
+  # The toy's feature has 16 numbers, its ratio is 4.
+  calibration.mul_fc = torch_method.two_layers(16, 64, 16)
+  calibration.cat_fc = torch_method.two_layers(32, 64, 16)
+  calibration.ensemble = torch_method.two_layers(1, 64, 16)
+  path = tmp_path / "given.safetensors"
+  state = {name: value.numpy() for name, value in calibration.state_dict().items()}
+  safetensors.numpy.save_file(state, path)
+  fields = TOY | {"epochs": 0, "ensemble.epochs": 0, "model.weights": path}
+  fields |= {"warmup_epochs": 0, "ensemble.weights": path, "evaluation.rounds": 1}
+  flags = lambda fields: (_ORACLE, f"--workdir={toy_copy}", *overrides(fields))
+  result = command(*flags(fields | {"model.num_convs": 3}), check=2)
+  assert "model.num_convs 2 (the config's is 3)" in result.stderr.splitlines()[-1]
+  before = set(toy_copy.iterdir())
+  result = command(*flags(fields), check=0)
+  for stage in set(toy_copy.iterdir()) - before:
+    if stage.name.startswith("calibration-"):
+      params = _variables(stage)["params"]["calibration"]
+      kernel = params["multiplication_1"]["conv_0"]["kernel"]
+      expected = state["cnn_layers_weight.1.0.weight"].transpose(2, 3, 1, 0)
+    elif stage.name.startswith("ensemble-"):
+      kernel = _variables(stage)["params"]["ensemble"]["weights"]["hidden"]["kernel"]
+      expected = state["ensemble.0.weight"].T
+    else:
+      continue
+    np.testing.assert_array_equal(kernel, expected)
+  path.unlink()
+  result = command(*flags(fields), check=0)
+  assert result.stderr.count(": finished (") == 4
+
+
+def test_bfloat16(toy_copy, command):
+  """What accelerators compute in by default, through a whole experiment."""
+  fields = _QUICK | TOY_ESTIMATOR | {"precision": "bfloat16"}
+  fields |= {"parents.estimator.epochs": 1, "parents.classifier.precision": "float32"}
+  config = "--config=configs/end_to_end.py:demo"
+  command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
+  (stage,) = toy_copy.glob("calibration-end_to_end-*")
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(_variables(stage)["params"])}
+  assert dtypes == {np.dtype("float32")}
+  assert _methods(toy_copy) >= {("end_to_end", False), ("end_to_end", True)}
 
 
 @pytest.mark.slow

@@ -8,6 +8,16 @@ import pytest
 from conftest import TOY, overrides
 
 DEMO = "--config=configs/oracle.py:demo"
+PRETRAINED = "--config=configs/pretrained.py:demo"
+ALL_OFF = [
+  f"--config.model.{kind}=False"
+  for kind in (
+    "spatial_multiplication",
+    "spatial_addition",
+    "channel_multiplication",
+    "channel_concatenation",
+  )
+]
 
 
 def test_it_leaves_what_it_promises(toy_run):
@@ -122,6 +132,17 @@ def test_a_damaged_stage_is_named_and_not_used(toy_copy, command, damage):
     ([DEMO, "--config.fidelity.map=l3"], 2, "'l1'"),
     ([DEMO, "--config.dataset.name=folder"], 2, "path"),
     ([DEMO, "--config.dataset.name=folder", "--config.dataset.path=no"], 2, "no"),
+    ([DEMO, "--config.fidelity.source=pretrained"], 2, "use configs/pretrained.py"),
+    ([DEMO, "--config.fidelity.source=end_to_end"], 2, "use configs/end_to_end.py"),
+    ([PRETRAINED, "--config.fidelity.source=oracle"], 2, "use configs/oracle.py"),
+    (
+      [PRETRAINED, "--config.parents.estimator.fidelity.map=l2"],
+      2,
+      "must be that of the method",
+    ),
+    ([DEMO, *ALL_OFF], 2, "nothing to train"),
+    ([DEMO, "--config.model.ratio=1e-9"], 2, "hidden units"),
+    ([DEMO, "--config.model.weights=torchvision"], 2, "torchvision has no weights"),
     (["--config=configs/oracle.py"], 1, ":demo"),
   ],
 )

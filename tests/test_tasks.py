@@ -1,15 +1,34 @@
 """What trains, what does not, and what the losses are."""
 
+import dataclasses
+import functools
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 
-from fidelity_jax import degradations, fidelity, models, pipeline, tasks
+from fidelity_jax import (
+  checkpoints,
+  degradations,
+  fidelity,
+  metrics,
+  models,
+  optimizer,
+  pipeline,
+  tasks,
+  train,
+)
 from fidelity_jax.tasks import base
 
 SIZE = 32
+# Compiles several times faster, and runs once.
+_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 1}
+)
 
 
 def _batch(count=4):
@@ -33,31 +52,33 @@ def networks():
   classifier = models.create(config, 3)
   images = jnp.zeros((1, SIZE, SIZE, 3))
   key = jax.random.key(0)
-  folded, frozen = models.fold(classifier, jax.jit(classifier.init)(key, images))
+  folded, frozen = models.fold(classifier, _jit(classifier.init)(key, images))
   stack = models.DnCNN(depth=3, width=4)
   method = pipeline.Method(
     classifier=folded,
     restorer=stack,
-    calibration=models.Calibration(classifier.feature_size, classifier.num_taps),
+    calibration=models.Calibration(
+      classifier.feature_size, classifier.num_taps, num_convs=2, channels=4
+    ),
     ensemble=models.Ensemble(classifier.feature_size),
     estimator=stack,
   )
   variables = {
     "classifier": frozen,
-    "restorer": stack.init(jax.random.key(1), images),
-    "estimator": stack.init(jax.random.key(2), images),
-    "calibration": method.init_calibration(jax.random.key(3), (SIZE, SIZE)),
-    "ensemble": method.init_ensemble(jax.random.key(4)),
+    "restorer": _jit(stack.init)(jax.random.key(1), images),
+    "estimator": _jit(stack.init)(jax.random.key(2), images),
+    "calibration": _jit(lambda key: method.init_calibration(key, (SIZE, SIZE)))(key),
+    "ensemble": _jit(method.init_ensemble)(jax.random.key(4)),
   }
   return classifier, method, variables
 
 
 def _gradients(task, batch):
-  params, state = task.init(jax.random.key(5), task.initial)
+  params, state = _jit(task.init)(jax.random.key(5), task.initial)
   loss = lambda p: task.loss(
     p, state, task.frozen, batch, train=True, key=jax.random.key(6)
   )
-  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  gradient = _jit(jax.value_and_grad(loss, has_aux=True))
   (value, (_, metrics)), grads = gradient(params)
   assert np.isfinite(value)
   np.testing.assert_allclose(value, np.mean(metrics["loss"]), rtol=1e-5)
@@ -69,73 +90,157 @@ def _assert_all_reached(grads):
     assert np.any(np.asarray(grad)), jax.tree_util.keystr(path)
 
 
-def _without(method, variables, *names):
-  gone = {n: None for n in names if n in ("ensemble", "estimator")}
-  kept = {k: v for k, v in variables.items() if k not in names}
-  return pipeline.Method(**vars(method) | gone), kept
+# What each mode trains; the rest of its networks is frozen.
+TRAINED = {
+  "oracle": {"calibration"},
+  "pretrained": {"calibration"},
+  "end_to_end": {"calibration", "estimator"},
+  "ensemble": {"ensemble"},
+}
 
 
-@pytest.mark.parametrize(
-  ("mode", "trained"),
-  [
-    ("oracle", {"calibration"}),
-    ("pretrained", {"calibration"}),
-    ("end_to_end", {"calibration", "estimator"}),
-    ("ensemble", {"ensemble"}),
-  ],
-)
-def test_gradients_reach_exactly_what_trains(networks, mode, trained):
+def _task(networks, mode, **changes):
+  """Returns the task of a mode, on the fixture's networks."""
   _, method, variables = networks
-  make, initial = tasks.CalibrationTask, {}
-  if mode == "oracle":
-    method, frozen = _without(method, variables, "ensemble", "estimator", "calibration")
-  elif mode == "pretrained":
-    method, frozen = _without(method, variables, "ensemble", "calibration")
-  elif mode == "end_to_end":
-    method, frozen = _without(method, variables, "ensemble", "calibration")
-    initial = {"estimator": frozen.pop("estimator")}
-  else:
-    make = tasks.EnsembleTask
-    frozen = {k: v for k, v in variables.items() if k != "ensemble"}
-  task = make(
+  absent = set() if mode == "ensemble" else {"ensemble"}
+  absent |= {"estimator"} if mode == "oracle" else set()
+  method = dataclasses.replace(method, **dict.fromkeys(absent), **changes)
+  frozen = {k: v for k, v in variables.items() if k not in absent | TRAINED[mode]}
+  make = tasks.EnsembleTask if mode == "ensemble" else tasks.CalibrationTask
+  estimator = {"estimator": variables["estimator"]}
+  return make(
     method=method,
     inputs=_inputs(),
     image_size=SIZE,
     label_smoothing=0.1,
     frozen=frozen,
-    initial=initial,
+    initial=estimator if mode == "end_to_end" else {},
   )
-  params, grads = _gradients(task, _batch())
-  assert set(params) == trained
-  assert not trained & set(task.frozen)
-  _assert_all_reached(grads)
+
+
+@pytest.mark.parametrize("seen", ["degraded", "restored"])
+@pytest.mark.parametrize("mode", TRAINED)
+def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
+  """Two steps of the real step function, and what a checkpoint of them holds."""
+  task = _task(networks, mode, estimator_input=seen)
+  frozen = jax.tree.map(np.array, task.frozen)
+  assert not TRAINED[mode] & set(frozen)
   if mode == "end_to_end":
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      params["estimator"],
-      variables["estimator"]["params"],
-    )
+    start, _ = _jit(task.init)(jax.random.key(5), task.initial)
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, start["estimator"], networks[2]["estimator"]["params"])
+  # Adam keeps two numbers a parameter: a frozen network's would be noticed.
+  tx = optimizer.create("adam", lambda step: 1e-3)
+  params, model_state = _jit(task.init)(jax.random.key(5), task.initial)
+  assert set(params) == TRAINED[mode]
+  ones = jnp.ones(4)
+  values = {"loss": ones, "accuracy": ones}
+  before = state = train.TrainState(
+    step=jnp.int32(0),
+    params=params,
+    model_state=model_state,
+    opt_state=tx.init(params),
+    averages=metrics.zeros_like(metrics.averages(values, ones)),
+    bad_step=jnp.int32(-1),
+  )
+  step = _jit(train.make_train_step(task, tx, jax.random.key(6)))
+  for _ in range(2):
+    state = step(state, task.frozen, _batch())
+  assert int(state.bad_step) == -1
+  assert jax.tree.structure(state) == jax.tree.structure(before)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    old = functools.reduce(lambda tree, key: tree[key.key], path, params)
+    assert np.any(np.asarray(leaf != old)), jax.tree_util.keystr(path)
+  # No batch statistics; frozen networks bit for bit as they were.
+  assert state.model_state == {}
+  jax.tree.map(np.testing.assert_array_equal, frozen, task.frozen)
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  assert sum(leaf.size for leaf in moments) <= 2 * count
+  saved = checkpoints.Checkpoints(tmp_path)
+  saved.save(2, state.variables(), state.training(), {}, None)
+  saved.close()
+  size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+  with ocp.StandardCheckpointer() as checkpointer:
+    stored = checkpointer.restore(checkpoints.variables_directory(tmp_path, 2))
+  assert set(stored) == {"params"}
+  same = np.testing.assert_array_equal
+  jax.tree.map(same, stored["params"], jax.tree.map(np.asarray, state.params))
+  # Three float32 a parameter, and some bytes of metadata for each array.
+  assert size < 12 * count + 4096 * (10 + 3 * len(jax.tree.leaves(params)))
 
 
-def test_rematerialization_changes_memory_not_gradients(networks):
+@pytest.mark.parametrize("kind", fidelity.KINDS)
+def test_bfloat16_agrees_with_float32(networks, kind):
+  """Logits and gradients of the whole method, for accelerators' default dtype."""
   _, method, variables = networks
-  gradients = []
+  channels = fidelity.map_channels(kind)
+  small = lambda dtype: models.DnCNN(3, 4, out_channels=channels, dtype=dtype)
+  estimator = _jit(small(jnp.float32).init)(jax.random.key(2), jnp.zeros((1, 8, 8, 3)))
+  found = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    changed = dataclasses.replace(
+      method,
+      classifier=method.classifier.clone(
+        backbone=method.classifier.backbone.clone(dtype=dtype),
+        head=method.classifier.head.clone(dtype=dtype),
+      ),
+      restorer=method.restorer.clone(dtype=dtype),
+      estimator=small(dtype),
+      calibration=method.calibration.clone(dtype=dtype),
+      ensemble=method.ensemble.clone(dtype=dtype),
+      map_kind=kind,
+    )
+    trained = {"calibration": variables["calibration"], "estimator": estimator}
+    rest = {k: v for k, v in variables.items() if k not in trained}
+    rest = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), rest)
+    clean, degraded = _jit(lambda: _inputs()(_batch(), train=False))()
+
+    def loss(trained, method=changed, rest=rest, x=degraded, clean=clean):
+      logits = method.logits(rest | trained, x, clean)
+      return jnp.mean(jnp.square(logits)), logits
+
+    (_, logits), grads = _jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    found.append((np.asarray(logits), jax.flatten_util.ravel_pytree(grads)[0]))
+  (logits, grads), (logits_short, grads_short) = found
+  assert np.abs(logits_short - logits).max() < 0.05 * logits.std()
+  cosine = jnp.vdot(grads, grads_short) / (
+    jnp.linalg.norm(grads) * jnp.linalg.norm(grads_short)
+  )
+  assert cosine > 0.95
+
+
+def test_rematerialization_changes_memory_not_gradients():
+  stack = models.DnCNN(depth=20, width=8)
+  x = jax.random.uniform(jax.random.key(1), (2, 24, 24, 3))
+  params = stack.init(jax.random.key(0), x)["params"]
+
+  def measure(apply):
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(apply(params) ** 2)))
+    compiled = gradient.lower(params).compile()
+    return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+  plain, kept = measure(lambda params: stack.apply({"params": params}, x))
+  again, less = measure(
+    lambda params: models.dncnn.apply_rematerialized(stack, params, x)
+  )
+  assert less < 0.6 * kept
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+  jax.tree.map(close, plain, again)
+
+
+def test_rematerialization_is_the_methods_choice(networks):
+  batch, calls = _batch(), []
   for rematerialize in (False, True):
-    changed = pipeline.Method(
-      **vars(method) | {"ensemble": None, "rematerialize": rematerialize}
+    task = _task(networks, "end_to_end", rematerialize=rematerialize)
+    params, state = _jit(task.init)(jax.random.key(5), task.initial)
+    loss = functools.partial(
+      task.loss, frozen=task.frozen, batch=batch, train=True, key=jax.random.key(6)
     )
-    frozen = {k: variables[k] for k in ("classifier", "restorer")}
-    task = tasks.CalibrationTask(
-      method=changed,
-      inputs=_inputs(),
-      image_size=SIZE,
-      label_smoothing=0.1,
-      frozen=frozen,
-      initial={"estimator": variables["estimator"]},
-    )
-    gradients.append(_gradients(task, _batch())[1])
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
-  jax.tree.map(close, *gradients)
+    calls.append(str(jax.make_jaxpr(loss)(params, state)).count("custom_vjp_call"))
+  assert calls[1] > calls[0]
 
 
 @pytest.mark.parametrize("source", ["clean", "degraded", "restored"])

@@ -119,15 +119,19 @@ class GoogLeNet(nn.Module):
   0.5, which torchvision's own ImageNet weights expect. It acts after tap 0, so that a
   steered input is re-scaled like any other. The FG-NIC authors' released code leaves
   it out on the steered path (and has it on the plain one), which feeds the steered
-  network inputs of another scale than it was trained on; that is not reproduced here.
+  network inputs of another scale than it was trained on. `transform_steered=False`
+  reproduces that; what was trained with the released code needs it.
 
   Attributes:
     transform_input: whether to re-scale.
+    transform_steered: whether to re-scale where a tap is given, too. Without
+      `transform_input` it changes nothing.
     norm: batch norm (off in a folded network).
     dtype: compute dtype.
   """
 
   transform_input: bool = False
+  transform_steered: bool = True
   norm: bool = True
   dtype: Any = jnp.float32
 
@@ -151,7 +155,7 @@ class GoogLeNet(nn.Module):
     )
     layers.check_image(x, "GoogLeNet", 15)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
-    if self.transform_input:
+    if self.transform_input and (tap is None or self.transform_steered):
       x = _rescale(x)
     x = layers.apply_tap(tap, 1, conv(64, 7, 2, name="conv1")(x, train))
     x = pooling.max_pool(x, 3, 2, ceil_mode=True)

@@ -1,6 +1,5 @@
 """Classifiers by name."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,9 +37,17 @@ def _vgg16(num_classes, dtype, folded, *, dropout):
 
 
 def _googlenet(
-  num_classes, dtype, folded, *, transform_input, dropout, aux_dropout, aux_heads
+  num_classes,
+  dtype,
+  folded,
+  *,
+  transform_input,
+  transform_steered,
+  dropout,
+  aux_dropout,
+  aux_heads,
 ):
-  backbone = GoogLeNet(transform_input, norm=not folded, dtype=dtype)
+  backbone = GoogLeNet(transform_input, transform_steered, norm=not folded, dtype=dtype)
   head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
   if folded or not aux_heads:
     return Classifier(backbone, head)
@@ -53,7 +60,13 @@ _MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
   "alexnet": (_alexnet, dict(dropout=0.5)),
   "googlenet": (
     _googlenet,
-    dict(transform_input=None, dropout=0.2, aux_dropout=0.7, aux_heads=True),
+    dict(
+      transform_input=None,
+      transform_steered=True,
+      dropout=0.2,
+      aux_dropout=0.7,
+      aux_heads=True,
+    ),
   ),
   # The demo's: a config that names another network need not unset any field.
   "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=24, block="basic")),
@@ -63,15 +76,6 @@ _MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
 }
 
 NAMES = tuple(_MODELS)
-
-
-def near(name: str, known: Any) -> str:
-  """Returns what an error says of the names that could have been meant."""
-  known = sorted(known)
-  close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-  if close:
-    return f"did you mean {' or '.join(map(repr, close))}?"
-  return f"known: {', '.join(known)}"
 
 
 def create(
@@ -97,13 +101,13 @@ def create(
   name = config.get("name")
   if name not in _MODELS:
     raise errors.UsageError(
-      f"model.name: there is no network {name!r}; {near(str(name), _MODELS)}"
+      f"model.name: there is no network {name!r}; {errors.near(name, _MODELS)}"
     )
   build, fields = _MODELS[name]
   given = {k: v for k, v in config.items() if v is not None}
   for key in given.keys() - fields.keys() - {"name", "new_head", "weights"}:
     raise errors.UsageError(
-      f"model.{key}: network {name!r} has no such field; {near(key, fields)}"
+      f"model.{key}: network {name!r} has no such field; {errors.near(key, fields)}"
     )
   values = {k: given.get(k, default) for k, default in fields.items()}
   if values.get("transform_input", False) is None:
