@@ -1,0 +1,56 @@
+"""What the documents tell people to type is there."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def _config(path, size=""):
+  spec = importlib.util.spec_from_file_location("config", ROOT / path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(size)
+
+
+def _has(config, field):
+  *path, last = field.split(".")
+  for name in path:
+    config = config[name]
+  return last in config
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_fields_on_command_lines_exist(document):
+  text = document.read_text().replace("\\\n", " ")
+  for line in text.splitlines():
+    named = re.search(r"--config=(configs/\w+\.py)(?::(\w+))?", line)
+    # A field without a command is one of the method's.
+    path, size = named.groups() if named else ("configs/end_to_end.py", None)
+    config = _config(path, size or "")
+    for field in re.findall(r"--config\.([a-z_.]+)=", line):
+      assert _has(config, field), f"{path}: {field}"
+
+
+def test_the_table_of_fields_is_true():
+  text = (ROOT / "docs" / "method.md").read_text()
+  fields = re.findall(r"^\| `([a-z_.]+)` \|.*\|.*\|$", text, re.MULTILINE)
+  configs = [_config(f"configs/{name}.py") for name in ("oracle", "end_to_end")]
+  assert len(fields) > 15
+  for config in configs:
+    assert all(_has(config, field) for field in fields)
+    assert {f"model.{name}" for name in config.model} <= set(fields)
+    assert {f"ensemble.{n}" for n in config.ensemble} - set(fields) == {
+      "ensemble.warmup_epochs"
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+  for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+    if not target.startswith("http"):
+      assert (document.parent / pathlib.Path(target)).exists(), target
