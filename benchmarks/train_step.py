@@ -9,13 +9,14 @@ METHOD written plainly (tests/torch_method.py), eager, with everything frozen de
 The two alternate in one process; medians are printed. float32 on a CPU; on a GPU
 bfloat16 against PyTorch's float32 (TF32 allowed).
 
-Peak memory is the largest resident size of a process of its own that runs the step
-twice, less its size before; on a GPU it is not measured. FLOPs are PyTorch's count of
-the step's convolutions and matrix products; the rate is set against a measured matrix
-product.
+Peak memory is that of a process of its own that runs the step twice: on a CPU its
+largest resident size less its size before, on a GPU what its allocator counted. FLOPs
+are PyTorch's count of the step's convolutions and matrix products; the rate is set
+against a measured matrix product.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   method = pipeline.Method(
     classifier=classifier,
     restorer=dncnn,
-    calibration=models.Calibration(classifier.feature_size, classifier.num_taps),
+    calibration=models.Calibration(
+      classifier.feature_size, classifier.num_taps, dtype=dtype
+    ),
     estimator=None if mode == "oracle" else dncnn,
     rematerialize=remat,
   )
@@ -163,13 +166,32 @@ def resident() -> int:
   return 1024 * next(int(line.split()[1]) for line in lines if "VmHWM" in line)
 
 
+def peak_bytes(side: str, run) -> int:
+  """Returns the peak memory in bytes of two steps, in this process."""
+  if not side_by_side.has_gpu():
+    before = resident()
+    step = run()
+    step()
+    step()
+    return resident() - before
+  step = run()
+  step()
+  step()
+  if side == "torch":
+    return torch.cuda.max_memory_allocated()
+  return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
 def measure_memory(side: str, mode: str, args: argparse.Namespace) -> int:
   """Returns a side's peak memory in bytes, from a process of its own."""
   command = [sys.executable, __file__, f"--memory_of={side}", f"--modes={mode}"]
   command += [f"--batch={args.batch}", f"--size={args.size}"]
   if args.remat:
     command.append("--remat")
-  return int(subprocess.run(command, check=True, capture_output=True).stdout)
+  # The timing process holds memory of the same GPU.
+  environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  result = subprocess.run(command, check=True, capture_output=True, env=environment)
+  return int(result.stdout)
 
 
 def main() -> None:
@@ -189,11 +211,8 @@ def main() -> None:
     "torch": lambda mode: torch_step(mode, batch, "cuda" if gpu else "cpu"),
   }
   if args.memory_of:
-    before = resident()
-    step = make[args.memory_of](args.modes[0])
-    step()
-    step()
-    print(resident() - before)
+    side = args.memory_of
+    print(peak_bytes(side, lambda: make[side](args.modes[0])))
     return
 
   peak = side_by_side.matmul_rate(jnp.bfloat16 if gpu else jnp.float32)
@@ -214,7 +233,7 @@ def main() -> None:
       rate = row["flops"] / row[name]["seconds"]
       line = f"{mode:11} {name:6} {row[name]['seconds']:7.2f} s {rate / 1e9:7.0f}"
       line += f" GFLOP/s ({rate / peak:4.0%} of matrix product)"
-      if not (gpu or args.no_memory):
+      if not args.no_memory:
         row[name]["peak_bytes"] = measure_memory(name, mode, args)
         line += f" {row[name]['peak_bytes'] / 2**30:5.2f} GiB"
       print(line, flush=True)

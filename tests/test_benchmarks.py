@@ -1,0 +1,36 @@
+"""The benchmarks run, at sizes that say nothing about speed."""
+
+import json
+
+import pytest
+
+SMALL = ["--batch=1", "--size=64", "--repeats=1"]
+
+
+def _run(command, tmp_path, name, *arguments):
+  path = tmp_path / "results.json"
+  program = (f"benchmarks/{name}.py",)
+  command(*arguments, f"--json={path}", program=program, check=0)
+  return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["oracle", "pretrained", "end_to_end"])
+def test_train_step(command, tmp_path, mode):
+  results = _run(command, tmp_path, "train_step", f"--modes={mode}", *SMALL)
+  step = results["steps"][mode]
+  assert step["ratio"] > 0
+  assert step["flops"] > 1e9
+  assert all(step[side]["peak_bytes"] > 2**20 for side in ("jax", "torch"))
+
+
+@pytest.mark.slow
+def test_backbones(command, tmp_path):
+  results = _run(command, tmp_path, "backbones", "--nets=alexnet", *SMALL)
+  assert "alexnet" in json.dumps(results)
+
+
+@pytest.mark.slow
+def test_convolutions(command, tmp_path):
+  shapes = ("--shapes=calibration", "--repeats=1")
+  assert _run(command, tmp_path, "convolutions", *shapes)
