@@ -1,5 +1,6 @@
 """The calibration and ensemble modules against plain PyTorch ones."""
 
+import functools
 import math
 
 import flax
@@ -12,7 +13,13 @@ import torch_method
 from torch import nn
 
 from fidelity_jax import errors
-from fidelity_jax.models.calibration import Calibration, Ensemble, fidelity_feature
+from fidelity_jax.models.calibration import (
+  Calibration,
+  ConvStack,
+  Ensemble,
+  fidelity_feature,
+)
+from fidelity_jax.resize import resize2d
 
 SIZE = (11, 9)
 CHANNELS = 6
@@ -174,8 +181,11 @@ def init_values(calibration, size=8):
 @pytest.mark.parametrize("off", MODULES)
 def test_modules_that_are_off_own_nothing_and_compute_nothing(off):
   full = set(init(Calibration(8, 2, channels=2)))
-  # In bfloat16 every convolution is XLA's own, which can be counted.
-  calibration = Calibration(8, 2, channels=2, dtype=jnp.bfloat16, **{off: False})
+  # In bfloat16 every convolution is XLA's own, which can be counted; so can products,
+  # as nearest resizing has none.
+  calibration = Calibration(
+    8, 2, channels=2, resize="nearest", dtype=jnp.bfloat16, **{off: False}
+  )
   params = init(calibration)
   missing = {
     "spatial_multiplication": {"multiplication_0", "multiplication_1"},
@@ -193,6 +203,32 @@ def test_modules_that_are_off_own_nothing_and_compute_nothing(off):
   # 3 convolutions per tap and chain; 2 products per channel module.
   spatial = 6 if off in ("spatial_multiplication", "spatial_addition") else 12
   assert jaxpr.count("conv_general_dilated[") == spatial
+  channel = 2 if off in ("channel_multiplication", "channel_concatenation") else 4
+  assert jaxpr.count("dot_general[") == channel
+
+
+def test_residual_mechanism_adds_a_stacks_input():
+  with_it = Calibration(8, 2, channels=2)
+  stack, size = ConvStack(with_it.num_convs, with_it.channels), (5, 3)
+  confidence = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+  arguments = (confidence, ((8, 8), size))
+  maps = functools.partial(Calibration.apply, method="spatial_maps")
+  variables = with_it.init(jax.random.key(0), *arguments, method="spatial_maps")
+  results = [
+    maps(module, variables, *arguments)
+    for module in (with_it, with_it.clone(residual=False))
+  ]
+  for chain, name in enumerate(("multiplication", "addition")):
+    params = [variables["params"][f"{name}_{i}"] for i in range(2)]
+    first = stack.apply({"params": params[0]}, confidence)
+    following = stack.apply({"params": params[1]}, first)
+    for (maps_0, maps_1), expected in zip(
+      results, (following + first, following), strict=True
+    ):
+      # The first stack has no residual in either case.
+      np.testing.assert_allclose(maps_0[chain], first, atol=1e-6)
+      np.testing.assert_allclose(maps_1[chain], resize2d(expected, size), atol=1e-6)
+    assert np.abs(resize2d(first, size)).max() > 1e-2
 
 
 def test_without_spatial_modules_taps_change_nothing():

@@ -188,6 +188,23 @@ def test_googlenet_from_weights_rescales_its_input_as_in_torchvision():
   assert backbone(transform_input=True).transform_input
 
 
+def test_googlenets_rescaling_when_steered_is_a_field():
+  """What it does is compared with PyTorch in test_parity.py."""
+  fields = {"name": "googlenet", "transform_input": True}
+  default = models.create({**fields, "transform_steered": None}, 5)
+  assert default.backbone.transform_steered and default == models.create(fields, 5)
+  fields["transform_steered"] = False
+  skipping = models.create(fields, 5)
+  assert not skipping.backbone.transform_steered
+  assert skipping.tap_sizes((32, 24)) == default.tap_sizes((32, 24))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes(skipping))
+  folded, _ = models.fold(skipping, zeros)
+  assert folded == models.create(fields, 5, folded=True)
+  assert folded.backbone.transform_input and not folded.backbone.transform_steered
+  with pytest.raises(errors.UsageError, match=r"model\.transform_steered"):
+    models.create({"name": "resnet50", "transform_steered": False}, 5)
+
+
 def test_transfer():
   fill = lambda module, value: jax.tree.map(
     lambda leaf: np.full(leaf.shape, value, np.float32), shapes(module)

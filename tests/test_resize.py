@@ -101,7 +101,8 @@ def test_nearest_index_is_exact():
 
 @pytest.mark.parametrize(
   "n_in,n_out",
-  [(224, 112), (112, 7), (224, 55), (55, 27), (27, 13), (56, 28), (28, 14), (14, 7)]
+  [(224, 112), (112, 56), (112, 7), (56, 28), (28, 14), (14, 7)]
+  + [(224, 55), (55, 27), (27, 13), (13, 6)]
   + [(224**2, n) for n in (256, 512, 1024, 4608, 12544)],
 )
 def test_nearest_agrees_at_the_networks_sizes(n_in, n_out):
@@ -118,6 +119,28 @@ def test_bfloat16_keeps_its_dtype():
     out = resize.resize2d(x, (3, 4), method)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(out), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("limit", [resize._MATRIX_LIMIT, 0], ids=["matrix", "gather"])
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_bfloat16_keeps_constants(method, limit, monkeypatch):
+  # In bfloat16 itself the weights of an output pixel would not add up to 1.
+  monkeypatch.setattr(resize, "_MATRIX_LIMIT", limit)
+  values = np.asarray([0.7109375, -1.0859375, 3.015625], jnp.bfloat16)
+  for size_in, size_out in (
+    ((13, 9), (5, 7)),
+    ((5, 7), (13, 9)),
+    ((27, 55), (13, 27)),
+    ((17, 3), (33, 11)),
+    ((8, 6), (16, 3)),
+  ):
+    x = np.broadcast_to(values, (1, *size_in, 3))
+    out = resize.resize2d(jnp.asarray(x), size_out, method)
+    assert out.dtype == jnp.bfloat16
+    expected = np.broadcast_to(values, (1, *size_out, 3))
+    np.testing.assert_array_equal(np.float32(out), np.float32(expected))
+    out = resize.resize1d(jnp.asarray(x[0, 0].T), size_out[1], method)
+    np.testing.assert_array_equal(np.float32(out), np.float32(expected[0, 0].T))
 
 
 def test_bad_arguments():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from fidelity_jax import checkpoints, errors, stages
+from fidelity_jax import checkpoints, degradations, errors, stages
 
 
 def _config(name="oracle", size="demo"):
@@ -70,18 +70,98 @@ def test_parents_follow_the_top_until_overridden():
   assert (config.parents.classifier.seed, config.seed) == (8, 7)
 
 
-def test_experiments_share_parents(tmp_path):
-  oracle = _resolve(_config("oracle"), tmp_path)
+@pytest.mark.parametrize("size", ["", "demo"])
+def test_experiments_share_parents(tmp_path, size):
+  oracle = _resolve(_config("oracle", size), tmp_path)
   for name in ("pretrained", "end_to_end"):
-    stage = _resolve(_config(name), tmp_path)
+    stage = _resolve(_config(name, size), tmp_path)
     for role in ("classifier", "restorer"):
       assert stage.parents[role].digest == oracle.parents[role].digest
     estimator = stage.parents["estimator"]
     assert estimator.parents["restorer"].digest == oracle.parents["restorer"].digest
-    alone = _resolve(_config("estimator"), tmp_path)
+    alone = _resolve(_config("estimator", size), tmp_path)
     assert alone.digest == estimator.digest
     names = [s.kind for s in stage.lineage()]
     assert names == ["classifier", "restorer", "estimator", "calibration"]
+
+
+# METHOD section 6, per kind of stage; the restorer's also hold for the estimator.
+_REPORT = {
+  "classifier": {
+    "source": "clean",
+    "model.name": "resnet50",
+    "model.weights": "torchvision",
+    "optimizer": "sgd",
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "epochs": 120,
+    "warmup_epochs": 5,
+    "label_smoothing": 0.1,
+  },
+  "restorer": {
+    "model.depth": 20,
+    "model.width": 64,
+    "model.batch_norm": False,
+    "model.weights": None,
+    "optimizer": "adam",
+    "learning_rate": 1e-4,
+    "batch_size": 128,
+    "patch_size": 50,
+    "patch_stride": 25,
+    "epochs": 120,
+    "warmup_epochs": 5,
+  },
+  "calibration": {
+    "model.num_convs": 3,
+    "model.channels": 16,
+    "model.ratio": 0.5,
+    "model.resize": "bilinear",
+    "model.spatial_multiplication": True,
+    "model.spatial_addition": True,
+    "model.residual": True,
+    "model.channel_multiplication": True,
+    "model.channel_concatenation": True,
+    "fidelity.map": "l1",
+    "optimizer": "sgd",
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "epochs": 50,
+    "warmup_epochs": 5,
+    "label_smoothing": 0.1,
+    "ensemble.enabled": True,
+    "ensemble.learning_rate": 1e-3,
+    "ensemble.epochs": 25,
+    "ensemble.warmup_epochs": 5,
+    "evaluation.rounds": 10,
+  },
+}
+_REPORT["estimator"] = _REPORT["restorer"] | {"fidelity.map": "l1"}
+_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@pytest.mark.parametrize("name", ["oracle", "pretrained", "end_to_end", "estimator"])
+def test_reports_numbers(tmp_path, name):
+  stage = _resolve(_config(name, ""), tmp_path)
+  kinds = {
+    "oracle": ["classifier", "restorer", "calibration"],
+    "estimator": ["restorer", "estimator"],
+  }.get(name, ["classifier", "restorer", "estimator", "calibration"])
+  assert [s.kind for s in stage.lineage()] == kinds
+  for part in stage.lineage():
+    config = part.config
+    for field, value in _REPORT[part.kind].items():
+      given = config
+      for key in field.split("."):
+        given = given[key]
+      assert given == value and type(given) is type(value), (part.kind, field)
+    assert (config.dataset.name, config.dataset.image_size) == ("caltech256", 224)
+    (noise,) = degradations.from_config(config.degradation).steps
+    patches = part.kind in ("restorer", "estimator")
+    assert noise.kind == "awgn"
+    assert noise.variation == ("continuous" if patches else "discrete")
+    assert noise.levels == ((0.0, 0.5) if patches else _SIGMAS)
+  if stage.kind == "calibration":
+    assert stage.config.fidelity.source == name
 
 
 @pytest.fixture

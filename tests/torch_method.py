@@ -58,6 +58,8 @@ class Method(nn.Module):
       sees.
     ensemble: whether the ensemble module takes part.
     dncnn: keyword arguments of restorer and estimator.
+    transform_steered: a GoogLeNet that re-scales its input does so when steered, too;
+      False: the released code's reading.
     The others are the calibration's options.
   """
 
@@ -80,9 +82,11 @@ class Method(nn.Module):
     channel_concatenation=True,
     ensemble=False,
     dncnn=None,
+    transform_steered=True,
   ):
     super().__init__()
     self.kind, self.source, self.resize = kind, source, resize
+    self.transform_steered = transform_steered
     self.residual = residual
     self.feature_size = feature_size
     self.restoration = Stack(**(dncnn or {}))
@@ -165,11 +169,20 @@ class Method(nn.Module):
       pool.register_forward_pre_hook(lambda _, args, i=i: (steer(i, args[0]),))
       for i, pool in enumerate(self.pools, 1)
     ]
+    rescales = getattr(self.feature_extractor, "transform_input", False)
+    if rescales and not self.transform_steered:
+      # The released code calls the network's children one by one; torchvision's
+      # `_transform_input` is none of them.
+      self.feature_extractor.transform_input = False
     try:
       return self.feature_extractor(steer(0, images)).flatten(1)
     finally:
+      self.feature_extractor.transform_input = rescales
       for hook in hooks:
         hook.remove()
+
+  def plain_features(self, images):
+    return self.feature_extractor(images).flatten(1)
 
   def channel(self, features, confidence):
     half = self.feature_size // 2
@@ -184,19 +197,25 @@ class Method(nn.Module):
       features = self.cat_fc(torch.cat([features, phi], 1))
     return features
 
-  def forward(self, degraded, clean=None):
-    """Logits of images [N, 3, H, W] in [0, 1]; all but the trained parts detached."""
+  def blend(self, features, plain, confidence):
+    v = torch.sigmoid(self.ensemble(confidence.mean((2, 3))))
+    return (1 - v) * features + v * plain
+
+  def inputs(self, degraded, clean=None):
+    """(normalized restored images, confidence map); the former detached."""
     with torch.no_grad():
       restored = self.restore(degraded)
     confidence = self.confidence(self.fidelity_map(degraded, restored, clean))
     mean = restored.new_tensor([0.485, 0.456, 0.406])[:, None, None]
     std = restored.new_tensor([0.229, 0.224, 0.225])[:, None, None]
-    images = (restored - mean) / std
+    return (restored - mean) / std, confidence
+
+  def forward(self, degraded, clean=None):
+    """Logits of images [N, 3, H, W] in [0, 1]."""
+    images, confidence = self.inputs(degraded, clean)
     features = self.channel(self.steered_features(images, confidence), confidence)
     if hasattr(self, "ensemble"):
-      plain = self.feature_extractor(images).flatten(1)
-      v = torch.sigmoid(self.ensemble(confidence.mean((2, 3))))
-      features = (1 - v) * features + v * plain
+      features = self.blend(features, self.plain_features(images), confidence)
     return self.classifier(features)
 
 
