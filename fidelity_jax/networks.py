@@ -167,7 +167,7 @@ def load_frozen(
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Assembly:
   """The proposed method at some stage of its training.
 
   Attributes:
@@ -181,7 +181,7 @@ class Method:
   initial: PyTree
 
 
-def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
+def untrained_method(stage: stages.Stage, num_classes: int) -> Assembly:
   """Returns the method as a calibration or ensemble stage finds it."""
   method = _assemble(stage, num_classes)
   given = initial_weights(stage.config)
@@ -190,7 +190,7 @@ def untrained_method(stage: stages.Stage, num_classes: int) -> Method:
   return dataclasses.replace(method, initial=method.initial | {stage.kind: given})
 
 
-def trained_method(stage: stages.Stage, num_classes: int) -> Method:
+def trained_method(stage: stages.Stage, num_classes: int) -> Assembly:
   """Returns the method as a finished stage left it, everything frozen."""
   method = _assemble(stage, num_classes)
   like = {stage.kind: _module_shapes(stage, num_classes)} | method.initial
@@ -199,17 +199,17 @@ def trained_method(stage: stages.Stage, num_classes: int) -> Method:
   dtype = compute_dtype(stage.config.precision)
   params = jax.tree.map(lambda x: x.astype(dtype), params)
   variables = {name: {"params": tree} for name, tree in params.items()}
-  return Method(method.pipeline, method.frozen | variables, {})
+  return Assembly(method.pipeline, method.frozen | variables, {})
 
 
-def _assemble(stage: stages.Stage, num_classes: int) -> Method:
+def _assemble(stage: stages.Stage, num_classes: int) -> Assembly:
   """Returns the method before a stage, but for weights given to its own modules."""
   config = stage.config
   if stage.kind == "ensemble":
     before = trained_method(stage.parents["calibration"], num_classes)
     ensemble = _ensemble(config, before.pipeline.classifier)
     method = dataclasses.replace(before.pipeline, ensemble=ensemble)
-    return Method(method, before.frozen, {})
+    return Assembly(method, before.frozen, {})
   networks, frozen, initial = {}, {}, {}
   for role, parent in stage.parents.items():
     if role == "estimator" and config.fidelity.source == "end_to_end":
@@ -224,7 +224,7 @@ def _assemble(stage: stages.Stage, num_classes: int) -> Method:
     estimator_input=config.fidelity.estimator_input,
     rematerialize=config.rematerialize,
   )
-  return Method(method, frozen, initial)
+  return Assembly(method, frozen, initial)
 
 
 def _calibration(

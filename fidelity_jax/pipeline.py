@@ -68,8 +68,13 @@ class Method:
       degraded: float32 [N, H, W, 3] in [0, 1].
       restored: likewise.
       clean: likewise; used by the oracle map only.
+
+    Raises:
+      ValueError: no clean images for the oracle map.
     """
     if self.estimator is None:
+      if clean is None:
+        raise ValueError("the oracle map needs the clean images")
       return fidelity.oracle_map(restored, clean, self.map_kind)
     seen = degraded if self.estimator_input == "degraded" else restored
     if self.rematerialize:

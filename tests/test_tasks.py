@@ -355,3 +355,11 @@ def test_psnr():
   a = jnp.zeros((2, 4, 4, 3))
   b = a.at[1].set(0.1)
   np.testing.assert_allclose(base.psnr(a, b), [100.0, 20.0], rtol=1e-5)
+
+
+def test_the_oracle_map_needs_clean_images(networks):
+  _, method, variables = networks
+  oracle = dataclasses.replace(method, estimator=None)
+  images = jnp.zeros((1, SIZE, SIZE, 3))
+  with pytest.raises(ValueError, match="needs the clean images"):
+    oracle.fidelity_map(variables, images, images, None)
