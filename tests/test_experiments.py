@@ -8,8 +8,9 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
-import torch_method
+import torch_reference
 from conftest import TOY, TOY_ESTIMATOR, overrides
+from test_parity import TinyResNet, reference
 
 _ORACLE = "--config=configs/oracle.py:demo"
 # One epoch and one round: does it run, not what it gives.
@@ -86,42 +87,47 @@ def test_estimated_maps(toy_copy, command):
   assert result.stderr.count(": finished (") == 2
 
 
-def test_calibration_and_ensemble_from_the_authors_checkpoint(
-  toy_copy, command, tmp_path
-):
-  """Given weights are used as they are, checked early, and needed only once."""
-  calibration = torch.nn.Module()
-  for name in ("cnn_layers_weight", "cnn_layers_bias"):
-    stacks = [torch_method.conv_stack(2, 4) for _ in range(3)]
-    calibration.add_module(name, torch.nn.ModuleList(stacks))
-  # The toy's feature has 16 numbers, its ratio is 4.
-  calibration.mul_fc = torch_method.two_layers(16, 64, 16)
-  calibration.cat_fc = torch_method.two_layers(32, 64, 16)
-  calibration.ensemble = torch_method.two_layers(1, 64, 16)
+def test_an_authors_checkpoint_as_it_is(command, tmp_path):
+  """All networks from one file, nothing trained: predictions are the reference's."""
+  options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True)
+  theirs = reference(TinyResNet(num_classes=16), 8, **options)
   path = tmp_path / "given.safetensors"
-  state = {name: value.numpy() for name, value in calibration.state_dict().items()}
-  safetensors.numpy.save_file(state, path)
-  fields = TOY | {"epochs": 0, "ensemble.epochs": 0, "model.weights": path}
-  fields |= {"warmup_epochs": 0, "ensemble.weights": path, "evaluation.rounds": 1}
-  flags = lambda fields: (_ORACLE, f"--workdir={toy_copy}", *overrides(fields))
-  result = command(*flags(fields | {"model.num_convs": 3}), check=2)
-  assert "model.num_convs 2 (the config's is 3)" in result.stderr.splitlines()[-1]
-  before = set(toy_copy.iterdir())
-  result = command(*flags(fields), check=0)
-  for stage in set(toy_copy.iterdir()) - before:
-    if stage.name.startswith("calibration-"):
-      params = _variables(stage)["params"]["calibration"]
-      kernel = params["multiplication_1"]["conv_0"]["kernel"]
-      expected = state["cnn_layers_weight.1.0.weight"].transpose(2, 3, 1, 0)
-    elif stage.name.startswith("ensemble-"):
-      kernel = _variables(stage)["params"]["ensemble"]["weights"]["hidden"]["kernel"]
-      expected = state["ensemble.0.weight"].T
-    else:
-      continue
-    np.testing.assert_array_equal(kernel, expected)
+  safetensors.numpy.save_file(torch_reference.state_dict(theirs), path)
+  fields = {k: v for k, v in _QUICK.items() if k.startswith(("dataset", "evaluation"))}
+  for stage in ("", "parents.classifier.", "parents.restorer."):
+    fields |= {f"{stage}model.weights": path, f"{stage}epochs": 0}
+  fields |= {"ensemble.weights": path, "ensemble.epochs": 0, "model.ratio": 2.0}
+  fields |= {"parents.classifier.model.new_head": False}
+  fields |= {"parents.classifier.model.stage_sizes": (1,)}
+  fields |= {"parents.classifier.model.width": 8, "parents.restorer.model.depth": 3}
+  fields |= {"parents.restorer.model.width": 4, "evaluation.examples": 8}
+  run = lambda workdir, fields, status: command(
+    _ORACLE, f"--workdir={tmp_path / workdir}", *overrides(fields), check=status
+  )
+  # What does not fit is told before anything runs.
+  refused = run("refused", fields | {"model.num_convs": 3}, 2).stderr.splitlines()[-1]
+  assert "model.num_convs 2 (the config's is 3)" in refused
+  refused = run("refused", fields | {"parents.restorer.model.depth": 4}, 2)
+  assert "model.depth 3 (the config's is 4)" in refused.stderr.splitlines()[-1]
+  assert not list((tmp_path / "refused").glob("*/"))
+  run("run", fields, 0)
+  (arrays,) = (tmp_path / "run").glob("evaluation-*/examples.npz")
+  with np.load(arrays) as examples:
+    clean, degraded = (_nchw(examples[name]) for name in ("clean", "degraded"))
+    predicted = examples["prediction/oracle/True/True"].ravel()
+  with torch.no_grad():
+    logits = theirs(degraded, clean)
+  assert len(set(predicted)) > 1
+  np.testing.assert_array_equal(predicted, logits.argmax(1))
+  # Finished stages need the file no longer.
   path.unlink()
-  result = command(*flags(fields), check=0)
-  assert result.stderr.count(": finished (") == 4
+  assert run("run", fields, 0).stderr.count(": finished (") == 4
+
+
+def _nchw(images):
+  """Returns [M, N, H, W, 3] as float64 [M N, 3, H, W]."""
+  images = images.reshape(-1, *images.shape[2:])
+  return torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2)
 
 
 def test_bfloat16(toy_copy, command):

@@ -26,7 +26,7 @@ PARITY = pathlib.Path(__file__).parents[2] / "shared" / "parity"
 class TinyResNet(nn.Module):
   """One residual block in torchvision's names, with a ResNet's three taps."""
 
-  def __init__(self, width=8):
+  def __init__(self, width=8, num_classes=NUM_CLASSES):
     super().__init__()
     block = torch_reference.torchvision().models.resnet.BasicBlock
     self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
@@ -35,7 +35,7 @@ class TinyResNet(nn.Module):
     self.maxpool = nn.MaxPool2d(3, 2, padding=1)
     self.layer1 = nn.Sequential(block(width, width))
     self.avgpool = nn.AdaptiveAvgPool2d(1)
-    self.fc = nn.Linear(width, NUM_CLASSES)
+    self.fc = nn.Linear(width, num_classes)
 
   def forward(self, x):
     x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
