@@ -26,3 +26,14 @@ def near(name: Any, known: Iterable[str]) -> str:
   if close := difflib.get_close_matches(written, known, cutoff=0.5):
     return f"did you mean {' or '.join(map(repr, close))}?"
   return f"known: {', '.join(map(repr, known))}"
+
+
+def check_choice(what: str, name: str, known: Iterable[str]) -> str:
+  """Returns `name` if it is known.
+
+  Raises:
+    UsageError: it is not; tells which `what` could have been meant.
+  """
+  if name not in known:
+    raise UsageError(f"unknown {what} {name!r}; {near(name, known)}")
+  return name

@@ -39,11 +39,7 @@ def check_kind(kind: str) -> str:
   Raises:
     UsageError: `kind` is not one of `KINDS`.
   """
-  if kind not in KINDS:
-    raise errors.UsageError(
-      f"unknown fidelity map {kind!r}; {errors.near(kind, KINDS)}"
-    )
-  return kind
+  return errors.check_choice("fidelity map", kind, KINDS)
 
 
 def map_channels(kind: str, image_channels: int = 3) -> int:

@@ -38,11 +38,7 @@ def check_method(method: str) -> str:
   Raises:
     UsageError: `method` is not one of `METHODS`.
   """
-  if method not in METHODS:
-    raise errors.UsageError(
-      f"unknown resize method {method!r}; {errors.near(method, METHODS)}"
-    )
-  return method
+  return errors.check_choice("resize method", method, METHODS)
 
 
 def resize2d(
