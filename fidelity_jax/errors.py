@@ -25,7 +25,7 @@ def near(name: Any, known: Iterable[str]) -> str:
   written = str(name).lower().replace("-", "_")
   if close := difflib.get_close_matches(written, known, cutoff=0.5):
     return f"did you mean {' or '.join(map(repr, close))}?"
-  return f"known: {', '.join(map(repr, known))}"
+  return f"known: {', '.join(known)}"
 
 
 def check_choice(what: str, name: str, known: Iterable[str]) -> str:
