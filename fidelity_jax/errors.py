@@ -21,7 +21,7 @@ class RunError(Exception):
 
 def near(name: Any, known: Iterable[str]) -> str:
   """Returns what an error says of the names that could have been meant."""
-  known = sorted(known)
+  known = list(known)
   written = str(name).lower().replace("-", "_")
   if close := difflib.get_close_matches(written, known, cutoff=0.5):
     return f"did you mean {' or '.join(map(repr, close))}?"
