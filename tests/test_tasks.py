@@ -205,7 +205,7 @@ def test_bfloat16_agrees_with_float32(networks, kind):
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     found.append((np.asarray(logits), jax.flatten_util.ravel_pytree(grads)[0]))
   (logits, grads), (logits_short, grads_short) = found
-  assert np.abs(logits_short - logits).max() < 0.05 * logits.std()
+  assert np.abs(logits_short - logits).max() < 0.1 * logits.std()
   cosine = jnp.vdot(grads, grads_short) / (
     jnp.linalg.norm(grads) * jnp.linalg.norm(grads_short)
   )
