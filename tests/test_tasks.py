@@ -118,8 +118,10 @@ def _task(networks, mode, **changes):
   )
 
 
-@pytest.mark.parametrize("seen", ["degraded", "restored"])
-@pytest.mark.parametrize("mode", TRAINED)
+@pytest.mark.parametrize(
+  ("mode", "seen"),
+  [*((mode, "degraded") for mode in TRAINED), ("end_to_end", "restored")],
+)
 def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
   """Two steps of the real step function, and what a checkpoint of them holds."""
   task = _task(networks, mode, estimator_input=seen)
