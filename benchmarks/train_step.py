@@ -166,17 +166,19 @@ def resident() -> int:
   return 1024 * next(int(line.split()[1]) for line in lines if "VmHWM" in line)
 
 
-def peak_bytes(side: str, run) -> int:
-  """Returns the peak memory in bytes of two steps, in this process."""
+def peak_bytes(side: str, make) -> int:
+  """Returns the peak memory in bytes of making and running two steps, in this process.
+
+  Args:
+    side: "jax" or "torch".
+    make: returns that side's step.
+  """
+  before = resident()
+  step = make()
+  step()
+  step()
   if not side_by_side.has_gpu():
-    before = resident()
-    step = run()
-    step()
-    step()
     return resident() - before
-  step = run()
-  step()
-  step()
   if side == "torch":
     return torch.cuda.max_memory_allocated()
   return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

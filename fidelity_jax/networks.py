@@ -1,6 +1,7 @@
 """From stages to networks: made to be trained, or loaded, folded and frozen."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,11 +67,14 @@ def given_part(config: ConfigDict) -> port.Part | None:
     module = dncnn(config)
     images = jnp.zeros((1, 8, 8, module.channels))
     expected = jax.eval_shape(module.init, jax.random.key(0), images)
+    if config.model.batch_norm:
+      raise errors.UsageError(
+        f"{config.kind}: set model.batch_norm=False with given weights: batch norm is "
+        "folded when they are read."
+      )
     described = {name: getattr(module, name) for name in part.config}
     described["out_channels"] = module.out_channels or module.channels
-    if config.model.batch_norm:
-      described["batch_norm"], part.config["batch_norm"] = True, False
-    _check_fit(config, part, expected, described)
+    _check_shapes(config, part, expected, described)
   return part
 
 
@@ -93,12 +97,20 @@ def check_modules(
   Raises:
     UsageError: if such modules cannot be made, or the weights are of others.
   """
-  expected = _module_shapes(stage, num_classes)
+  above = {s.kind: s.config for s in stage.lineage()}
+  network = classifier(above["classifier"], num_classes)
+  method = pipeline.Method(
+    classifier=network,
+    restorer=dncnn(above["restorer"]),
+    calibration=_calibration(above["calibration"], network),
+    ensemble=_ensemble(stage.config, network),
+  )
+  expected = _module_shapes(stage, method)
   if given is not None:
-    _check_fit(stage.config, given, expected, stage.config.model.to_dict())
+    _check_shapes(stage.config, given, expected, stage.config.model.to_dict())
 
 
-def _check_fit(
+def _check_shapes(
   config: ConfigDict, part: port.Part, expected: PyTree, described: dict[str, Any]
 ) -> None:
   """Raises UsageError unless weights have the shapes that a config's network has.
@@ -193,7 +205,7 @@ def untrained_method(stage: stages.Stage, num_classes: int) -> Assembly:
 def trained_method(stage: stages.Stage, num_classes: int) -> Assembly:
   """Returns the method as a finished stage left it, everything frozen."""
   method = _assemble(stage, num_classes)
-  like = {stage.kind: _module_shapes(stage, num_classes)} | method.initial
+  like = {stage.kind: _module_shapes(stage, method.pipeline)} | method.initial
   like = {name: variables["params"] for name, variables in like.items()}
   params = stage.load({"params": like})["params"]
   dtype = compute_dtype(stage.config.precision)
@@ -243,18 +255,10 @@ def _ensemble(config: ConfigDict, classifier: models.Classifier) -> models.Ensem
   return models.Ensemble(classifier.feature_size, config.model.ratio, dtype)
 
 
-def _module_shapes(stage: stages.Stage, num_classes: int) -> PyTree:
+def _module_shapes(stage: stages.Stage, method: pipeline.Method) -> PyTree:
   """Returns the shapes of the variables of a stage's calibration or ensemble."""
-  last = {s.kind: s for s in stage.lineage()}
-  network = classifier(last["classifier"].config, num_classes)
-  method = pipeline.Method(
-    classifier=network,
-    restorer=dncnn(last["restorer"].config),
-    calibration=_calibration(last["calibration"].config, network),
-    ensemble=_ensemble(stage.config, network),
-  )
-  size = (stage.config.dataset.image_size,) * 2
-  init = lambda key: method.init_calibration(key, size)
-  if stage.kind == "ensemble":
-    init = method.init_ensemble
+  init = method.init_ensemble
+  if stage.kind == "calibration":
+    size = stage.config.dataset.image_size
+    init = functools.partial(method.init_calibration, size=(size, size))
   return jax.eval_shape(init, jax.random.key(0))

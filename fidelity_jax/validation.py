@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fidelity_jax import data, degradations, errors, fidelity, models, resize
+from fidelity_jax.models.calibration import MODULES
 
 _POSITIVE = "a number above 0"
 _COUNT = "a whole number, at least 1"
@@ -43,13 +44,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
   "precision": ("auto", "float32", "bfloat16"),
   "source": ("clean", "degraded", "restored"),
 }
-
-_MODULES = (
-  "spatial_multiplication",
-  "spatial_addition",
-  "channel_multiplication",
-  "channel_concatenation",
-)
 
 
 def check(config: ConfigDict, where: str = "config") -> None:
@@ -98,10 +92,10 @@ def check(config: ConfigDict, where: str = "config") -> None:
 
 def _check_calibration(config: ConfigDict, where: str) -> None:
   """Checks that a calibration trains something, by the map that its estimator gives."""
-  if not any(config.model[name] for name in _MODULES):
+  if not any(config.model[name] for name in MODULES):
     raise errors.UsageError(
       f"{where}.model: every module is switched off, so there is nothing to train: "
-      f"leave one of {', '.join(_MODULES)} on."
+      f"leave one of {', '.join(MODULES)} on."
     )
   source, estimator = config.fidelity.source, config.parents.get("estimator")
   if (source == "oracle") != (estimator is None):

@@ -7,17 +7,11 @@ import time
 import pytest
 from conftest import TOY, overrides
 
+from fidelity_jax.models.calibration import MODULES
+
 DEMO = "--config=configs/oracle.py:demo"
 PRETRAINED = "--config=configs/pretrained.py:demo"
-ALL_OFF = [
-  f"--config.model.{kind}=False"
-  for kind in (
-    "spatial_multiplication",
-    "spatial_addition",
-    "channel_multiplication",
-    "channel_concatenation",
-  )
-]
+ALL_OFF = [f"--config.model.{module}=False" for module in MODULES]
 
 
 def test_it_leaves_what_it_promises(toy_run):

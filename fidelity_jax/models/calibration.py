@@ -23,6 +23,14 @@ from fidelity_jax.resize import check_method, resize1d, resize2d
 
 Map = jax.Array | None
 
+# Switches of the modules that have parameters.
+MODULES = (
+  "spatial_multiplication",
+  "spatial_addition",
+  "channel_multiplication",
+  "channel_concatenation",
+)
+
 
 def _kernel_init() -> nn.initializers.Initializer:
   return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -76,8 +76,8 @@ _GROUP = 4
 def apply_rematerialized(module: DnCNN, params: Any, x: jax.Array) -> jax.Array:
   """Returns `module.apply({"params": params}, x)`, keeping few activations.
 
-  The backward pass computes them again, group by group of layers: about a third more
-  time for about a third of the memory. Gradients are the same but for rounding.
+  The backward pass computes them again, group by group of layers. Gradients are the
+  same but for rounding; docs/speed.md has the price.
 
   Args:
     module: without batch norm.
