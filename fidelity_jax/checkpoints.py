@@ -4,57 +4,93 @@ Each checkpoint is a directory named by its optimizer step with three items:
 
 - `variables`: the parameters (and batch statistics) that the stage trains;
 - `training`: optimizer state and the running sums of the epoch under way;
-- `progress`: JSON: the best step so far and its score.
+- `progress`: JSON, see `Progress`: the best step so far, the records of all epochs, and
+  checksums of all arrays.
 
 Two are kept: the latest, to resume from, and the best, which is the stage's product.
-Orbax writes under a temporary name and renames, so a checkpoint is whole or absent.
+Which is the best is read from the latest one's progress, never from memory alone. Orbax
+writes under a temporary name and renames, so a checkpoint is whole or absent; what is
+read back is compared with the checksums of what was written.
 """
 
+import contextlib
 import pathlib
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import msgspec
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from fidelity_jax import errors
+from fidelity_jax import errors, files
 
 PyTree = Any
 
 
-def _rank(metrics: dict[str, float]) -> tuple[float, float]:
-  # Of equal scores the earliest counts, as in the loop.
-  return metrics["score"], -metrics["step"]
+class Progress(msgspec.Struct, forbid_unknown_fields=True):
+  """What is known of a stage's training at some step.
+
+  Attributes:
+    best_step: the step with the best validation score so far, None before the first.
+    best_score: that score, higher is better.
+    records: what metrics.jsonl holds up to this step.
+    checksums: of every array of the checkpoint, by its path; see `checksums`.
+  """
+
+  best_step: int | None = None
+  best_score: float | None = None
+  records: list[dict[str, int | float]] = []
+  checksums: dict[str, int] = {}
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the latest checkpoint and that of one step."""
+
+  def __init__(self):
+    self.best: int | None = None
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    last = len(checkpoints) - 1
+    return [i == last or c.step == self.best for i, c in enumerate(checkpoints)]
+
+
+def checksums(tree: PyTree) -> dict[str, int]:
+  """Returns the CRC-32 of every array's bytes, by its path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  sums = {}
+  for path, leaf in leaves:
+    array = np.ascontiguousarray(leaf)
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    sums[name] = zlib.crc32(array.reshape(-1).view(np.uint8))
+  return sums
 
 
 class Checkpoints:
   """The checkpoints of one stage directory."""
 
   def __init__(self, directory: pathlib.Path):
+    """Opens the directory, which is made where absent.
+
+    Raises:
+      RunError: if it cannot be made or read.
+    """
     self.directory = pathlib.Path(directory).absolute()
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(1),
-        checkpoint_managers.BestN(
-          n=1, get_metric_fn=_rank, keep_checkpoints_without_metrics=False
+    self._policy = _LatestAndBest()
+    with errors.while_doing(f"opening the checkpoints in {self.directory}"):
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        item_names=("variables", "training", "progress"),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=self._policy, cleanup_tmp_directories=True
         ),
-      ]
-    )
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      item_names=("variables", "training", "progress"),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True
-      ),
-    )
+      )
 
   def save(
-    self,
-    step: int,
-    variables: PyTree,
-    training: PyTree,
-    progress: dict[str, Any],
-    score: float | None,
+    self, step: int, variables: PyTree, training: PyTree, progress: Progress
   ) -> None:
     """Writes the checkpoint of `step` in the background.
 
@@ -62,18 +98,28 @@ class Checkpoints:
       step: optimizer steps done.
       variables: what the stage trains.
       training: optimizer state and running sums.
-      progress: JSON-able facts.
-      score: the validation score at this step, higher is better; None in mid-epoch.
+      progress: what to keep beside them; checksums are added to it.
+
+    Raises:
+      RunError: if it, or an earlier one, could not be written.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        variables=ocp.args.StandardSave(variables),
-        training=ocp.args.StandardSave(training),
-        progress=ocp.args.JsonSave(progress),
-      ),
-      metrics=None if score is None else {"score": score, "step": step},
-    )
+    if not self.directory.is_dir():
+      raise errors.RunError(
+        f"{self.directory} was removed while the run was working in it: run the same "
+        "command again to train that stage anew."
+      )
+    sums = checksums({"variables": variables, "training": training})
+    sealed = files.seal(msgspec.structs.replace(progress, checksums=sums))
+    self._policy.best = progress.best_step
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          variables=ocp.args.StandardSave(variables),
+          training=ocp.args.StandardSave(training),
+          progress=ocp.args.JsonSave(sealed),
+        ),
+      )
 
   def latest(self) -> int | None:
     """Returns the step to resume from, or None."""
@@ -81,8 +127,8 @@ class Checkpoints:
 
   def restore(
     self, step: int, variables: PyTree, training: PyTree
-  ) -> tuple[PyTree, PyTree, dict[str, Any]]:
-    """Reads a checkpoint back.
+  ) -> tuple[PyTree, PyTree, Progress]:
+    """Reads a checkpoint back, to go on from.
 
     Args:
       step: the step to read.
@@ -93,26 +139,79 @@ class Checkpoints:
       (variables, training, progress).
 
     Raises:
-      RunError: if the checkpoint is damaged.
+      RunError: if the checkpoint cannot be read, is damaged, or if the best one is
+        gone.
     """
+    path = self.directory / str(step)
+    progress = self._progress(step)
+    best = progress.best_step
+    if best is not None and not (self.directory / str(best)).is_dir():
+      raise errors.RunError(
+        f"the best checkpoint {self.directory / str(best)} is missing: "
+        f"{_again(self.directory)}"
+      )
     abstract = lambda tree: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-    try:
+    with _reading(path):
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
           variables=ocp.args.StandardRestore(abstract(variables)),
           training=ocp.args.StandardRestore(abstract(training)),
-          progress=ocp.args.JsonRestore(),
         ),
       )
-    except Exception as error:  # Orbax and TensorStore raise many kinds.
-      raise damaged(self.directory / str(step), error) from error
-    return restored.variables, restored.training, restored.progress
+    found = {"variables": restored.variables, "training": restored.training}
+    _compare(path, progress, found)
+    self._policy.best = best
+    return restored.variables, restored.training, progress
+
+  def check_product(self, step: int, like: PyTree) -> None:
+    """Reads the variables of a step back, as the stage's product.
+
+    Args:
+      step: the step.
+      like: arrays or shapes of the same structure.
+
+    Raises:
+      RunError: if they are not there, not what was saved, or not finite.
+    """
+    path = self.directory / str(step)
+    variables = load_variables(variables_directory(self.directory, step), like)
+    _compare(path, self._progress(step), {"variables": variables})
+    for name, leaf in jax.tree_util.tree_leaves_with_path(variables):
+      if not np.isfinite(np.asarray(leaf)).all():
+        raise errors.RunError(
+          f"{path} holds numbers that are not finite, in "
+          f"{jax.tree_util.keystr(name, simple=True, separator='/')}: lower the "
+          "learning rate, or look at the weights that the stage starts from; then "
+          f"{_again(self.directory)}"
+        )
+
+  def _progress(self, step: int) -> Progress:
+    path = self.directory / str(step)
+    with _reading(path):
+      args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+      value = self._manager.restore(step, args=args).progress
+    return files.unseal(value, Progress, path / "progress", _again(self.directory))
+
+  def wait(self) -> None:
+    """Waits for writes under way.
+
+    Raises:
+      RunError: if one could not be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
 
   def close(self) -> None:
-    """Waits for writes under way and releases the directory."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for writes under way and releases the directory; raises as `wait`."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _writing(self):
+    return errors.while_doing(f"writing a checkpoint to {self.directory}")
 
 
 def variables_directory(checkpoints: pathlib.Path, step: int) -> pathlib.Path:
@@ -128,21 +227,40 @@ def load_variables(directory: pathlib.Path, like: PyTree) -> PyTree:
     like: arrays or shapes of the same structure.
 
   Raises:
-    RunError: if the checkpoint is damaged or of another structure.
+    RunError: if the checkpoint cannot be read, is damaged, or of another structure.
   """
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(directory.absolute(), abstract)
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  """Tells what keeps a checkpoint from being read from what is wrong with it."""
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(directory.absolute(), abstract)
+    yield
+  except (errors.UsageError, errors.RunError):
+    raise
   except Exception as error:  # Orbax and TensorStore raise many kinds.
-    raise damaged(directory, error) from error
+    if reason := errors.circumstance(error) or files.unreadable(path):
+      raise errors.RunError(f"reading checkpoint {path} failed: {reason}.") from error
+    kind, text = type(error).__name__, " ".join(str(error).split())[:200]
+    raise errors.RunError(
+      f"checkpoint {path} is damaged ({kind}: {text}): {_again(path)}"
+    ) from error
 
 
-def damaged(path: pathlib.Path, error: Exception) -> errors.RunError:
-  """Returns the error that names a damaged checkpoint."""
-  reason = " ".join(str(error).split())[:200]
-  stage = next((p for p in path.parents if p.name == "checkpoints"), path).parent
-  return errors.RunError(
-    f"checkpoint {path} is damaged ({type(error).__name__}: {reason}): delete the "
-    f"directory {stage} to train that stage again."
-  )
+def _again(path: pathlib.Path) -> str:
+  """Returns the advice to train the stage of a path below "checkpoints" again."""
+  places = [path, *path.parents]
+  stage = next((p for p in places if p.name == "checkpoints"), path).parent
+  return f"delete the directory {stage} to train that stage again."
+
+
+def _compare(path: pathlib.Path, progress: Progress, found: PyTree) -> None:
+  """Raises RunError unless arrays are those that were saved with `progress`."""
+  for name, checksum in checksums(found).items():
+    if progress.checksums.get(name) != checksum:
+      raise errors.RunError(
+        f"checkpoint {path} is damaged: {name} is not what was written: {_again(path)}"
+      )

@@ -121,10 +121,10 @@ def _unavailable(
   checksum: str,
   alternative: str,
   error: Exception,
-) -> errors.RunError:
+) -> errors.Missing:
   reason = getattr(error, "reason", None) or error
   algorithm, _, digits = checksum.partition(":")
-  return errors.RunError(
+  return errors.Missing(
     f"cannot download {url} ({reason}): get the file on another machine, check that "
     f"its {_NAMES[algorithm]} starts {digits}, and put it into {folder}{alternative}"
   )

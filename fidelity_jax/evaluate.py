@@ -10,17 +10,20 @@ import functools
 import hashlib
 import io
 import json
+import pathlib
 import statistics
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
   data,
   degradations,
+  errors,
   fidelity,
   files,
   networks,
@@ -44,18 +47,45 @@ class Compared(NamedTuple):
   ensemble: bool | None
 
 
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+  """What was measured of one method under one condition.
+
+  Attributes:
+    method: see `Compared`.
+    restoration: likewise.
+    ensemble: likewise.
+    condition: the condition's name.
+    accuracy: mean over rounds, percent.
+    std: standard deviation over rounds, percent.
+    rounds: how many.
+  """
+
+  method: str
+  restoration: bool
+  ensemble: bool | None
+  condition: str
+  accuracy: float
+  std: float
+  rounds: int
+
+
+class _Measured(msgspec.Struct, forbid_unknown_fields=True):
+  """What the file of a condition holds."""
+
+  rows: list[Row]
+
+
 @dataclasses.dataclass(frozen=True)
 class Results:
   """What an evaluation measured.
 
   Attributes:
-    rows: one dictionary a method and condition: "method", "restoration", "ensemble",
-      "condition", "accuracy" (percent), "std" (percent, over rounds), "rounds".
+    rows: one for each method and condition.
     examples: arrays for the picture of examples; see `_examples`.
     class_names: names of the classes.
   """
 
-  rows: list[dict[str, Any]]
+  rows: list[Row]
   examples: dict[str, np.ndarray]
   class_names: list[str]
 
@@ -106,22 +136,28 @@ class Evaluation:
     """Prepares to evaluate.
 
     Args:
-      stage: the finished calibration or ensemble stage.
+      stage: the calibration or ensemble stage, which need not be finished yet.
       config: the experiment's config.
       datasets: gives splits; see `experiment.Datasets`.
+
+    Raises:
+      UsageError: if there is nothing to test on.
     """
     self.config, self.stage = config, stage
     self.dataset = datasets.load(config.dataset, "test")
-    material = [
-      stage.digest,
-      self.dataset.fingerprint,
-      stages.as_json(config.evaluation),
-    ]
-    digest = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
-    self.directory = stage.directory.parent / f"evaluation-{stage.name}-{digest[:8]}"
     self.conditions = degradations.conditions(config.degradation)
     self.mesh = sharding.make_mesh(config.evaluation.batch_size)
     self.sharding = sharding.batch(self.mesh)
+
+  @functools.cached_property
+  def directory(self) -> pathlib.Path:
+    """Where what is measured is kept, named by all that it depends on."""
+    lineage = [[s.digest, s.finished().files] for s in self.stage.lineage()]
+    evaluation = stages.as_json(self.config.evaluation)
+    material = [lineage, self.dataset.fingerprint, evaluation]
+    digest = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+    name = f"evaluation-{self.stage.name}-{digest[:8]}"
+    return self.stage.directory.parent / name
 
   @functools.cached_property
   def _network(self) -> tuple[pipeline.Method, PyTree]:
@@ -169,31 +205,48 @@ class Evaluation:
     """Evaluates every condition that is not evaluated yet.
 
     Raises:
+      RunError: if what was kept is damaged, or cannot be written.
       Stopped: on SIGTERM or SIGINT, between rounds.
     """
-    self.directory.mkdir(exist_ok=True)
+    files.check_directory(self.directory)
+    with errors.while_doing(f"making the directory {self.directory}"):
+      self.directory.mkdir(exist_ok=True)
     wanted = self.config.evaluation.rounds
     rounds = {c.name: c.rounds_needed(wanted) for c in self.conditions}
     paths = {c.name: self.directory / f"{c.name}.json" for c in self.conditions}
+    for path in paths.values():
+      files.check_file(path)
     todo = [c for c in self.conditions if not paths[c.name].exists()]
+    rows = {c: self._read(paths[c], c, rounds[c]) for c in paths if paths[c].exists()}
     bar = progress.Progress(
       "evaluation", sum(rounds[c.name] for c in todo), unit="round"
     )
     done = 0
     for condition in todo:
-      measured = []
-      for round_ in range(rounds[condition.name]):
-        signals.stop_if_received(f"evaluating {condition.name}")
+      name, measured = condition.name, []
+      for round_ in range(rounds[name]):
+        signals.stop_if_received(
+          f"evaluating {name}", "what was measured before this condition is saved"
+        )
         measured.append(self._round(condition, round_))
         done += 1
         if bar.due():
-          bar.update(done, condition=condition.name)
-      files.write_json(paths[condition.name], _rows(condition.name, measured))
+          bar.update(done, condition=name)
+      rows[name] = _rows(name, measured)
+      files.write_record(paths[name], _Measured(rows[name]))
     if todo:
       bar.update(done)
     bar.close()
-    rows = [row for path in paths.values() for row in files.read_json(path)]
-    return Results(rows, self._examples(), list(self.dataset.class_names))
+    ordered = [row for condition in paths for row in rows[condition]]
+    return Results(ordered, self._examples(), list(self.dataset.class_names))
+
+  def _read(self, path: pathlib.Path, condition: str, rounds: int) -> list[Row]:
+    """Returns what was measured of a condition before."""
+    again = f"delete the directory {self.directory} to evaluate again."
+    rows = files.read_record(path, _Measured, again).rows
+    if not rows or any((r.condition, r.rounds) != (condition, rounds) for r in rows):
+      raise errors.RunError(f"{path} is of another condition: {again}")
+    return rows
 
   def _examples(self) -> dict[str, np.ndarray]:
     """Returns arrays for the picture of examples, computed once and kept.
@@ -203,10 +256,24 @@ class Evaluation:
     "prediction/METHOD/RESTORATION/ENSEMBLE".
     """
     path = self.directory / "examples.npz"
+    files.check_file(path)
     if not path.exists():
       files.write_bytes(path, _npz(self._compute_examples()))
-    with np.load(path) as arrays:
-      return dict(arrays)
+    try:
+      # The zip form has checksums, which NumPy compares.
+      with errors.while_doing(f"reading {path}"), np.load(path) as arrays:
+        examples = dict(arrays)
+      count = len(examples["condition"])
+      names = ("clean", "degraded", "restored", "map", "label")
+      if any(len(examples[name]) != count for name in names):
+        raise ValueError("its arrays do not fit each other")
+    except errors.RunError:
+      raise
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds.
+      raise errors.RunError(
+        f"{path} is damaged ({error}): delete it to compute it again."
+      ) from error
+    return examples
 
   def _compute_examples(self) -> dict[str, np.ndarray]:
     # What a picture can show: a middling and the strongest level, and the 2D variation.
@@ -250,20 +317,11 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
   return buffer.getvalue()
 
 
-def _rows(condition: str, measured: list[dict[Compared, float]]) -> list[dict]:
+def _rows(condition: str, measured: list[dict[Compared, float]]) -> list[Row]:
   rows = []
   for name in measured[0]:
     accuracies = [accuracy[name] for accuracy in measured]
-    row = name._asdict() | {
-      "condition": condition,
-      "accuracy": statistics.fmean(accuracies),
-      "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-      "rounds": len(accuracies),
-    }
-    rows.append(row)
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    mean = statistics.fmean(accuracies)
+    rows.append(Row(*name, condition, mean, std, len(accuracies)))
   return rows
-
-
-def evaluate(stage: stages.Stage, config: ConfigDict, datasets: Any) -> Results:
-  """Evaluates a finished experiment; see `Evaluation`."""
-  return Evaluation(stage, config, datasets).run()

@@ -1,6 +1,8 @@
 """An experiment: find or train each stage, evaluate, report."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -16,6 +18,7 @@ from fidelity_jax import (
   report,
   signals,
   stages,
+  streams,
   tasks,
   train,
   validation,
@@ -37,21 +40,41 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   config = config.copy_and_resolve_references()
   validation.check(config)
-  directory = pathlib.Path(workdir)
-  with files.locked(directory):
+  directory = files.expand(workdir)
+  with files.locked(directory), _staying(directory):
+    streams.log_to(directory / "log.txt")
     final = stages.resolve(config, directory)
-    if config.get("ensemble") and config.ensemble.enabled:
+    if "ensemble" in config and config.ensemble.enabled:
       final = stages.resolve(_ensemble_config(config), directory)
     datasets = Datasets()
     plan = list(final.lineage())
     _check(plan, datasets)
+    evaluation = None
+    if "evaluation" in config:
+      evaluation = evaluate.Evaluation(final, config, datasets)
+      report.check(directory)
+    signals.work_begins()
     for number, stage in enumerate(plan, 1):
       signals.stop_if_received(f"before {stage.name}")
       complete(stage, datasets, f"[{number}/{len(plan)}] ")
-    if "evaluation" in config:
-      results = evaluate.evaluate(final, config, datasets)
+    if evaluation:
+      results = evaluation.run()
       report.write(directory, config, results, [_describe(stage) for stage in plan])
       progress.say(f"wrote {directory / 'report.md'}, results.json and pictures.")
+
+
+@contextlib.contextmanager
+def _staying(directory: pathlib.Path) -> Iterator[None]:
+  """Says so if a failure comes of the workdir's having been removed."""
+  try:
+    yield
+  except Exception as error:
+    if not (directory / ".lock").exists():
+      raise errors.RunError(
+        f"workdir {directory} was removed while the run was working in it: run the "
+        "same command again to begin anew."
+      ) from error
+    raise
 
 
 def _ensemble_config(config: ConfigDict) -> ConfigDict:
@@ -69,7 +92,7 @@ def _ensemble_config(config: ConfigDict) -> ConfigDict:
 
 def _describe(stage: stages.Stage) -> str:
   record = stage.finished()
-  return f"`{stage.name}`: validation {record['metric']} {record['score']:.4g}"
+  return f"`{stage.name}`: validation {record.metric} {record.score:.4g}"
 
 
 class Datasets:
@@ -93,24 +116,29 @@ class Datasets:
 
 def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
   """Fails now on what would fail after hours: data or weights that are missing or do
-  not fit, batch sizes.
+  not fit, batch sizes, stages in the workdir that were made of something else.
 
   Raises:
     UsageError: if something does not fit.
     RunError: names everything that is missing.
   """
   missing = {}
-  for stage in plan:
-    given = None
-    if not stage.finished():
-      try:
-        given = networks.given_part(stage.config)
-      except errors.RunError as error:
-        missing[str(error)] = None
+
+  @contextlib.contextmanager
+  def noting():
     try:
-      _check_fit(stage, given, datasets)
-    except errors.RunError as error:
+      yield
+    except errors.Missing as error:
       missing[str(error)] = None
+
+  for stage in plan:
+    record = given = None
+    with noting():
+      record = stage.check(datasets.fingerprint(stage.config.dataset))
+    with noting():
+      given = None if record else networks.given_part(stage.config)
+    with noting():
+      _check_fit(stage, given, datasets)
   if missing:
     raise errors.RunError(
       f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
@@ -136,14 +164,16 @@ def _check_fit(
       f"{stage.kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."
     )
+  if (len(dataset) // images) * config.epochs >= 2**31:
+    raise errors.UsageError(f"{stage.kind}: more than 2^31 steps: lower epochs.")
   if stage.kind == "classifier" and given and not config.model.new_head:
     data.check_num_classes(dataset, networks.num_classes(given.variables))
   for parent in stage.lineage():
     if parent.kind == "classifier" and parent is not stage:
       trained_on = datasets.load(parent.config.dataset, "train")
       data.check_num_classes(dataset, trained_on.num_classes)
-  if stage.kind in ("calibration", "ensemble") and not stage.finished():
-    networks.check_modules(stage, dataset.num_classes, given)
+  if not stage.finished():
+    networks.check(stage, dataset.num_classes, given)
 
 
 def images_per_step(config: ConfigDict) -> int:
@@ -172,13 +202,10 @@ def patch_count(config: ConfigDict) -> int:
 def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   """Trains a stage whose parents are finished, unless it is finished itself."""
   config = stage.config
-  fingerprint = datasets.fingerprint(config.dataset)
-  if record := stage.finished(fingerprint):
-    progress.say(
-      f"{prefix}{stage.name}: finished ({record['metric']} {record['score']:.4g})"
-    )
+  if record := stage.finished():
+    progress.say(f"{prefix}{stage.name}: finished ({record.metric} {record.score:.4g})")
     return
-  stage.begin()
+  stage.begin(datasets.fingerprint(config.dataset))
   train_data = datasets.load(config.dataset, "train")
   task = make_task(stage, train_data.num_classes)
   trainer = train.Trainer(
@@ -205,7 +232,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     directory=stage.directory,
   )
   result = trainer.run()
-  stage.finish(result.step, task.score, result.score, fingerprint)
+  stage.finish(result.step, task.score, result.score)
 
 
 def make_task(stage: stages.Stage, num_classes: int) -> tasks.Task:

@@ -1,15 +1,39 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and checked when they are read back."""
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from fidelity_jax import errors
+
+T = TypeVar("T")
+
+_SEAL = "sha256"
+
+
+def expand(path: str | pathlib.Path) -> pathlib.Path:
+  """Returns a path with "~" and "~user" replaced.
+
+  Raises:
+    UsageError: there is no such user, or it cannot be a path.
+  """
+  if "\0" in str(path):
+    raise errors.UsageError(f"{str(path)!r} is no path: it has a NUL character in it.")
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    raise errors.UsageError(
+      f"{str(path)!r}: there is no such user: write the path without '~'."
+    ) from error
 
 
 def cache_folder() -> pathlib.Path:
@@ -17,21 +41,45 @@ def cache_folder() -> pathlib.Path:
 
   $FIDELITY_JAX_CACHE, or ~/.cache/fidelity_jax; it need not exist.
   """
-  path = os.environ.get("FIDELITY_JAX_CACHE")
-  return pathlib.Path(path or "~/.cache/fidelity_jax").expanduser()
+  return expand(os.environ.get("FIDELITY_JAX_CACHE") or "~/.cache/fidelity_jax")
+
+
+def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
+  """Returns the content of a regular file.
+
+  Args:
+    path: the file. Anything else, such as a pipe, which could be read for ever, is
+      refused before it is opened.
+    limit: the largest size that makes sense, in bytes.
+
+  Raises:
+    OSError: it cannot be read, is no regular file, or is larger.
+  """
+  status = os.stat(path)
+  if stat.S_ISDIR(status.st_mode):
+    raise IsADirectoryError("a directory, not a file")
+  if not stat.S_ISREG(status.st_mode):
+    raise OSError("not a regular file")
+  if limit is not None and status.st_size > limit:
+    raise OSError(f"{status.st_size} bytes are too many")
+  return pathlib.Path(path).read_bytes()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Writes `content` under a temporary name, then renames it to `path`.
 
   A reader, or a run after a crash, sees the old file or the new one, never a part.
+
+  Raises:
+    RunError: it cannot be written.
   """
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  with errors.while_doing(f"writing {path}"):
+    with open(temporary, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -39,30 +87,170 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file.
+def write_record(path: pathlib.Path, record: msgspec.Struct) -> None:
+  """Writes a record as JSON with a checksum, for `read_record`."""
+  write_json(path, seal(record))
+
+
+def read_record(path: pathlib.Path, kind: type[T], again: str) -> T:
+  """Returns a record that `write_record` wrote.
+
+  Args:
+    path: the file.
+    kind: the record's type.
+    again: what to do if it is damaged, for the message.
+
+  Raises:
+    RunError: if it cannot be read, is damaged, or of another version.
+  """
+  return unseal(read_json(path, again), kind, path, again)
+
+
+def read_json(path: pathlib.Path, again: str) -> Any:
+  """Returns the content of a JSON file that this package wrote.
+
+  Args:
+    path: the file.
+    again: what to do if it is damaged, for the message.
 
   Raises:
     RunError: if it cannot be read or parsed.
   """
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    with errors.while_doing(f"reading {path}"):
+      return json.loads(read_bytes(path))
+  except FileNotFoundError as error:
+    raise errors.RunError(f"{path} is missing: {again}") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
+
+
+def seal(record: msgspec.Struct) -> dict[str, Any]:
+  """Returns a record as JSON-able values with a checksum over them."""
+  content = msgspec.to_builtins(record)
+  return content | {_SEAL: _digest(content)}
+
+
+def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
+  """Returns the record that `seal` made `value` of.
+
+  Args:
+    value: as read back.
+    kind: the record's type.
+    where: where it came from, for the message.
+    again: what to do if it is damaged, for the message.
+
+  Raises:
+    RunError: if it is not that record, every bit of it.
+  """
+  if not isinstance(value, dict) or _SEAL not in value:
     raise errors.RunError(
-      f"{path} is damaged ({error}): delete the directory {path.parent} to make it "
-      "again."
+      f"{where} is damaged, or was written by an earlier version of fidelity_jax: "
+      f"{again}"
+    )
+  content = {name: item for name, item in value.items() if name != _SEAL}
+  if value[_SEAL] != _digest(content):
+    raise errors.RunError(
+      f"{where} is damaged (its content is not what its checksum says): {again}"
+    )
+  try:
+    return msgspec.convert(content, kind)
+  except msgspec.ValidationError as error:
+    raise errors.RunError(
+      f"{where} is damaged, or of another version of fidelity_jax ({error}): {again}"
     ) from error
 
 
+def _digest(content: Any) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file, computed once a run while the file stays as it is.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  return _sha256(str(path), version(os.stat(path)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: str, version: str) -> str:
+  del version
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version(status: os.stat_result) -> str:
+  """Returns what changes whenever a file is written, replaced or touched."""
+  return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
+
+
 def digest_tree(directory: pathlib.Path) -> dict[str, str]:
-  """Returns the SHA-256 of every file below `directory`, by relative path."""
+  """Returns the SHA-256 of every file below `directory`, by relative path.
+
+  Raises:
+    RunError: if one cannot be read.
+  """
   digests = {}
-  for path in sorted(directory.rglob("*")):
-    if path.is_file():
-      with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      digests[str(path.relative_to(directory))] = digest
+  with errors.while_doing(f"reading {directory}"):
+    for path in sorted(directory.rglob("*")):
+      if path.is_file():
+        digests[str(path.relative_to(directory))] = sha256(path)
   return digests
+
+
+def unreadable(path: pathlib.Path) -> str | None:
+  """Returns why the files at or below `path` cannot be read, None if they can.
+
+  That they are missing, or hold nonsense, is no reason.
+  """
+  try:
+    for folder, _, names in os.walk(path, onerror=_raise):
+      for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+          file.read(1)
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    return errors.circumstance(error) or str(error)
+  return None
+
+
+def _raise(error: OSError) -> None:
+  raise error
+
+
+def check_directory(directory: pathlib.Path) -> None:
+  """Checks that a path is a directory that can be written, or can be made one.
+
+  Raises:
+    RunError: it is something else, or cannot be read or written.
+  """
+  with errors.while_doing(f"opening the directory {directory}"):
+    if not directory.exists():
+      return
+    if not directory.is_dir():
+      raise errors.RunError(
+        f"{directory} is a file, where a directory belongs: move it away."
+      )
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+      raise errors.RunError(
+        f"{directory} cannot be read and written: change its permissions and run the "
+        "same command again."
+      )
+
+
+def check_file(path: pathlib.Path) -> None:
+  """Checks that a path is a regular file or absent.
+
+  Raises:
+    RunError: it is something else.
+  """
+  if os.path.lexists(path) and not path.is_file():
+    raise errors.RunError(
+      f"{path} is no regular file, where one is to be written: move it away."
+    )
 
 
 @contextlib.contextmanager
@@ -76,6 +264,13 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     RunError: if another process holds it.
   """
   try:
+    str(directory.absolute()).encode()
+  except UnicodeEncodeError as error:
+    raise errors.UsageError(
+      f"workdir {str(directory.absolute())!r} is not UTF-8 (if it is, set "
+      "PYTHONUTF8=1): name another with --workdir."
+    ) from error
+  try:
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / ".lock", "w")
   except OSError as error:
@@ -86,9 +281,14 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
       raise errors.RunError(
         f"another run is working in {str(directory)!r}: wait for it, or name another "
         "directory with --workdir."
+      ) from error
+    except OSError as error:
+      raise errors.RunError(
+        f"workdir {str(directory)!r} cannot be locked ({error.strerror}): name one on "
+        "a disk that can, with --workdir."
       ) from error
     yield

@@ -9,7 +9,6 @@ all kinds in one figure.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from fidelity_jax import degradations
+from fidelity_jax import boundary, degradations, files
 from fidelity_jax.data import images as image_files
 from fidelity_jax.errors import RunError, UsageError
 
@@ -50,7 +49,7 @@ def read_square(path: Path, size: int) -> np.ndarray:
   if not path.is_file():
     raise UsageError(f"{path}: no such file; name image files")
   try:
-    pixels = image_files.decode(path.read_bytes())
+    pixels = image_files.decode(files.read_bytes(path))
   except (image_files.BadImageError, OSError) as error:
     raise RunError(f"{path}: cannot be read as an image: {error}") from error
   image = Image.fromarray(pixels)
@@ -157,7 +156,7 @@ def _unique(names: list[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  parser = argparse.ArgumentParser(
+  parser = boundary.Parser(
     prog="python -m fidelity_jax.gallery",
     description="Draw what each degradation does to images.",
   )
@@ -169,26 +168,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--size", type=int, default=224, help="pixels (default 224)")
   parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
   parser.add_argument("--format", choices=tuple(_ENCODER), default="png")
-  args = parser.parse_args(arguments)
+  return boundary.run(lambda: _draw(parser.parse_args(arguments)))
+
+
+def _draw(args: argparse.Namespace) -> None:
   embedded = Path(skimage.__file__).parent / "data"
-  paths = [Path(path) for path in args.images] or [embedded / f for f in EMBEDDED]
-  try:
-    if not 16 <= args.size <= _LARGEST:
-      raise UsageError(f"--size={args.size}: write a number from 16 to {_LARGEST}")
-    kinds = KINDS
-    if args.kind is not None:
-      # Its message names near kinds.
-      step = degradations.from_config(args.kind).steps[0]
-      if step.kind not in KINDS:
-        raise UsageError(f"--kind={args.kind}: shows nothing; choose another")
-      kinds = (step.kind,)
-    for path in make(paths, Path(args.out), kinds, args.size, args.seed, args.format):
-      print(path)
-  except (UsageError, RunError) as error:
-    print(f"fidelity_jax: {error}", file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
-  return 0
+  paths = [files.expand(path) for path in args.images]
+  paths = paths or [embedded / name for name in EMBEDDED]
+  if not 16 <= args.size <= _LARGEST:
+    raise UsageError(f"--size={args.size}: write a number from 16 to {_LARGEST}")
+  if not 0 <= args.seed < 2**32:
+    raise UsageError(f"--seed={args.seed}: write a number from 0 to 2^32 - 1")
+  kinds = KINDS
+  if args.kind is not None:
+    # Its message names near kinds.
+    step = degradations.from_config(args.kind).steps[0]
+    if step.kind not in KINDS:
+      raise UsageError(f"--kind={args.kind}: shows nothing; choose another")
+    kinds = (step.kind,)
+  out = files.expand(args.out)
+  for path in make(paths, out, kinds, args.size, args.seed, args.format):
+    print(path)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  boundary.start()
+  boundary.leave(main())

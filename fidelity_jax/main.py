@@ -3,79 +3,176 @@ r"""Runs an experiment.
   python -m fidelity_jax.main --config=configs/oracle.py:demo --workdir=DIR \
     [--config.any.field=value ...]
 
-Exit status: 0 if all is done, 1 if something failed, 2 if the command or a config is
-wrong, 143 after SIGTERM and 130 after SIGINT (everything is saved; the same command
-resumes).
+--config=FILE[:VARIANT]: an experiment's config. Any field of it can be set, in parents
+too (--config.parents.restorer.epochs=3); None unsets a field that may be unset.
+--workdir=DIR: for stages, results and pictures; made where absent.
+
+Exit status: 0 if all is done, 1 if something failed, 2 if the command, a config or an
+input is wrong, 143 after SIGTERM and 130 after SIGINT (the same command resumes).
 """
 
 import os
+import re
 import sys
+import traceback
+from typing import TYPE_CHECKING
 
-from absl import app, flags
-from ml_collections import config_flags
+from fidelity_jax import boundary, errors
 
-from fidelity_jax import errors
-
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Path of an experiment's config, such as configs/oracle.py:demo."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory for stages, results and pictures; made where absent."
-)
+# Libraries are imported where they are needed: usage errors and signals should not wait
+# for them.
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
 
 
-def _fail(status: int, message: object) -> None:
-  print(f"fidelity_jax: {' '.join(str(message).split())}", file=sys.stderr)
-  # Worker threads of JAX, Orbax and Grain must not hold up or spoil the exit.
-  sys.stderr.flush()
-  sys.stdout.flush()
-  os._exit(status)
+def main(arguments: list[str]) -> int:
+  """Runs the experiment that a command line names; returns the exit status.
+
+  Args:
+    arguments: as in `sys.argv`.
+  """
+  return boundary.run(lambda: _run(arguments))
 
 
-def _parse(arguments: list[str]) -> list[str]:
-  """Parses flags; what a user can get wrong ends in one line and status 2."""
-  try:
-    rest = flags.FLAGS(arguments)
-    if len(rest) > 1:
-      raise errors.UsageError(f"unexpected argument {rest[1]!r}.")
-    for flag in ("config", "workdir"):
-      if flags.FLAGS[flag].value is None:
-        raise errors.UsageError(
-          f"--{flag} is missing: python -m fidelity_jax.main "
-          "--config=configs/oracle.py:demo --workdir=DIR"
-        )
-    # A config file that cannot be loaded shows at its first use.
-    flags.FLAGS["config"].value.lock()
-  except OSError as error:
-    flag = next((a for a in arguments if a.startswith("--config=")), "--config=")
-    path = flag.removeprefix("--config=").partition(":")[0]
-    missing = f"config file {path!r} does not exist."
-    _fail(2, error if os.path.exists(path) else missing)
-  # ml_collections raises these for unknown fields and values of a wrong type.
-  except (flags.Error, errors.UsageError, KeyError, TypeError, ValueError) as error:
-    _fail(2, error)
-  except AttributeError as error:
-    _fail(2, f"the config has no such field: {error}")
-  return rest
-
-
-def main(arguments: list[str]) -> None:
-  """Runs the experiment that the flags name."""
-  del arguments
-  # JAX and the libraries behind it take seconds: usage errors should not wait for them.
-  from fidelity_jax import experiment, platform, signals
+def _run(arguments: list[str]) -> None:
+  if {"--help", "-help", "-h"} & set(arguments):
+    print(__doc__)
+    return
+  config, workdir = parse(arguments)
+  from fidelity_jax import experiment, platform
 
   platform.set_up()
-  signals.install()
+  experiment.run(config, workdir)
+
+
+def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
+  """Returns the config, with all fields set, and the workdir of a command line.
+
+  Args:
+    arguments: as in `sys.argv`.
+
+  Raises:
+    UsageError: something in it is wrong.
+  """
+  from absl import flags
+  from ml_collections import ConfigDict, config_flags
+
+  arguments, unset = _split_unset(arguments)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "experiment's config", flag_values=values, sys_argv=arguments
+  )
+  flags.DEFINE_string("workdir", None, "directory to work in", flag_values=values)
+  file = _config_file(arguments)
   try:
-    experiment.run(_CONFIG.value, _WORKDIR.value)
-  except errors.UsageError as error:
-    _fail(2, error)
-  except errors.RunError as error:
-    _fail(1, error)
-  except signals.Stopped as stop:
-    _fail(128 + stop.number, stop)
+    rest = values(arguments)
+    config = values["config"].value
+  except errors.UsageError:
+    raise
+  except flags.Error as error:
+    text = re.sub(r"invalid literal for int.*", "must be a whole number", str(error))
+    text = re.sub(r"could not convert string to float.*", "must be a number", text)
+    raise errors.UsageError(text) from error
+  except Exception as error:  # Configs are programs: anything can come out of them.
+    raise errors.UsageError(_explain(error, file)) from error
+  if len(rest) > 1:
+    raise errors.UsageError(f"unexpected argument {rest[1]!r}.")
+  for name in ("config", "workdir"):
+    if not values[name].value:
+      raise errors.UsageError(
+        f"--{name} is missing: python -m fidelity_jax.main "
+        "--config=configs/oracle.py:demo --workdir=DIR"
+      )
+  if not isinstance(config, ConfigDict):
+    raise errors.UsageError(
+      f"config file {file}: get_config() returned {type(config).__name__}, not a "
+      "ConfigDict."
+    )
+  for path in unset:
+    _unset(config, path)
+  return config, values["workdir"].value
+
+
+def _config_file(arguments: list[str]) -> str:
+  """Returns the path of the config file that a command line names, "" if none.
+
+  Raises:
+    UsageError: there is no such file.
+  """
+  value = ""
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    if argument in ("--config", "-config"):
+      value = following
+    elif match := re.match("--?config=(.*)", argument, re.DOTALL):
+      value = match[1]
+  path = value.partition(":")[0]
+  if not path:
+    return ""
+  if "\0" in path or not os.path.exists(path):
+    raise errors.UsageError(f"config file {path!r} does not exist.")
+  if not os.path.isfile(path):
+    raise errors.UsageError(f"config file {path!r} is no regular file.")
+  return path
+
+
+def _split_unset(arguments: list[str]) -> tuple[list[str], list[str]]:
+  """Returns the arguments without settings to None, and the fields set to it.
+
+  ml_collections would take "None" for a text, or refuse it.
+  """
+  kept, unset, waiting = [], {}, list(arguments)
+  while waiting:
+    argument = waiting.pop(0)
+    match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+    if match is None:
+      kept.append(argument)
+      continue
+    field, value = match.groups()
+    if value is None and waiting and waiting[0] == "None":
+      value = waiting.pop(0)
+    # Of several settings the last counts.
+    unset.pop(field, None)
+    if value == "None":
+      unset[field] = True
+    else:
+      kept.append(argument)
+  return kept, list(unset)
+
+
+def _unset(config: "ConfigDict", path: str) -> None:
+  """Sets a field of a config to None."""
+  from ml_collections import ConfigDict
+
+  part = config
+  *above, name = path.split(".")
+  for field in above:
+    part = part.get(field) if isinstance(part, ConfigDict) else None
+  if not isinstance(part, ConfigDict) or name not in part:
+    known = part if isinstance(part, ConfigDict) else config
+    raise errors.UsageError(
+      f"the config has no field {path!r}; {errors.near(name, known)}"
+    )
+  if isinstance(part[name], ConfigDict):
+    raise errors.UsageError(f"config.{path} = None: it has fields; set those.")
+  part[name] = None
+
+
+def _explain(error: Exception, file: str) -> str:
+  """Returns what a config file, or the setting of a field, failed with."""
+  if isinstance(error, SyntaxError) and error.filename == file:
+    return f"config file {file}, line {error.lineno}: {error.msg}."
+  # ml_collections wraps some errors into texts with a traceback.
+  text = "".join(traceback.format_exception(error))
+  lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', text) if file else []
+  last = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+  if lines:
+    name = "" if "Error: " in last else f"{type(error).__name__}: "
+    return f"config file {file}, line {lines[-1]}: {name}{last}"
+  if isinstance(error, KeyError | AttributeError) and "get_config" not in last:
+    return f"the config has no such field: {error.args[0] if error.args else error}"
+  return f"config file {file}: {last}" if "get_config" in last else last
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse)
+  boundary.start()
+  boundary.leave(main(sys.argv))

@@ -1,13 +1,15 @@
 """Where a stage's numbers go: metrics.jsonl and TensorBoard events."""
 
+import contextlib
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tensorboardX
 from clu import metrics as clu_metrics
+
+from fidelity_jax import errors, files
 
 Averages = dict[str, clu_metrics.Average]
 
@@ -44,43 +46,37 @@ def compute(a: Averages, prefix: str = "") -> dict[str, float]:
 class MetricWriter:
   """Appends one record per epoch to metrics.jsonl and to TensorBoard events."""
 
-  def __init__(self, directory: pathlib.Path, resume_step: int = 0):
-    """Opens the files, dropping records beyond `resume_step`.
+  def __init__(self, directory: pathlib.Path, records: list[dict[str, float]]):
+    """Opens the files.
 
-    Those records are of steps after the checkpoint that the run resumes from; they
-    will be computed, and written, again.
+    Args:
+      directory: the stage's.
+      records: those up to the checkpoint that the run resumes from. What the file holds
+        is replaced by them: whatever comes after will be computed, and written, again.
     """
-    self._path = directory / "metrics.jsonl"
-    kept = [r for r in read(self._path) if r["step"] <= resume_step]
-    temporary = self._path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(self._path)
-    self._file = open(self._path, "a")
-    self._events = tensorboardX.SummaryWriter(
-      str(directory), purge_step=resume_step + 1 if resume_step else None
-    )
+    path = directory / "metrics.jsonl"
+    files.check_file(path)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    files.write_bytes(path, lines.encode())
+    with errors.while_doing(f"opening {path}"):
+      self._file = open(path, "a", encoding="utf-8")
+      self._events = tensorboardX.SummaryWriter(
+        str(directory), purge_step=records[-1]["step"] + 1 if records else None
+      )
 
-  def write(self, step: int, record: dict[str, Any]) -> None:
-    """Writes the record of `step`; numbers go to TensorBoard too."""
-    self._file.write(json.dumps({"step": step, **record}) + "\n")
-    self._file.flush()
-    for name, value in record.items():
-      self._events.add_scalar(name, value, step)
+  def write(self, record: dict[str, float]) -> None:
+    """Writes the record of an epoch; numbers go to TensorBoard too."""
+    with errors.while_doing(f"writing {self._file.name}"):
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
+      for name, value in record.items():
+        if name != "step":
+          self._events.add_scalar(name, value, record["step"])
 
   def close(self) -> None:
     """Closes the files."""
-    self._file.close()
-    self._events.close()
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a metrics.jsonl, without a half-written last line."""
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text().splitlines():
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      break
-  return records
+    # What was written is flushed; on a full disk closing fails once more.
+    with contextlib.suppress(OSError):
+      self._file.close()
+    with contextlib.suppress(OSError):
+      self._events.close()

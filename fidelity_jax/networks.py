@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fidelity_jax import errors, fidelity, models, pipeline, port, stages
+from fidelity_jax import errors, fidelity, models, pipeline, platform, port, stages
 
 PyTree = Any
 
@@ -63,9 +64,14 @@ def given_part(config: ConfigDict) -> port.Part | None:
       )
     source = f"torchvision/{config.model.name}"
   part = port.load_part(source, config.kind)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(part.variables):
+    if not np.isfinite(leaf).all():
+      raise errors.UsageError(
+        f"{config.kind}: {source} holds numbers that are not finite, in "
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: get the file again."
+      )
   if config.kind in ("restorer", "estimator"):
-    module = dncnn(config)
-    images = jnp.zeros((1, 8, 8, module.channels))
+    module, images = _network_and_input(config, 0)
     expected = jax.eval_shape(module.init, jax.random.key(0), images)
     if config.model.batch_norm:
       raise errors.UsageError(
@@ -84,10 +90,8 @@ def initial_weights(config: ConfigDict) -> PyTree | None:
   return None if part is None else part.variables
 
 
-def check_modules(
-  stage: stages.Stage, num_classes: int, given: port.Part | None
-) -> None:
-  """Checks what a calibration or ensemble stage is to train.
+def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> None:
+  """Checks what a stage is to train, without computing anything.
 
   Args:
     stage: the stage.
@@ -95,19 +99,62 @@ def check_modules(
     given: weights to start from, if any.
 
   Raises:
-    UsageError: if such modules cannot be made, or the weights are of others.
+    UsageError: if such a network cannot be made or does not fit the memory, or the
+      weights are of another.
   """
-  above = {s.kind: s.config for s in stage.lineage()}
-  network = classifier(above["classifier"], num_classes)
-  method = pipeline.Method(
-    classifier=network,
-    restorer=dncnn(above["restorer"]),
-    calibration=_calibration(above["calibration"], network),
-    ensemble=_ensemble(stage.config, network),
-  )
-  expected = _module_shapes(stage, method)
-  if given is not None:
-    _check_shapes(stage.config, given, expected, stage.config.model.to_dict())
+  config = stage.config
+  try:
+    if stage.kind in ("calibration", "ensemble"):
+      above = {s.kind: s.config for s in stage.lineage()}
+      network = classifier(above["classifier"], num_classes)
+      method = pipeline.Method(
+        classifier=network,
+        restorer=dncnn(above["restorer"]),
+        calibration=_calibration(above["calibration"], network),
+        ensemble=_ensemble(config, network),
+      )
+      expected = _module_shapes(stage, method)
+    else:
+      module, images = _network_and_input(config, num_classes)
+      expected = jax.eval_shape(module.init, jax.random.key(0), images)
+  except (TypeError, ValueError, ZeroDivisionError) as error:
+    raise errors.UsageError(
+      f"{stage.kind}: no such network can be made for images of "
+      f"{config.dataset.image_size} pixels ({' '.join(str(error).split())[:200]})."
+    ) from error
+  _check_memory(config.kind, expected)
+  if given is None:
+    return
+  if stage.kind == "classifier":
+    models.transfer(expected, given.variables, config.model.new_head)
+  elif stage.kind in ("calibration", "ensemble"):
+    _check_shapes(config, given, expected, config.model.to_dict())
+
+
+def _check_memory(kind: str, shapes: PyTree) -> None:
+  """Raises UsageError if training a network cannot fit the memory.
+
+  A parameter, its gradient and its momentum are the least that there has to be.
+  """
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  needed, there = 12 * count, platform.memory()
+  if needed > there:
+    raise errors.UsageError(
+      f"{kind}: its {count:,} parameters need at least {needed / 2**30:.3g} GiB to "
+      f"train, more than the {there / 2**30:.3g} GiB of this machine: make the network "
+      "smaller (model.width, model.ratio)."
+    )
+
+
+def _network_and_input(
+  config: ConfigDict, num_classes: int
+) -> tuple[nn.Module, jax.Array]:
+  """Returns the network of a classifier, restorer or estimator, and an input for it."""
+  if config.kind == "classifier":
+    size = config.dataset.image_size
+    return classifier(config, num_classes), jnp.zeros((1, size, size, 3))
+  module = dncnn(config)
+  return module, jnp.zeros((1, 8, 8, module.channels))
 
 
 def _check_shapes(
@@ -167,13 +214,7 @@ def load_frozen(
     num_classes: of the classifier.
     dtype: of the variables; by default the stage's compute dtype.
   """
-  if stage.kind == "classifier":
-    module = classifier(stage.config, num_classes)
-    size = stage.config.dataset.image_size
-    images = jnp.zeros((1, size, size, 3))
-  else:
-    module = dncnn(stage.config)
-    images = jnp.zeros((1, 8, 8, module.channels))
+  module, images = _network_and_input(stage.config, num_classes)
   variables = stage.load_module(module, images)
   return freeze(module, variables, dtype or compute_dtype(stage.config.precision))
 

@@ -1,16 +1,42 @@
 """Settings of the platform that JAX runs on."""
 
 import functools
+import os
 import warnings
 
 import jax
 from absl import logging
 
+from fidelity_jax import errors
+
 
 def set_up() -> None:
-  """Quiets libraries, whose messages would drown what the user wants to read."""
+  """Quiets libraries and finds the devices.
+
+  Raises:
+    UsageError: the platform that is asked for is not there.
+  """
   logging.set_verbosity(logging.ERROR)
   warnings.filterwarnings("ignore", module="orbax|tensorstore|flax|grain")
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    reason = str(error).strip().splitlines()[0]
+    raise errors.UsageError(
+      f"JAX finds no device ({reason}): set JAX_PLATFORMS to a platform that this "
+      "machine has, such as cpu, or leave it unset."
+    ) from error
+
+
+def host_memory() -> int:
+  """Returns the memory of this machine, in bytes."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory() -> int:
+  """Returns the memory of a device, in bytes; on a CPU, that of the machine."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit", host_memory())
 
 
 @functools.cache

@@ -1,15 +1,15 @@
 """Long work shows itself: a live line on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 
 import tqdm
 
+from fidelity_jax import streams
+
 
 def say(message: str) -> None:
   """Prints one line for the user, on standard error."""
-  tqdm.tqdm.write(message, file=sys.stderr)
-  sys.stderr.flush()
+  tqdm.tqdm.write(message, file=streams.user())
 
 
 class Progress:
@@ -26,9 +26,14 @@ class Progress:
     self._start, self._first, self._done = time.monotonic(), done, done
     self._interval, self._last = interval, time.monotonic()
     self._bar = None
-    if sys.stderr.isatty():
+    if streams.user().isatty():
       self._bar = tqdm.tqdm(
-        total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        dynamic_ncols=True,
+        file=streams.user(),
       )
 
   def due(self) -> bool:

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -68,6 +69,12 @@ def paper_accuracies(config: ConfigDict) -> dict[tuple[Compared, str], float]:
   return accuracies
 
 
+def check(directory: pathlib.Path) -> None:
+  """Raises RunError if what `write` writes could not be written there."""
+  for name in ("results.json", "accuracy.png", "examples.png", "report.md"):
+    files.check_file(directory / name)
+
+
 def write(
   directory: pathlib.Path, config: ConfigDict, results: Results, stages: list[str]
 ) -> None:
@@ -76,13 +83,13 @@ def write(
   Args:
     directory: the workdir.
     config: the experiment's config.
-    results: from `evaluate.evaluate`.
+    results: from `evaluate.Evaluation.run`.
     stages: a line for each stage, for the record.
   """
   table = {
     "experiment": config.experiment,
     "dataset": config.dataset.name,
-    "rows": results.rows,
+    "rows": msgspec.to_builtins(results.rows),
   }
   files.write_json(directory / "results.json", table)
   files.write_bytes(directory / "accuracy.png", draw_accuracy(config, results))
@@ -95,8 +102,7 @@ def _grid(results: Results) -> tuple[list[Compared], list[str], dict]:
   """Returns the methods, the conditions, and rows by (method, condition)."""
   rows = {}
   for row in results.rows:
-    method = Compared(row["method"], row["restoration"], row["ensemble"])
-    rows[method, row["condition"]] = row
+    rows[Compared(row.method, row.restoration, row.ensemble), row.condition] = row
   methods = sorted({m for m, _ in rows}, key=lambda m: (m[0] != "setup1", *m[1:]))
   conditions = list(dict.fromkeys(c for _, c in rows))
   return methods, conditions, rows
@@ -106,7 +112,7 @@ def markdown(config: ConfigDict, results: Results, stages: list[str]) -> str:
   """Returns report.md's text."""
   methods, conditions, rows = _grid(results)
   paper = paper_accuracies(config)
-  best = {c: max(rows[m, c]["accuracy"] for m in methods) for c in conditions}
+  best = {c: max(rows[m, c].accuracy for m in methods) for c in conditions}
   lines = [
     f"# {config.experiment}, {config.dataset.name}",
     "",
@@ -120,16 +126,16 @@ def markdown(config: ConfigDict, results: Results, stages: list[str]) -> str:
     cells = []
     for condition in conditions:
       row = rows[method, condition]
-      cell = f"{row['accuracy']:.2f}"
-      if row["accuracy"] == best[condition]:
+      cell = f"{row.accuracy:.2f}"
+      if row.accuracy == best[condition]:
         cell = f"**{cell}**"
-      if row["rounds"] > 1:
-        cell += f" ± {row['std']:.2f}"
+      if row.rounds > 1:
+        cell += f" ± {row.std:.2f}"
       if (method, condition) in paper:
         cell += f" (report: {paper[method, condition]:.2f})"
       cells.append(cell)
     lines.append(f"| {title(method)} | " + " | ".join(cells) + " |")
-  rounds = max(row["rounds"] for row in results.rows)
+  rounds = max(row.rounds for row in results.rows)
   lines += ["", f"Rounds: {rounds} (1 where nothing is random). Seed: {config.seed}."]
   if paper:
     lines += ["", f"In brackets, Table 5.1 of: {paper_tables()['source']}."]
@@ -187,13 +193,13 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   for number, method in enumerate(methods):
     style = "--" if method.method == "setup1" else "-"
     kwargs = {"color": f"C{number}", "marker": "o", "capsize": 3}
-    y = [rows[method, c]["accuracy"] for c in uniform]
-    error = [rows[method, c]["std"] for c in uniform]
+    y = [rows[method, c].accuracy for c in uniform]
+    error = [rows[method, c].std for c in uniform]
     left.errorbar(
       [levels[c] for c in uniform], y, error, ls=style, label=title(method), **kwargs
     )
-    y = [rows[method, c]["accuracy"] for c in varying]
-    error = [rows[method, c]["std"] for c in varying]
+    y = [rows[method, c].accuracy for c in varying]
+    error = [rows[method, c].std for c in varying]
     spread = (number - (len(methods) - 1) / 2) * 0.08
     right.errorbar(np.arange(len(varying)) + spread, y, error, ls="none", **kwargs)
   chance = 100 / len(results.class_names)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import msgspec
 from ml_collections import ConfigDict
 
 from fidelity_jax import checkpoints, errors, files
@@ -22,6 +23,22 @@ PyTree = Any
 # Fields that change how a stage runs or what is done with it, not what it gives.
 _IMMATERIAL = ("checkpoint_seconds", "ensemble", "evaluation", "experiment", "parents")
 _IMMATERIAL_DATASET = ("cache", "max_pixels", "strict", "workers")
+
+
+class Finished(msgspec.Struct, forbid_unknown_fields=True):
+  """What finished.json holds.
+
+  Attributes:
+    best_step: the step of the checkpoint that is the stage's product.
+    metric: name of the validation metric that selected it.
+    score: its value.
+    files: SHA-256 of the product's files, by path.
+  """
+
+  best_step: int
+  metric: str
+  score: float
+  files: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,65 +84,109 @@ class Stage:
   def _marker(self) -> pathlib.Path:
     return self.directory / "finished.json"
 
-  def finished(self, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """Returns the record of the finished stage, or None if it is not finished.
+  @property
+  def _checkpoints(self) -> pathlib.Path:
+    return self.directory / "checkpoints"
+
+  @property
+  def _again(self) -> str:
+    return f"delete the directory {self.directory} to train that stage again."
+
+  def check(self, fingerprint: str) -> Finished | None:
+    """Checks what there is of the stage against what it should be now.
 
     Args:
       fingerprint: of the data it would be trained on now.
 
+    Returns:
+      The record of the finished stage, or None if it is not finished.
+
     Raises:
-      RunError: if the directory is damaged, belongs to another config, or was trained
-        on other data.
+      RunError: if the directory is damaged or cannot be used, or if the stage was begun
+        with another config or on other data.
     """
+    files.check_directory(self.directory)
+    files.check_directory(self._checkpoints)
+    path = self.directory / "config.json"
+    if not path.exists():
+      if self._marker.exists() or self._checkpoints.exists():
+        raise errors.RunError(f"{path} is missing: {self._again}")
+      return None
+    begun = files.read_json(path, self._again)
+    if begun != self.record() | {"data": fingerprint}:
+      if not isinstance(begun, dict) or "data" not in begun:
+        raise errors.RunError(
+          f"{path} is damaged, or was written by an earlier version of fidelity_jax: "
+          f"{self._again}"
+        )
+      if begun | {"data": fingerprint} == self.record() | {"data": fingerprint}:
+        raise errors.RunError(
+          f"{self.name} was trained on other images than the dataset holds now: bring "
+          f"those back, or {self._again}"
+        )
+      raise errors.RunError(
+        f"{path} is not the config that the directory's name stands for: {self._again}"
+      )
+    return self.finished()
+
+  def finished(self) -> Finished | None:
+    """Returns the record of the finished stage, or None if it is not finished.
+
+    Raises:
+      RunError: if its product is damaged or lost.
+    """
+    files.check_file(self._marker)
     if not self._marker.exists():
       return None
-    record = files.read_json(self._marker)
-    again = f"delete the directory {self.directory} to train that stage again."
-    if files.read_json(self.directory / "config.json") != self.record():
+    content = files.read_json(self._marker, self._again)
+    if isinstance(content, dict) and content.get("files") == {}:
       raise errors.RunError(
-        f"{self.directory}/config.json is not the config that its name stands for: "
-        f"{again}"
+        f"{self.directory} is called finished, but its best checkpoint was lost by an "
+        f"earlier version of fidelity_jax: {self._again}"
       )
+    record = files.unseal(content, Finished, self._marker, self._again)
     variables = self._variables(record)
     found = files.digest_tree(variables) if variables.is_dir() else {}
-    for name, digest in record["files"].items():
+    for name, digest in record.files.items():
       if found.get(name) != digest:
         state = "is damaged" if name in found else "is missing"
-        raise errors.RunError(f"{variables / name} {state}: {again}")
-    if fingerprint is not None and record["data"] != fingerprint:
-      raise errors.RunError(
-        f"{self.name} was trained on other images than the dataset holds now: {again}"
-      )
+        raise errors.RunError(f"{variables / name} {state}: {self._again}")
     return record
 
-  def begin(self) -> None:
-    """Makes the directory and writes config.json."""
-    self.directory.mkdir(parents=True, exist_ok=True)
-    path = self.directory / "config.json"
-    if path.exists() and files.read_json(path) != self.record():
-      raise errors.RunError(
-        f"{path} is not the config that the directory's name stands for: delete the "
-        f"directory {self.directory} to train that stage again."
-      )
-    files.write_json(path, self.record())
+  def begin(self, fingerprint: str) -> None:
+    """Makes the directory and writes what the stage is made of, to be checked later.
 
-  def finish(self, step: int, metric: str, score: float, fingerprint: str) -> None:
+    Args:
+      fingerprint: of the data it is trained on.
+    """
+    with errors.while_doing(f"making the directory {self.directory}"):
+      self.directory.mkdir(exist_ok=True)
+    files.write_json(
+      self.directory / "config.json", self.record() | {"data": fingerprint}
+    )
+
+  def finish(self, step: int, metric: str, score: float) -> None:
     """Marks the stage finished, with digests of its product.
 
     Args:
       step: the best checkpoint's step.
       metric: name of the validation metric that selected it.
       score: its value.
-      fingerprint: of the data it was trained on.
-    """
-    record = {"best_step": step, "metric": metric, "score": score, "data": fingerprint}
-    record["files"] = files.digest_tree(self._variables(record))
-    files.write_json(self._marker, record)
 
-  def _variables(self, record: dict[str, Any]) -> pathlib.Path:
-    return checkpoints.variables_directory(
-      self.directory / "checkpoints", record["best_step"]
-    )
+    Raises:
+      RunError: if there is no product to be finished with.
+    """
+    record = Finished(step, metric, score, {})
+    record.files = files.digest_tree(self._variables(record))
+    if not record.files or not (self.directory / "config.json").is_file():
+      raise errors.RunError(
+        f"{self.name} is trained, but {self._variables(record)} or its config.json is "
+        f"missing: {self._again}"
+      )
+    files.write_record(self._marker, record)
+
+  def _variables(self, record: Finished) -> pathlib.Path:
+    return checkpoints.variables_directory(self._checkpoints, record.best_step)
 
   def load(self, like: PyTree) -> PyTree:
     """Returns the variables that the finished stage trained.
@@ -133,8 +194,7 @@ class Stage:
     Args:
       like: arrays or shapes of the same structure.
     """
-    record = files.read_json(self._marker)
-    return checkpoints.load_variables(self._variables(record), like)
+    return checkpoints.load_variables(self._variables(self.finished()), like)
 
   def load_module(self, module: Any, *inputs: jax.Array) -> PyTree:
     """Returns the variables of a Linen module that this stage trained.

@@ -4,6 +4,7 @@ It knows tasks, batches and checkpoints, and nothing of what a task trains. The 
 one compiled function; the host only feeds it, and looks at numbers now and then.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import msgspec
 import optax
 
 from fidelity_jax import (
@@ -277,20 +279,29 @@ class Trainer:
     """Trains to the end, resuming from the latest checkpoint if there is one.
 
     Raises:
-      RunError: if the loss is not a number, or a checkpoint is damaged.
+      RunError: if a loss is not a number, or a checkpoint cannot be written, cannot be
+        read, or is damaged.
       Stopped: on SIGTERM or SIGINT, once everything is saved.
     """
     saved = checkpoints.Checkpoints(self.directory / "checkpoints")
     try:
-      return self._run(saved)
-    finally:
-      saved.close()
+      state, progress_ = self._run(saved)
+      saved.wait()
+      saved.check_product(progress_.best_step, state.variables())
+    except BaseException:
+      # A failed write behind another failure must not hide it.
+      with contextlib.suppress(Exception):
+        saved.close()
+      raise
+    saved.close()
+    return Result(progress_.best_step, progress_.best_score * self.task.score_sign)
 
-  def _run(self, saved: checkpoints.Checkpoints) -> Result:
-    state = self.initial_state()
-    best: dict[str, Any] = {"step": None, "score": -math.inf}
+  def _run(
+    self, saved: checkpoints.Checkpoints
+  ) -> tuple[TrainState, checkpoints.Progress]:
+    state, done = self.initial_state(), checkpoints.Progress()
     if (start := saved.latest()) is not None:
-      variables, training, best = saved.restore(
+      variables, training, done = saved.restore(
         start, state.variables(), state.training()
       )
       state = state.replace(
@@ -300,20 +311,20 @@ class Trainer:
         **training,
       )
       progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")
+    writer = metrics.MetricWriter(self.directory, done.records)
+    if start is None and self.total_steps == 0:
+      done = self._finish_epoch(0, state, done, writer, {})
+      saved.save(0, state.variables(), state.training(), done)
     start = start or 0
-    writer = metrics.MetricWriter(self.directory, start)
     bar = progress.Progress(self.title, self.total_steps, start)
     last_save, epoch_start = time.monotonic(), time.monotonic()
     batches = self._batches(start)
     prefetched = data.prefetch_to_device(batches, self.batch_sharding)
-    if self.total_steps == 0:
-      best = self._finish_epoch(0, state, best, writer, saved, {})
     try:
       for step in range(start + 1, self.total_steps + 1):
         state = self.train_step(state, self.frozen, next(prefetched))
         epoch, within = divmod(step, self.steps_per_epoch)
-        stopping = signals.received() is not None
-        overdue = time.monotonic() - last_save > self.settings.checkpoint_seconds
+        improved = False
         if within == 0:
           self._check_finite(state)
           took = time.monotonic() - epoch_start
@@ -324,19 +335,20 @@ class Trainer:
             "steps_per_second": self.steps_per_epoch / took,
           }
           state = state.replace(averages=metrics.zeros_like(state.averages))
-          must = stopping or overdue or step == self.total_steps
-          before = best["step"]
-          best = self._finish_epoch(step, state, best, writer, saved, record, must)
-          if must or best["step"] != before:
-            last_save = time.monotonic()
+          done = self._finish_epoch(step, state, done, writer, record)
+          improved = done.best_step == step
           epoch_start = time.monotonic()
-        elif stopping or overdue:
-          self._check_finite(state)
-          saved.save(step, state.variables(), state.training(), best, None)
+        # Looked at once a step: what is decided here is what is said below.
+        stopping = signals.received() is not None
+        overdue = time.monotonic() - last_save > self.settings.checkpoint_seconds
+        if improved or stopping or overdue or step == self.total_steps:
+          if within:
+            self._check_finite(state)
+          saved.save(step, state.variables(), state.training(), done)
           last_save = time.monotonic()
         if stopping:
-          saved.close()
-        signals.stop_if_received(f"{self.title} at step {step} of {self.total_steps}")
+          saved.wait()
+          signals.stop(f"{self.title} at step {step} of {self.total_steps}")
         if bar.due() or step == self.total_steps:
           self._check_finite(state)
           facts = {
@@ -344,27 +356,40 @@ class Trainer:
           }
           if within:
             facts["loss"] = metrics.compute(state.averages)["loss"]
-          if best["step"] is not None:
-            score = best["score"] * self.task.score_sign
+          if done.best_step is not None:
+            score = done.best_score * self.task.score_sign
             facts[f"best {self.task.score}"] = score
           bar.update(step, **facts)
     finally:
       bar.close()
       writer.close()
       batches.close()
-    return Result(best["step"], best["score"] * self.task.score_sign)
+    return state, done
 
-  def _finish_epoch(self, step, state, best, writer, saved, record, must=True):
-    """Validates, records, and saves if this is the best step or `must` be saved."""
+  def _finish_epoch(
+    self,
+    step: int,
+    state: TrainState,
+    done: checkpoints.Progress,
+    writer: metrics.MetricWriter,
+    record: dict[str, float],
+  ) -> checkpoints.Progress:
+    """Validates and records; returns `done` with this epoch in it."""
     validation = self.validate(state)
-    writer.write(step, record | validation)
+    for name, value in validation.items():
+      if not math.isfinite(value):
+        raise errors.RunError(
+          f"{self.title}: {name} is {value} after step {step}: lower learning_rate, or "
+          "look at the weights that the stage starts from."
+        )
+    record = {"step": step, **record, **validation}
+    writer.write(record)
+    done = msgspec.structs.replace(done, records=[*done.records, record])
     score = self.task.score_sign * validation[f"validation/{self.task.score}"]
-    improved = best["step"] is None or score > best["score"]
-    if improved:
-      best = {"step": step, "score": score}
-    if improved or must:
-      saved.save(step, state.variables(), state.training(), best, score)
-    return best
+    # Of equal scores the earliest counts.
+    if done.best_step is None or score > done.best_score:
+      done = msgspec.structs.replace(done, best_step=step, best_score=score)
+    return done
 
   def _check_finite(self, state: TrainState) -> None:
     """Raises RunError if some step's loss was not finite."""

@@ -53,10 +53,10 @@ def compilation_cache(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def command(compilation_cache):
-  """Runs `python -m fidelity_jax.main`, or another program, as a user would."""
+def background(compilation_cache):
+  """Starts `python -m fidelity_jax.main`, or another program, as a user would."""
 
-  def run(*arguments, program=("-m", "fidelity_jax.main"), env=None, check=None):
+  def start(*arguments, program=("-m", "fidelity_jax.main"), env=None, **kwargs):
     environment = os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -66,13 +66,30 @@ def command(compilation_cache):
     # Toy-sized programs compile for longer than they run.
     flags = environment.get("XLA_FLAGS", "")
     environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-    result = subprocess.run(
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
       [sys.executable, *program, *map(str, arguments)],
-      cwd=ROOT,
       env=environment,
-      capture_output=True,
       text=True,
-      timeout=600,
+      **({"cwd": ROOT} | streams | kwargs),
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def command(background):
+  """Runs the same to its end."""
+
+  def run(*arguments, check=None, **kwargs):
+    process = background(*arguments, **kwargs)
+    try:
+      stdout, stderr = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      raise
+    result = subprocess.CompletedProcess(
+      process.args, process.returncode, stdout, stderr
     )
     if check is not None:
       assert result.returncode == check, result.stderr

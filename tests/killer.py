@@ -3,8 +3,9 @@
   python tests/killer.py SIGNAL MOMENT COUNT FLAG...
 
 Moments, the COUNT-th of which is fatal: "step" (after a training step), "write" (inside
-a checkpoint write, seen by its temporary directory), "finish" (a stage is trained and
-not yet marked), "evaluate" (after a round of a condition).
+a checkpoint write, seen by its temporary directory), "validate" (in a validation),
+"finish" (a stage is trained and not yet marked), "evaluate" (before a round of a
+condition).
 """
 
 import os
@@ -14,7 +15,9 @@ import signal
 import sys
 import threading
 
-from fidelity_jax import evaluate, progress, stages
+sys.path.insert(0, os.getcwd())
+
+from fidelity_jax import evaluate, progress, stages, train
 
 
 def main() -> None:
@@ -39,6 +42,8 @@ def main() -> None:
     progress.Progress.due = before(progress.Progress.due)
   elif moment == "finish":
     stages.Stage.finish = before(stages.Stage.finish)
+  elif moment == "validate":
+    train.Trainer.validate = before(train.Trainer.validate)
   elif moment == "evaluate":
     evaluate.Evaluation._round = before(evaluate.Evaluation._round)
   elif moment == "write":

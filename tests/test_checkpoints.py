@@ -1,16 +1,25 @@
 """Which checkpoints are kept, and that what is read is what was written."""
 
+import errno
+import random
+import shutil
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from fidelity_jax import checkpoints, errors
 
+LIKE = ({"params": {"x": jnp.zeros(4)}}, {"opt_state": jnp.zeros(4)})
 
-def _save(saved, step, score):
+
+def _save(saved, step, best):
   variables = {"params": {"x": jnp.full(4, step, jnp.float32)}}
   training = {"opt_state": jnp.full(4, -step, jnp.float32)}
-  saved.save(step, variables, training, {"step": step, "score": score}, score)
+  records = [{"step": step, "loss": 0.1 * step}]
+  saved.save(step, variables, training, checkpoints.Progress(best, 0.5, records))
 
 
 def _steps(directory):
@@ -19,42 +28,148 @@ def _steps(directory):
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
   saved = checkpoints.Checkpoints(tmp_path)
-  for step, score in ((1, 0.5), (2, 0.9), (3, 0.9), (4, None), (5, 0.7)):
-    _save(saved, step, score)
+  for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+    _save(saved, step, best)
   saved.close()
-  # Of the two best, the earlier; the latest, whatever its score.
   assert _steps(tmp_path) == [2, 5]
+
+
+def test_the_best_outlives_a_stop(tmp_path):
+  """Which is the best is not known from memory alone."""
+  saved = checkpoints.Checkpoints(tmp_path)
+  _save(saved, 1, 1)
+  _save(saved, 2, 1)
+  saved.close()
+  for step in (3, 4):
+    again = checkpoints.Checkpoints(tmp_path)
+    again.restore(step - 1, *LIKE)
+    _save(again, step, 1)
+    again.close()
+    assert _steps(tmp_path) == [1, step]
+  last = checkpoints.Checkpoints(tmp_path)
+  last.check_product(1, LIKE[0])
+  last.close()
+
+
+def test_a_best_checkpoint_that_is_gone_is_noticed(tmp_path):
+  """As earlier versions left it behind."""
+  directory = tmp_path / "stage" / "checkpoints"
+  saved = checkpoints.Checkpoints(directory)
+  _save(saved, 1, 1)
+  _save(saved, 2, 1)
+  saved.close()
+  shutil.rmtree(directory / "1")
+  again = checkpoints.Checkpoints(directory)
+  with pytest.raises(errors.RunError, match=r"best checkpoint .*/1 is missing.*delete"):
+    again.restore(2, *LIKE)
+  with pytest.raises(errors.RunError, match="damaged"):
+    again.check_product(1, LIKE[0])
+  again.close()
 
 
 def test_round_trip(tmp_path):
   saved = checkpoints.Checkpoints(tmp_path)
   assert saved.latest() is None
-  _save(saved, 3, 0.25)
+  _save(saved, 3, 3)
   saved.close()
   again = checkpoints.Checkpoints(tmp_path)
   assert again.latest() == 3
-  like = jnp.zeros(4)
-  variables, training, progress = again.restore(
-    3, {"params": {"x": like}}, {"opt_state": like}
-  )
+  variables, training, progress = again.restore(3, *LIKE)
   again.close()
   np.testing.assert_array_equal(variables["params"]["x"], np.full(4, 3))
   np.testing.assert_array_equal(training["opt_state"], np.full(4, -3))
-  assert progress == {"step": 3, "score": 0.25}
+  assert (progress.best_step, progress.best_score) == (3, 0.5)
+  assert progress.records == [{"step": 3, "loss": 0.1 * 3}]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-  directory = tmp_path / "stage" / "checkpoints"
-  saved = checkpoints.Checkpoints(directory)
-  _save(saved, 3, 0.25)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A stage with a checkpoint whose arrays lie in files of their own."""
+  stage = tmp_path_factory.mktemp("whole") / "stage"
+  saved = checkpoints.Checkpoints(stage / "checkpoints")
+  values = np.random.default_rng(0).normal(size=4096).astype(np.float32)
+  tree = {"x": jnp.asarray(values)}
+  progress = checkpoints.Progress(3, 0.5, [{"step": 3, "loss": 0.25}])
+  saved.save(3, {"params": tree}, {"opt_state": tree}, progress)
   saved.close()
-  for path in (directory / "3" / "variables").rglob("*"):
-    if path.is_file():
-      path.write_bytes(b"")
-  again = checkpoints.Checkpoints(directory)
-  like = jnp.zeros(4)
-  with pytest.raises(
-    errors.RunError, match=r"is damaged .* delete the directory .*/stage"
+  return stage
+
+
+def _restore(stage):
+  saved = checkpoints.Checkpoints(stage / "checkpoints")
+  tree = {"x": jnp.zeros(4096)}
+  try:
+    return saved.restore(3, {"params": tree}, {"opt_state": tree})
+  finally:
+    saved.close()
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(whole, tmp_path):
+  expected = _restore(whole)
+  files = [p for p in (whole / "checkpoints").rglob("*") if p.is_file()]
+  draws, noticed = random.Random(0), 0
+  for number in range(40):
+    stage = shutil.copytree(whole, tmp_path / str(number) / "stage")
+    # The arrays lie in the largest files.
+    weights = [path.stat().st_size for path in files]
+    path = stage / draws.choices(files, weights)[0].relative_to(whole)
+    content = bytearray(path.read_bytes())
+    content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+    path.write_bytes(content)
+    try:
+      found = _restore(stage)
+    except errors.RunError as error:
+      noticed += 1
+      assert "\n" not in str(error)
+      assert f"delete the directory {stage} " in str(error)
+    else:
+      jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+      assert found[2] == expected[2]
+  assert noticed > 25
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"best_step": "x"}'])
+def test_damaged_progress_is_named(whole, tmp_path, content):
+  stage = shutil.copytree(whole, tmp_path / "stage")
+  path = stage / "checkpoints" / "3" / "progress" / "metadata"
+  path.write_bytes(content)
+  with pytest.raises(errors.RunError, match=r"3.* is damaged.*delete the directory"):
+    _restore(stage)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(whole, tmp_path, monkeypatch):
+  """Its deletion is not proposed."""
+  stage = shutil.copytree(whole, tmp_path / "stage")
+  for error in (
+    MemoryError(),
+    OSError(errno.EMFILE, "Too many open files"),
+    ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes"),
   ):
-    again.restore(3, {"params": {"x": like}}, {"opt_state": like})
-  again.close()
+
+    def fail(*args, error=error, **kwargs):
+      raise error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.CheckpointManager, "restore", fail)
+      with pytest.raises(errors.RunError, match="reading checkpoint") as caught:
+        _restore(stage)
+    assert "delete" not in str(caught.value) and "damaged" not in str(caught.value)
+  _restore(stage)
+
+
+def test_a_product_that_is_not_finite_is_none(tmp_path):
+  saved = checkpoints.Checkpoints(tmp_path / "stage" / "checkpoints")
+  variables = {"params": {"x": jnp.array([1.0, jnp.nan])}}
+  saved.save(0, variables, {"a": jnp.zeros(1)}, checkpoints.Progress(0, 0.5))
+  saved.wait()
+  with pytest.raises(errors.RunError, match="not finite, in params/x"):
+    saved.check_product(0, variables)
+  saved.close()
+
+
+def test_a_directory_that_is_removed_is_noticed(tmp_path):
+  saved = checkpoints.Checkpoints(tmp_path / "stage" / "checkpoints")
+  shutil.rmtree(tmp_path / "stage")
+  with pytest.raises(errors.RunError, match="was removed"):
+    _save(saved, 1, 1)
+  assert not (tmp_path / "stage").exists()

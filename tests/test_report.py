@@ -21,16 +21,9 @@ def _results():
   rows = []
   for i, condition in enumerate(_CONDITIONS):
     for restoration in (False, True):
-      row = {"method": "setup1", "restoration": restoration, "ensemble": None}
-      rows.append(
-        row
-        | {
-          "condition": condition,
-          "accuracy": 80.0 - i + 5 * restoration,
-          "std": 0.5 * (i > 0),
-          "rounds": 10 if i else 1,
-        }
-      )
+      accuracy, std = 80.0 - i + 5 * restoration, 0.5 * (i > 0)
+      row = ("setup1", restoration, None, condition, accuracy, std, 10 if i else 1)
+      rows.append(evaluate.Row(*row))
   examples = {
     "condition": np.array(["awgn-0.3", "awgn-2d"]),
     "label": np.array([[0, 1], [0, 1]]),

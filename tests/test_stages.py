@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -167,25 +169,30 @@ def test_reports_numbers(tmp_path, name):
 @pytest.fixture
 def finished(tmp_path):
   stage = _resolve(_config(), tmp_path).parents["restorer"]
-  stage.begin()
+  stage.begin("data")
   saved = checkpoints.Checkpoints(stage.directory / "checkpoints")
   variables = {"params": {"x": jnp.arange(3.0)}}
-  saved.save(4, variables, {"opt_state": jnp.zeros(2)}, {"step": 4}, 1.5)
+  progress = checkpoints.Progress(4, 1.5)
+  saved.save(4, variables, {"opt_state": jnp.zeros(2)}, progress)
   saved.close()
-  stage.finish(4, "psnr_gain", 1.5, "data")
+  stage.finish(4, "psnr_gain", 1.5)
   return stage
 
 
 def test_a_finished_stage_gives_its_variables(finished):
-  record = finished.finished("data")
-  assert (record["best_step"], record["score"]) == (4, 1.5)
+  record = finished.check("data")
+  assert (record.best_step, record.score) == (4, 1.5)
   like = {"params": {"x": jnp.zeros(3)}}
   assert finished.load(like)["params"]["x"].tolist() == [0, 1, 2]
 
 
-def test_other_data_is_noticed(finished):
+def test_other_data_is_noticed_from_the_first_moment(finished):
   with pytest.raises(errors.RunError, match="trained on other images"):
-    finished.finished("other data")
+    finished.check("other data")
+  (finished.directory / "finished.json").unlink()
+  assert finished.check("data") is None
+  with pytest.raises(errors.RunError, match="trained on other images"):
+    finished.check("other data")
 
 
 def test_another_config_under_the_same_name_is_noticed(finished):
@@ -193,11 +200,36 @@ def test_another_config_under_the_same_name_is_noticed(finished):
   config.epochs += 1
   other = dataclasses.replace(finished, config=config)
   with pytest.raises(errors.RunError, match="not the config"):
-    other.finished()
-  with pytest.raises(errors.RunError, match="not the config"):
-    other.begin()
+    other.check("data")
+  (finished.directory / "config.json").unlink()
+  with pytest.raises(errors.RunError, match=r"config\.json is missing"):
+    finished.check("data")
 
 
 def test_a_structure_that_does_not_fit_is_an_error(finished):
   with pytest.raises(errors.RunError, match="is damaged"):
     finished.load({"params": {"y": jnp.zeros(5)}})
+
+
+def test_nothing_is_finished_without_its_product(finished):
+  (finished.directory / "finished.json").unlink()
+  shutil.rmtree(finished.directory / "checkpoints" / "4" / "variables")
+  with pytest.raises(errors.RunError, match="is missing"):
+    finished.finish(4, "psnr_gain", 1.5)
+  assert finished.finished() is None
+
+
+def test_what_earlier_versions_left_is_named_for_what_it_is(finished):
+  marker = finished.directory / "finished.json"
+  old = {"best_step": 4, "metric": "psnr_gain", "score": 1.5, "data": "data"}
+  marker.write_text(json.dumps(old | {"files": {}}))
+  with pytest.raises(errors.RunError, match="best checkpoint was lost by an earlier"):
+    finished.check("data")
+  marker.write_text(json.dumps(old | {"files": {"a": "b"}}))
+  with pytest.raises(errors.RunError, match=r"written by an earlier version.*delete"):
+    finished.check("data")
+  marker.unlink()
+  # Begun, not finished: its config.json does not tell the data.
+  (finished.directory / "config.json").write_text(json.dumps(finished.record()))
+  with pytest.raises(errors.RunError, match=r"written by an earlier version.*delete"):
+    finished.check("data")

@@ -159,7 +159,7 @@ def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   assert sum(leaf.size for leaf in moments) == 2 * count
   saved = checkpoints.Checkpoints(tmp_path)
-  saved.save(2, state.variables(), state.training(), {}, None)
+  saved.save(2, state.variables(), state.training(), checkpoints.Progress())
   saved.close()
   size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
   with ocp.StandardCheckpointer() as checkpointer:

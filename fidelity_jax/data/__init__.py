@@ -1,7 +1,7 @@
 """Datasets by name, and the pipeline from encoded records to batches on devices."""
 
 from fidelity_jax.data.dataset import Dataset, Skipped, check_num_classes
-from fidelity_jax.data.load import default_config, load, validate
+from fidelity_jax.data.load import FIELDS, default_config, load, validate
 from fidelity_jax.data.patches import extract_patches, patch_index
 from fidelity_jax.data.pipeline import (
   BatchIterator,
@@ -12,6 +12,7 @@ from fidelity_jax.data.pipeline import (
 from fidelity_jax.data.transfer import prefetch_to_device
 
 __all__ = [
+  "FIELDS",
   "BatchIterator",
   "Dataset",
   "Skipped",

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import tempfile
@@ -12,9 +11,10 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
-from absl import logging
 
+from fidelity_jax import files, platform
 from fidelity_jax.data import images
 from fidelity_jax.data.dataset import Dataset
 from fidelity_jax.errors import RunError, UsageError
@@ -32,14 +32,12 @@ class DecodedRecords:
     path: of the file, uint8 pixels of all images one after the other.
     offsets: int64 [N], an image's first byte.
     shapes: int32 [N, 2], height and width in pixels.
-    content: per record the stamp of the encoded image.
     owner: keeps a file in memory alive; never sent to another process.
   """
 
   path: str
   offsets: np.ndarray
   shapes: np.ndarray
-  content: tuple[str, ...]
   owner: object = None
 
   def __len__(self) -> int:
@@ -62,13 +60,9 @@ class DecodedRecords:
       "owner": None
     }
 
-  def stamps(self) -> list[str]:
-    """Returns the stamps of the encoded images."""
-    return list(self.content)
-
   def versions(self) -> list[str]:
-    """Returns the stamps."""
-    return self.stamps()
+    """Returns nothing known: what is decoded is checked already."""
+    return [""] * len(self)
 
   def select(self, indices: Sequence[int]) -> "DecodedRecords":
     """Returns the images at `indices`."""
@@ -77,7 +71,6 @@ class DecodedRecords:
       self,
       offsets=self.offsets[chosen],
       shapes=self.shapes[chosen],
-      content=tuple(self.content[i] for i in indices),
     )
 
 
@@ -98,9 +91,8 @@ def decoded(dataset: Dataset, kind: str, cache_dir: Path) -> Dataset:
     UsageError: not enough memory or disk space; both numbers are named.
     RunError: the file cannot be written.
   """
-  stamps = tuple(dataset.records.stamps())
   stem = cache_dir / f"decoded-{dataset.fingerprint[:32]}"
-  if kind == "disk" and (found := _reopen(stem, len(dataset), stamps)):
+  if kind == "disk" and (found := _reopen(stem, len(dataset))):
     return dataclasses.replace(dataset, records=found)
   shapes = _shapes(dataset)
   sizes = shapes.astype(np.int64).prod(axis=1) * 3
@@ -108,7 +100,9 @@ def decoded(dataset: Dataset, kind: str, cache_dir: Path) -> Dataset:
   total = int(sizes.sum())
   try:
     if kind == "ram":
-      _check_room(total, _memory() * _MEMORY_SHARE, "half of the memory", "disk")
+      _check_room(
+        total, platform.host_memory() * _MEMORY_SHARE, "half of the memory", "disk"
+      )
       path, owner = _memory_file(total)
       _fill(dataset, path, offsets, shapes)
     else:
@@ -121,29 +115,29 @@ def decoded(dataset: Dataset, kind: str, cache_dir: Path) -> Dataset:
       f"cannot cache {total / 2**20:.0f} MiB of decoded images (dataset.cache={kind}): "
       f"{error}"
     ) from error
-  logging.info(
-    "dataset '%s', split '%s': %.0f MiB of decoded images in %s",
-    dataset.name,
-    dataset.split,
-    total / 2**20,
-    kind,
-  )
-  records = DecodedRecords(str(path), offsets, shapes, stamps, owner)
+  records = DecodedRecords(str(path), offsets, shapes, owner)
   return dataclasses.replace(dataset, records=records)
 
 
-def _reopen(stem: Path, count: int, stamps: tuple[str, ...]) -> DecodedRecords | None:
+class _Index(msgspec.Struct, forbid_unknown_fields=True):
+  """What the file beside the pixels holds; `version` is that of the pixels' file."""
+
+  version: str
+  offsets: list[int]
+  shapes: list[tuple[int, int]]
+
+
+def _reopen(stem: Path, count: int) -> DecodedRecords | None:
   """Returns the records of an earlier run, None if absent or damaged."""
+  pixels = stem.with_suffix(".u8")
   try:
-    index = json.loads(stem.with_suffix(".json").read_text())
-    shapes = np.asarray(index["shapes"], np.int32).reshape(count, 2)
-    offsets = np.asarray(index["offsets"], np.int64).reshape(count)
-    pixels = stem.with_suffix(".u8")
-    if pixels.stat().st_size != index["bytes"]:
+    index = files.read_record(stem.with_suffix(".json"), _Index, "made again")
+    if files.version(pixels.stat()) != index.version or len(index.shapes) != count:
       return None
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, RunError):
     return None
-  return DecodedRecords(str(pixels), offsets, shapes, stamps)
+  offsets, shapes = np.asarray(index.offsets), np.asarray(index.shapes, np.int32)
+  return DecodedRecords(str(pixels), offsets, shapes)
 
 
 def _write(
@@ -161,10 +155,9 @@ def _write(
     with contextlib.suppress(OSError):
       os.unlink(temporary)
     raise
-  index = {"bytes": total, "offsets": offsets.tolist(), "shapes": shapes.tolist()}
-  temporary = stem.with_suffix(f".{os.getpid()}")
-  temporary.write_text(json.dumps(index))
-  os.replace(temporary, stem.with_suffix(".json"))
+  version = files.version(pixels.stat())
+  index = _Index(version, offsets.tolist(), [tuple(s) for s in shapes.tolist()])
+  files.write_record(stem.with_suffix(".json"), index)
   return pixels
 
 
@@ -204,7 +197,7 @@ def _fill(dataset: Dataset, path, offsets: np.ndarray, shapes: np.ndarray) -> No
 
 def _image(dataset: Dataset, index: int) -> np.ndarray:
   try:
-    return images.decode(dataset.records[index], dataset.max_pixels)
+    return dataset.picture(index).pixels()
   except images.BadImageError as error:
     raise RunError(f"{dataset.keys[index]}: {error}") from error
 
@@ -215,7 +208,7 @@ def _shapes(dataset: Dataset) -> np.ndarray:
   def measure(start: int) -> None:
     for i in range(start, min(start + _CHUNK, len(dataset))):
       try:
-        picture = images.Picture(dataset.records[i], dataset.max_pixels)
+        picture = dataset.picture(i)
       except images.BadImageError as error:
         raise RunError(f"{dataset.keys[i]}: {error}") from error
       shapes[i] = picture.height, picture.width
@@ -228,10 +221,6 @@ def _in_threads(work, count: int) -> None:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
     for future in [pool.submit(work, start) for start in range(0, count, _CHUNK)]:
       future.result()
-
-
-def _memory() -> int:
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_room(needed: int, room: float, what: str, other: str) -> None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
-from absl import logging
 
-from fidelity_jax import downloading
+from fidelity_jax import downloading, progress
 from fidelity_jax.data import archives, splits
 from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import RunError
@@ -156,9 +155,9 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     strays = []
     found = {(name, number) for name, number, _ in self._images(source, strays)}
     for name in strays[:_NAMED]:
-      logging.warning("%s: %s is no image of a class; left out", source, name)
+      progress.say(f"{source}: {name} is no image of a class; left out")
     if len(strays) > _NAMED:
-      logging.warning("%s: %d more such files left out", source, len(strays) - _NAMED)
+      progress.say(f"{source}: {len(strays) - _NAMED} more such files left out")
     missing = sorted(
       (name, number)
       for name, parts in self.lists().items()

@@ -10,10 +10,18 @@ from typing import Protocol
 
 import numpy as np
 
+from fidelity_jax import files
 from fidelity_jax.data import images
 from fidelity_jax.errors import UsageError
 
 SPLITS = ("train", "validation", "test")
+# No image file is larger, in bytes.
+_LARGEST = 2**30
+
+
+def digest(record: bytes) -> str:
+  """Returns what stands for a record's content: the start of its SHA-256, in hex."""
+  return hashlib.sha256(record).hexdigest()[:32]
 
 
 class Records(Protocol):
@@ -29,11 +37,8 @@ class Records(Protocol):
       BadImageError: the record cannot be read.
     """
 
-  def stamps(self) -> list[str]:
-    """Returns per record a cheap text that changes when its content does."""
-
   def versions(self) -> list[str]:
-    """Returns per record a text that changes even when it is only replaced.
+    """Returns per record a cheap text that changes even when it is only replaced.
 
     "" for a record of which nothing can be known.
     """
@@ -54,13 +59,9 @@ class MemoryRecords:
   def __getitem__(self, index: int) -> bytes:
     return self.encoded[index]
 
-  def stamps(self) -> list[str]:
-    """Returns a digest of each record."""
-    return [hashlib.sha256(encoded).hexdigest()[:16] for encoded in self.encoded]
-
   def versions(self) -> list[str]:
     """Returns a digest of each record."""
-    return self.stamps()
+    return [digest(encoded) for encoded in self.encoded]
 
   def select(self, indices: Sequence[int]) -> "MemoryRecords":
     """Returns the records at `indices`."""
@@ -79,26 +80,21 @@ class FileRecords:
 
   def __getitem__(self, index: int) -> bytes:
     try:
-      return (Path(self.root) / self.paths[index]).read_bytes()
+      return files.read_bytes(Path(self.root) / self.paths[index], _LARGEST)
     except OSError as error:
       raise images.BadImageError(error.strerror or str(error)) from error
-
-  def stamps(self) -> list[str]:
-    """Returns the size in bytes of each file, "absent" where there is none."""
-    return [str(s.st_size) if s else "absent" for s in self._status()]
+    except ValueError as error:
+      raise images.BadImageError(f"no path: {error}") from error
 
   def versions(self) -> list[str]:
-    """Returns size, modification and change time (that of a chmod) of each file."""
-    return [
-      f"{s.st_size}-{s.st_mtime_ns}-{s.st_ctime_ns}" if s else ""
-      for s in self._status()
-    ]
+    """Returns size, times and inode of each file."""
+    return [files.version(s) if s else "" for s in self._status()]
 
   def _status(self) -> Iterator[os.stat_result | None]:
     for path in self.paths:
       try:
         yield (Path(self.root) / path).stat()
-      except OSError:
+      except (OSError, ValueError):
         yield None
 
   def select(self, indices: Sequence[int]) -> "FileRecords":
@@ -125,11 +121,6 @@ class JoinedRecords:
   def __getitem__(self, index: int) -> bytes | np.ndarray:
     part, place = self.places[index]
     return self.parts[part][place]
-
-  def stamps(self) -> list[str]:
-    """Returns the stamps of the parts' records."""
-    stamps = [part.stamps() for part in self.parts]
-    return [stamps[part][place] for part, place in self.places]
 
   def versions(self) -> list[str]:
     """Returns the versions of the parts' records."""
@@ -161,6 +152,7 @@ class Dataset:
     labels: int32 [len], class numbers in [0, num_classes).
     class_names: sorted names; the label is the position in this tuple.
     skipped: records that could not be used and are not part of the dataset.
+    digests: of the content of each record, see `digest`; () before they are read.
     max_pixels: the largest image that is decoded, in pixels.
   """
 
@@ -171,6 +163,7 @@ class Dataset:
   labels: np.ndarray
   class_names: tuple[str, ...]
   skipped: tuple[Skipped, ...] = ()
+  digests: tuple[str, ...] = ()
   max_pixels: int = images.DEFAULT_MAX_PIXELS
 
   def __len__(self) -> int:
@@ -183,17 +176,30 @@ class Dataset:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 (hex) over class names, keys, labels and record sizes.
+    """SHA-256 (hex) over class names, keys, labels and the content of all records.
 
     Two datasets with the same fingerprint train the same; a file that is added,
-    removed, renamed, relabelled or of another size changes it.
+    removed, renamed, relabelled or changed changes it.
     """
-    digest = hashlib.sha256("\n".join(self.class_names).encode())
-    for key, label, stamp in zip(
-      self.keys, self.labels, self.records.stamps(), strict=True
-    ):
-      digest.update(f"\0{key}\t{label}\t{stamp}".encode())
-    return digest.hexdigest()
+    digests = self.digests or [digest(record) for record in self.records]
+    whole = hashlib.sha256("\n".join(self.class_names).encode())
+    for key, label, content in zip(self.keys, self.labels, digests, strict=True):
+      line = f"\0{key}\t{label}\t{content}"
+      # File names need not be UTF-8.
+      whole.update(line.encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+  def picture(self, index: int) -> images.Picture:
+    """Returns an image, not yet decoded.
+
+    Raises:
+      BadImageError: it cannot be used, or is another than when it was checked.
+    """
+    record = self.records[index]
+    if self.digests and isinstance(record, bytes):
+      if digest(record) != self.digests[index]:
+        raise images.BadImageError("the file is not what it was when the run began")
+    return images.Picture(record, self.max_pixels)
 
   def select(self, indices: Sequence[int]) -> "Dataset":
     """Returns the dataset of the examples at `indices`, in that order."""
@@ -202,6 +208,7 @@ class Dataset:
       records=self.records.select(indices),
       keys=tuple(self.keys[i] for i in indices),
       labels=self.labels[np.asarray(indices, np.int64)],
+      digests=tuple(self.digests[i] for i in indices) if self.digests else (),
     )
 
   def with_skipped(self, skipped: Sequence[Skipped]) -> "Dataset":

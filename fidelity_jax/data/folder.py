@@ -1,6 +1,7 @@
 """A folder of class folders, or a CSV file of paths and labels, as a dataset."""
 
 import csv
+import io
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fidelity_jax import files
 from fidelity_jax.data import images
 from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped
 from fidelity_jax.errors import UsageError
@@ -17,8 +19,8 @@ def build(path: str) -> Dataset:
   """Lists the images below a folder, or those that a CSV file names.
 
   Folder: every sub-folder is a class; its images are searched recursively. CSV: the
-  columns are path (relative to the CSV file) and label, with or without a header
-  line "path,label". Class names are sorted; hidden files and files without an
+  columns are path (relative to the CSV file) and label, with or without a header line
+  that names them. Class names are sorted; hidden files and files without an
   image's suffix are ignored.
 
   Args:
@@ -32,8 +34,8 @@ def build(path: str) -> Dataset:
     UsageError: the path does not exist, holds no images, or two class folders have
       names that differ in letter case or Unicode form alone.
   """
-  root = Path(path).expanduser()
-  if not root.exists():
+  root = files.expand(path)
+  if not os.path.exists(root):
     raise UsageError(f"dataset.path: {root} does not exist")
   if root.is_file():
     if root.suffix.lower() != ".csv":
@@ -67,7 +69,9 @@ def _from_folder(root: Path) -> Dataset:
     )
   keys = [key for name in class_names for key in found[name]]
   labels = [label for label, name in enumerate(class_names) for _ in found[name]]
-  return _dataset(root, keys, labels, class_names, skipped)
+  # Names are shown, and need not be UTF-8.
+  shown = tuple(os.fsencode(n).decode("utf-8", "backslashreplace") for n in class_names)
+  return _dataset(root, keys, labels, shown, skipped)
 
 
 def _refuse_collisions(root: Path, names: list[str]) -> None:
@@ -127,20 +131,20 @@ def _is_dir(entry: os.DirEntry) -> bool:
 def _from_csv(path: Path) -> Dataset:
   rows = {}
   try:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-      for number, row in enumerate(csv.reader(file), start=1):
-        cells = [cell.strip() for cell in row]
-        if not any(cells) or (number == 1 and cells[:2] == ["path", "label"]):
-          continue
-        if len(cells) != 2 or not all(cells):
-          raise UsageError(
-            f"dataset.path: line {number} of {path} is not 'path,label': {row}"
-          )
-        key = Path(cells[0]).as_posix()
-        if rows.setdefault(key, cells[1]) != cells[1]:
-          raise UsageError(
-            f"dataset.path: line {number} of {path} gives {key} a second label"
-          )
+    text = files.read_bytes(path).decode("utf-8-sig")
+    for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+      cells = [cell.strip() for cell in row]
+      if not any(cells) or (number == 1 and _is_header(path, cells)):
+        continue
+      if len(cells) != 2 or not all(cells) or "\0" in "".join(cells):
+        raise UsageError(
+          f"dataset.path: line {number} of {path} is not 'path,label': {row}"
+        )
+      key = Path(cells[0]).as_posix()
+      if rows.setdefault(key, cells[1]) != cells[1]:
+        raise UsageError(
+          f"dataset.path: line {number} of {path} gives {key} a second label"
+        )
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise UsageError(f"dataset.path: cannot read {path}: {error}") from error
   if not rows:
@@ -150,6 +154,14 @@ def _from_csv(path: Path) -> Dataset:
   keys = sorted(rows)
   labels = [numbers[rows[key]] for key in keys]
   return _dataset(path.parent, keys, labels, class_names, [])
+
+
+def _is_header(path: Path, cells: list[str]) -> bool:
+  """Returns whether a CSV file's first line names the columns: no image, no file."""
+  first = cells[0]
+  if Path(first).suffix.lower() in images.SUFFIXES or "\0" in first:
+    return False
+  return not os.path.exists(path.parent / first)
 
 
 def _dataset(

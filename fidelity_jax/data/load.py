@@ -1,13 +1,12 @@
 """Datasets by name."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import ml_collections
 from ml_collections import config_dict
 
-from fidelity_jax import files
+from fidelity_jax import files, rules
 from fidelity_jax.data import caches, crops, demo, folder, images, splits, verify
 from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
@@ -15,7 +14,26 @@ from fidelity_jax.errors import UsageError
 _CALTECH = splits.AUTHORS
 # The report's numbers of train, validation and test per class; -1: all that remain.
 _REPORT_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
-_CACHES = ("ram", "disk")
+
+# Every field of `config.dataset` and what it may hold.
+FIELDS: rules.Table = {
+  "name": rules.TEXT,
+  "path": rules.optional(rules.TEXT),
+  "image_size": rules.whole(1, 4096),
+  "split_seed": rules.whole(0, 2**32 - 1),
+  "split_file": rules.optional(rules.TEXT),
+  "fractions": rules.several(rules.SHARE, 3, 3),
+  "counts": rules.optional(rules.several(rules.whole(-1, 10**9), 0, 3)),
+  "tfds_splits": rules.several(rules.TEXT, 3, 3),
+  "per_class": rules.whole(0, 10**9),
+  "crop_area": rules.span(1.0),
+  "crop_aspect": rules.span(1e6),
+  "reduced_decode": rules.FLAG,
+  "strict": rules.FLAG,
+  "cache": rules.optional(rules.choice("ram", "disk")),
+  "workers": rules.whole(0, 1024),
+  "max_pixels": rules.whole(1, 10**10),
+}
 
 
 def default_config(name: str = "demo") -> ml_collections.ConfigDict:
@@ -132,6 +150,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     UsageError: naming the field, its value and what is possible.
   """
+  rules.check(config, FIELDS, "config.dataset")
   if config.name not in ("demo", "folder", *_CALTECH):
     from fidelity_jax.data import tfds_source
 
@@ -146,26 +165,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
       "dataset.name=folder needs dataset.path: a folder with one sub-folder per class, "
       "or a .csv file of paths and labels"
     )
-  for field, least in (
-    ("image_size", 1),
-    ("per_class", 0),
-    ("workers", 0),
-    ("max_pixels", 1),
-  ):
-    if config[field] < least:
-      raise UsageError(f"dataset.{field} must be at least {least}: {config[field]}")
-  if config.cache is not None and config.cache not in _CACHES:
-    raise UsageError(f"dataset.cache must be None, ram or disk, not '{config.cache}'")
-  for field, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
-    span = tuple(config[field])
-    if len(span) != 2 or not 0 < span[0] <= span[1] <= most:
-      raise UsageError(
-        f"dataset.{field} must be a range (low, high) with 0 < low <= high <= {most}, "
-        f"not {span}"
-      )
-  if len(config.tfds_splits) != 3:
-    raise UsageError(
-      "dataset.tfds_splits must be three split expressions (train, validation, test), "
-      f"not {tuple(config.tfds_splits)}"
+  if sum(config.fractions) > 1 + 1e-6:
+    raise rules.refusal(
+      "config.dataset", "fractions", config.fractions, "must have a sum of at most 1"
     )
-  splits.check_shares(config.fractions, config.counts or ())
+  counts = config.counts or ()
+  if len(counts) not in (0, 3) or list(counts).count(-1) > 1:
+    raise rules.refusal(
+      "config.dataset",
+      "counts",
+      counts,
+      "must be empty or three numbers of examples per class (train, validation, test), "
+      "at most one of them -1 for the rest",
+    )

@@ -86,7 +86,7 @@ class _TrainBatches:
     for row, i in enumerate(index.tolist()):
       draws = generator(self._seed, _CROP, epoch, i)
       with _naming(self._dataset, i):
-        picture = images.Picture(self._dataset.records[i], self._dataset.max_pixels)
+        picture = self._dataset.picture(i)
         box = crops.random_box(picture.height, picture.width, draws, *self._crop)
         if self._reduced:
           crops.reduced(picture, box, pixels[row])
@@ -119,7 +119,7 @@ class _EvalBatches:
     for row in np.flatnonzero(real):
       i = int(index[row])
       with _naming(self._dataset, i):
-        image = images.decode(self._dataset.records[i], self._dataset.max_pixels)
+        image = self._dataset.picture(i).pixels()
       crops.central(image, pixels[row])
     return {
       "image": pixels,

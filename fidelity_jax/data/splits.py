@@ -9,6 +9,7 @@ from importlib import resources
 
 import numpy as np
 
+from fidelity_jax import files
 from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import UsageError
 
@@ -146,9 +147,8 @@ def from_file(
         for i, split in enumerate(("train", "validation"))
       }
     else:
-      with open(path, encoding="utf-8") as file:
-        named = json.load(file)
-  except (OSError, ValueError) as error:
+      named = json.loads(files.read_bytes(files.expand(path)))
+  except (OSError, ValueError, RecursionError) as error:
     raise UsageError(f"dataset.split_file: cannot read {path}: {error}") from error
   if not isinstance(named, dict) or "train" not in named:
     raise UsageError(
@@ -193,7 +193,7 @@ class _Finder:
   def find(self, named: list | dict) -> list[int]:
     """Returns the indices of a list of keys or an object of classes."""
     if isinstance(named, list):
-      return [self._lookup(self._by_name, key, str(key)) for key in named]
+      return [self._lookup(self._by_name, self._item(k), str(k)) for k in named]
     if not isinstance(named, dict):
       raise UsageError(
         f"dataset.split_file: {self._path} has a split that is neither a list nor an "
@@ -206,12 +206,24 @@ class _Finder:
           f"dataset.split_file: {self._path} names the class '{class_name}', which the "
           "dataset does not have; --config.dataset.split_file= draws the splits"
         )
+      if not isinstance(items, list):
+        raise UsageError(
+          f"dataset.split_file: {self._path} has no list for the class '{class_name}'"
+        )
       for item in items:
-        place = (class_name, item)
+        place = (class_name, self._item(item))
         known = self._by_number if isinstance(item, int) else self._by_name
         place = item if item in self._by_name else place
         indices.append(self._lookup(known, place, f"{class_name}: {item}"))
     return indices
+
+  def _item(self, item: object) -> str | int:
+    if isinstance(item, str | int) and not isinstance(item, bool):
+      return item
+    raise UsageError(
+      f"dataset.split_file: {self._path} names {str(item)[:80]!r}: names and numbers "
+      "of images are possible"
+    )
 
   def _lookup(self, known: dict, place: object, text: str) -> int:
     if place not in known:
@@ -220,21 +232,3 @@ class _Finder:
         "have"
       )
     return known[place]
-
-
-def check_shares(fractions: Sequence[float], counts: Sequence[int]) -> None:
-  """Refuses shares that cannot be drawn.
-
-  Raises:
-    UsageError: not three numbers, negative ones, or more than everything.
-  """
-  if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-6:
-    raise UsageError(
-      "dataset.fractions must be three numbers >= 0 (train, validation, test) with "
-      f"a sum of at most 1, not {tuple(fractions)}"
-    )
-  if counts and (len(counts) != 3 or min(counts) < -1 or list(counts).count(-1) > 1):
-    raise UsageError(
-      "dataset.counts must be empty or three numbers of examples per class (train, "
-      f"validation, test), at most one of them -1 for the rest, not {tuple(counts)}"
-    )

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-from fidelity_jax import files
+from fidelity_jax import files, progress
 from fidelity_jax.data import caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
@@ -32,12 +31,12 @@ class TfdsRecords:
   Attributes:
     source: a random-access data source that leaves images encoded.
     indices: positions in it.
-    sizes: of the encoded images, in bytes.
+    prepared: changes when the prepared files do.
   """
 
   source: Any
   indices: tuple[int, ...]
-  sizes: tuple[int, ...]
+  prepared: str
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -45,26 +44,19 @@ class TfdsRecords:
   def __getitem__(self, index: int) -> bytes:
     return self.source[self.indices[index]]["image"]
 
-  def stamps(self) -> list[str]:
-    """Returns the size of each record."""
-    return [str(size) for size in self.sizes]
-
   def versions(self) -> list[str]:
-    """Returns the stamps: prepared files do not change."""
-    return self.stamps()
+    """Returns the version of the prepared files, with each position in them."""
+    return [f"{self.prepared}-{i}" for i in self.indices]
 
   def select(self, indices: Sequence[int]) -> "TfdsRecords":
     """Returns the records at `indices`."""
-    return TfdsRecords(
-      self.source,
-      tuple(self.indices[i] for i in indices),
-      tuple(self.sizes[i] for i in indices),
-    )
+    chosen = tuple(self.indices[i] for i in indices)
+    return dataclasses.replace(self, indices=chosen)
 
 
 def data_dir(path: str | None) -> Path:
   """Returns the folder of archives and prepared files: `path`, or TFDS's default."""
-  return Path(path or tfds.core.constants.DATA_DIR).expanduser()
+  return files.expand(path or tfds.core.constants.DATA_DIR)
 
 
 def known(name: str) -> bool:
@@ -146,12 +138,18 @@ def _prepared(
   builder = make(data_dir=target, file_format=_FORMAT)
   if builder.is_prepared():
     return builder
-  logging.info("preparing %s from %s in %s", make.LIST, builder.source, target)
+  progress.say(f"preparing {make.LIST} from {builder.source} in {target}")
   try:
     builder.download_and_prepare()
   except OSError as error:
     raise RunError(f"cannot prepare {make.LIST} in {target}: {error}") from error
   return builder
+
+
+def _prepared_version(folder: Path) -> str:
+  """Returns a text that changes when a prepared file does."""
+  status = [f"{p.name} {files.version(p.stat())}" for p in sorted(folder.iterdir())]
+  return hashlib.sha256("\n".join(status).encode()).hexdigest()[:16]
 
 
 def _open(
@@ -165,7 +163,7 @@ def _open(
       f"dataset '{name}' is no image classification dataset: its features are "
       f"{', '.join(features)} instead of image and label"
     )
-  # Pictures beside the image, such as the birds' masks, are nobody's business here.
+  # Pictures beside the image, such as the birds' masks, are not needed.
   encoded = {
     feature: tfds.decode.SkipDecoding()
     for feature, kind in features.items()
@@ -190,7 +188,7 @@ def _open(
     records=TfdsRecords(
       source,
       tuple(range(len(examples))),
-      tuple(len(example["image"]) for example in examples),
+      f"{expression}-{_prepared_version(Path(builder.data_path))}",
     ),
     keys=tuple(keys),
     labels=np.asarray([example["label"] for example in examples], np.int32),

@@ -1,31 +1,33 @@
-"""Finds the unusable images of a dataset before training, so that its length is fixed.
+"""Reads every image of a dataset once, before training.
 
-Every record is decoded once, in parallel. JPEGs are decoded at an eighth of their
-size, which still reads all of the data. Results are remembered by key
-and by the record's version (a file's size and times).
+Unusable ones are found, so that the dataset's length is fixed, and the content of all
+is hashed, so that other content is noticed. JPEGs are decoded at an eighth of their
+size, which still reads all of the data. Results are remembered by key and by the
+record's version (a file's size, times and inode).
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import hashlib
-import json
 import os
-import tempfile
 from pathlib import Path
 
-from absl import logging
+import msgspec
 
+from fidelity_jax import files, progress
 from fidelity_jax.data import images
-from fidelity_jax.data.dataset import Dataset, MemoryRecords, Skipped
-from fidelity_jax.errors import UsageError
+from fidelity_jax.data.dataset import Dataset, MemoryRecords, Skipped, digest
+from fidelity_jax.errors import RunError, UsageError
 
 _NAMED = 10
 _CHUNK = 64
 
 
 def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Dataset:
-  """Returns the dataset without its unusable records.
+  """Returns the dataset without its unusable records, with digests of the others.
 
-  Each of the first ten records left out is named in one line of the log.
+  The first ten records left out are each named in a line.
 
   Args:
     dataset: what to check.
@@ -33,43 +35,60 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
     cache_dir: where results are remembered; None for nowhere.
 
   Raises:
-    UsageError: `strict`, and a record is unusable; or no usable record is left.
+    UsageError: `strict`, and a record is unusable; or no usable record is left, or
+      none of a class to train on.
   """
   if strict and dataset.skipped:
     _refuse(dataset, dataset.skipped[0])
   store = _Store(dataset, cache_dir)
   _check_unknown(dataset, store, strict)
-  skipped = [
-    Skipped(dataset.keys[i], store.reasons[i])
-    for i in range(len(dataset))
-    if store.reasons.get(i)
-  ]
+  bad = [i for i in range(len(dataset)) if i in store.found and store.found[i].reason]
+  skipped = [Skipped(dataset.keys[i], store.found[i].reason) for i in bad]
   if strict and skipped:
     _refuse(dataset, skipped[0])
-  if skipped:
-    dataset = dataset.select([i for i in range(len(dataset)) if not store.reasons[i]])
-  if not len(dataset):
-    first = f"; the first is {skipped[0].key}: {skipped[0].reason}" if skipped else ""
-    raise UsageError(
-      f"dataset '{dataset.name}' has no usable image for '{dataset.split}'{first}"
+  left = sorted(set(range(len(dataset))) - set(bad))
+  usable = dataclasses.replace(
+    dataset.select(left), digests=tuple(store.found[i].digest for i in left)
+  )
+  lost = set(dataset.labels.tolist()) - set(usable.labels.tolist())
+  if not left or (lost and dataset.split == "train"):
+    what = f" of class '{dataset.class_names[min(lost)]}'" if left else ""
+    first = next(
+      (
+        s
+        for i, s in zip(bad, skipped, strict=True)
+        if not left or dataset.labels[i] == min(lost)
+      ),
+      None,
     )
-  dataset = dataset.with_skipped(skipped)
-  _report(dataset)
-  return dataset
+    why = f"; the first is {first.key}: {first.reason}" if first else ""
+    raise UsageError(
+      f"dataset '{dataset.name}' has no usable image{what} for '{dataset.split}'{why}"
+    )
+  # What is not of one split is named with the first.
+  _report(usable, [*(dataset.skipped if dataset.split == "train" else ()), *skipped])
+  return usable.with_skipped(skipped)
 
 
 def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
   """Checks the records that no earlier run has checked; strictly, up to a bad one."""
-  unknown = [i for i in range(len(dataset)) if i not in store.reasons]
+  unknown = [i for i in range(len(dataset)) if i not in store.found]
   chunks = [unknown[i : i + _CHUNK] for i in range(0, len(unknown), _CHUNK)]
-  if not chunks or (strict and any(store.reasons.values())):
+  if not chunks or (strict and any(f.reason for f in store.found.values())):
     return
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+  title = f"reading {dataset.name}, {dataset.split}"
+  bar = progress.Progress(title, len(unknown), unit="image")
+  with (
+    contextlib.closing(bar),
+    concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+  ):
     futures = [pool.submit(_check, dataset, chunk, strict) for chunk in chunks]
-    for future in futures:
+    for number, future in enumerate(futures, 1):
       found = future.result()
-      store.reasons.update(found)
-      if strict and any(found.values()):
+      store.found.update(found)
+      if bar.due():
+        bar.update(min(number * _CHUNK, len(unknown)))
+      if strict and any(f.reason for f in found.values()):
         pool.shutdown(cancel_futures=True)
         return
   store.save()
@@ -82,44 +101,61 @@ def _refuse(dataset: Dataset, skipped: Skipped) -> None:
   )
 
 
-def _report(dataset: Dataset) -> None:
-  skipped = dataset.skipped
+def _report(dataset: Dataset, skipped: list[Skipped]) -> None:
   for one in skipped[:_NAMED]:
-    logging.warning("%s: left out: %s", one.key, one.reason)
+    progress.say(f"{one.key}: left out: {one.reason}")
   if skipped:
-    logging.warning(
-      "dataset '%s', split '%s': %d left out, %d images remain%s",
-      dataset.name,
-      dataset.split,
-      len(skipped),
-      len(dataset),
-      f"; the first {_NAMED} left out are named above" if len(skipped) > _NAMED else "",
+    more = len(skipped) - _NAMED
+    progress.say(
+      f"dataset '{dataset.name}', split '{dataset.split}': {len(skipped)} left out, "
+      f"{len(dataset)} images remain"
+      + (f"; the first {_NAMED} left out are named above" if more > 0 else "")
     )
 
 
-def _check(dataset: Dataset, indices: list[int], strict: bool) -> dict[int, str]:
-  """Returns the reason against each record, "" if there is none."""
-  reasons = {}
+class _Found(msgspec.Struct, array_like=True):
+  """What is known of a record: its version, what is wrong with it, its digest.
+
+  The reason is "" if nothing is; the digest "" if the record cannot be read.
+  """
+
+  version: str
+  reason: str
+  digest: str
+
+
+def _check(dataset: Dataset, indices: list[int], strict: bool) -> dict[int, _Found]:
+  """Returns what is found of each record, in strict runs up to a bad one."""
+  found = {}
   for i in indices:
-    reasons[i] = _reason(dataset, i)
-    if strict and reasons[i]:
+    found[i] = _look(dataset, i)
+    if strict and found[i].reason:
       break
-  return reasons
+  return found
 
 
-def _reason(dataset: Dataset, index: int) -> str:
+def _look(dataset: Dataset, index: int) -> _Found:
+  content = ""
   try:
-    images.check(dataset.records[index], dataset.max_pixels)
+    record = dataset.records[index]
+    content = digest(record)
+    images.check(record, dataset.max_pixels)
   except images.BadImageError as error:
-    return str(error)
-  return ""
+    return _Found("", str(error), content)
+  return _Found("", "", content)
+
+
+class _Known(msgspec.Struct, forbid_unknown_fields=True):
+  """What the file of a dataset holds: what was found of its records, by key."""
+
+  records: dict[str, _Found]
 
 
 class _Store:
   """What is known of a dataset's files from earlier runs."""
 
   def __init__(self, dataset: Dataset, cache_dir: Path | None):
-    self.reasons: dict[int, str] = {}
+    self.found: dict[int, _Found] = {}
     self._path = None
     # What is in memory is checked faster than looked up.
     if cache_dir is None or isinstance(dataset.records, MemoryRecords):
@@ -131,14 +167,13 @@ class _Store:
     self._keys, self._versions = dataset.keys, dataset.records.versions()
     known = self._read()
     for i, (key, version) in enumerate(zip(self._keys, self._versions, strict=True)):
-      if version and known.get(key, ("", ""))[0] == version:
-        self.reasons[i] = known[key][1]
+      if version and key in known and known[key].version == version:
+        self.found[i] = known[key]
 
-  def _read(self) -> dict[str, list[str]]:
+  def _read(self) -> dict[str, _Found]:
     try:
-      known = json.loads(self._path.read_text())
-      return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+      return files.read_record(self._path, _Known, "it is made again").records
+    except RunError:
       # Absent or damaged: everything is checked again.
       return {}
 
@@ -147,15 +182,11 @@ class _Store:
     if self._path is None:
       return
     known = self._read()
-    for i, reason in self.reasons.items():
+    for i, found in self.found.items():
       if self._versions[i]:
-        known[self._keys[i]] = [self._versions[i], reason]
+        known[self._keys[i]] = msgspec.structs.replace(found, version=self._versions[i])
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(
-        "w", dir=self._path.parent, delete=False
-      ) as file:
-        json.dump(known, file)
-      os.replace(file.name, self._path)
-    except OSError as error:
-      logging.warning("cannot remember checked images: %s", error)
+      files.write_record(self._path, _Known(known))
+    except (OSError, RunError) as error:
+      progress.say(f"cannot remember which images were read: {error}")

@@ -27,12 +27,20 @@ def transfer(
 
   Raises:
     errors.UsageError: the pretrained variables are of another shape, or some are
-      missing; they are named.
+      missing or left over; they are named.
   """
   given = traverse_util.flatten_dict(pretrained)
+  wanted = traverse_util.flatten_dict(fresh)
   children = {path[1] for path in given}
-  result, problems = {}, []
-  for path, value in traverse_util.flatten_dict(fresh).items():
+  # Auxiliary heads are for training; a network may do without.
+  problems = [
+    f"{'/'.join(path)} has no place in it"
+    for path in given.keys() - wanted.keys()
+    if path[1] not in _AUXILIARY
+  ]
+  problems.sort()
+  result = {}
+  for path, value in wanted.items():
     child, layer = path[1], path[-2]
     absent = child not in children
     if new_head and (layer == "logits" or (absent and child == "head")):

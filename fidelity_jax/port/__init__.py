@@ -6,7 +6,7 @@ what is read.
 
 import pathlib
 
-from fidelity_jax import errors
+from fidelity_jax import errors, files
 from fidelity_jax.port import loading, published, storing
 from fidelity_jax.port.networks import Part
 
@@ -39,18 +39,22 @@ def load(
     errors.UsageError: nothing there, not recognized, or not fitting.
     errors.RunError: a download failed or a ported file is damaged.
   """
-  path = pathlib.Path(source).expanduser()
+  path = files.expand(source)
+  names = files.expand(class_names) if class_names else None
   if path.is_dir():
     if not storing.is_ported(path):
       raise errors.UsageError(
         f"{path} is a directory without port.json: name a file in it, or a directory "
         "that `python -m fidelity_jax.port` wrote"
       )
-    return storing.read(path)
+    parts = storing.read(path)
+    loading.name_classes(parts, names, path)
+    return parts
   if str(source).startswith("torchvision/") and not path.exists():
     path = published.find(str(source))
-  names = pathlib.Path(class_names).expanduser() if class_names else None
-  return loading.load_file(path, names, transform_input)
+  parts = loading.load_file(path, transform_input)
+  loading.name_classes(parts, names, path)
+  return parts
 
 
 def load_part(source: str | pathlib.Path, part: str) -> Part:

@@ -1,17 +1,13 @@
 """`python -m fidelity_jax.port SOURCE --to=DIR`: converts a foreign checkpoint."""
 
 import argparse
-import pathlib
-import sys
 
-import jax
-
-from fidelity_jax import errors, port
+from fidelity_jax import boundary
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  parser = argparse.ArgumentParser(
+  parser = boundary.Parser(
     prog="python -m fidelity_jax.port",
     description="Convert a PyTorch checkpoint into weights that configs can name.",
   )
@@ -29,20 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     default="true",
     help="whether a GoogLeNet re-scales its input, as torchvision's weights expect",
   )
-  args = parser.parse_args(arguments)
-  try:
-    parts = port.load(args.source, args.class_names, args.transform_input == "true")
-    port.save(parts, pathlib.Path(args.to), args.source)
-  except (errors.UsageError, errors.RunError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, errors.UsageError) else 1
+  return boundary.run(lambda: _port(parser.parse_args(arguments)))
+
+
+def _port(args: argparse.Namespace) -> None:
+  # JAX takes seconds to import.
+  import jax
+
+  from fidelity_jax import files, port
+
+  parts = port.load(args.source, args.class_names, args.transform_input == "true")
+  port.save(parts, files.expand(args.to), args.source)
   for name, part in parts.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))
     facts = {k: v for k, v in part.config.items() if k != "class_names"}
     print(f"{name}: {count:,} numbers, {facts}")
   print(f"written to {args.to}")
-  return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  boundary.start()
+  boundary.leave(main())

@@ -148,7 +148,9 @@ def convert(
   misshapen = []
   for name in sorted(names.keys() & given.keys()):
     expected = to_torch_shape(wanted[names[name]].shape)
-    if tuple(given[name].shape) != expected:
+    if given[name].dtype.kind != "f":
+      misshapen.append(f"{name} {given[name].dtype} (should be floating-point)")
+    elif tuple(given[name].shape) != expected:
       misshapen.append(f"{name} {tuple(given[name].shape)} (should be {expected})")
   for kind, found in (
     ("missing", missing),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fidelity_jax import errors
+from fidelity_jax import errors, files
 from fidelity_jax.models import layers
 from fidelity_jax.port import networks, reading
 from fidelity_jax.port.networks import Part, State
@@ -25,16 +25,11 @@ _AMDEGROOT_MEAN = np.array((0.48235, 0.45882, 0.40784), np.float32)
 _AMDEGROOT_STD = np.full(3, 1 / 255, np.float32)
 
 
-def load_file(
-  path: pathlib.Path,
-  class_names: pathlib.Path | None = None,
-  transform_input: bool = True,
-) -> dict[str, Part]:
+def load_file(path: pathlib.Path, transform_input: bool = True) -> dict[str, Part]:
   """Returns the networks that a checkpoint file holds, recognized by content.
 
   Args:
     path: a .pth or .safetensors file in any layout of docs/weights.md.
-    class_names: a text file with one class name a line, in the order of the logits.
     transform_input: whether a GoogLeNet in the file expects its input re-scaled, as
       torchvision's ImageNet weights and all networks fine-tuned from them do. The file
       itself does not tell.
@@ -48,20 +43,36 @@ def load_file(
     errors.UsageError: the file cannot be read, is not recognized, or does not fit what
       it looks like; missing, unexpected and misshapen tensors are named.
   """
-  state = reading.read_state(path)
-  parts = recognize(state, path, transform_input)
-  names = read_class_names(class_names) if class_names else None
-  if names:
-    part = parts.get("classifier") or parts.get("head")
-    if part is None:
-      raise errors.UsageError(f"{class_names} names classes, but {path} has no head")
-    if len(names) != part.config["num_classes"]:
-      raise errors.UsageError(
-        f"{class_names} names {len(names)} classes, but {path} has "
-        f"{part.config['num_classes']}"
-      )
-    part.config["class_names"] = names
-  return parts
+  return recognize(reading.read_state(path), path, transform_input)
+
+
+def name_classes(
+  parts: Mapping[str, Part], class_names: pathlib.Path | None, path: pathlib.Path
+) -> None:
+  """Gives a classifier, or a head, the names of its classes.
+
+  Args:
+    parts: from `load_file`.
+    class_names: a text file with one class name a line, in the order of the logits;
+      None changes nothing.
+    path: where the parts came from, for errors.
+
+  Raises:
+    errors.UsageError: the file cannot be read, there is no such part, or it has another
+      number of classes.
+  """
+  if class_names is None:
+    return
+  names = read_class_names(class_names)
+  part = parts.get("classifier") or parts.get("head")
+  if part is None:
+    raise errors.UsageError(f"{class_names} names classes, but {path} has no head")
+  if len(names) != part.config["num_classes"]:
+    raise errors.UsageError(
+      f"{class_names} names {len(names)} classes, but {path} has "
+      f"{part.config['num_classes']}"
+    )
+  part.config["class_names"] = names
 
 
 def read_class_names(path: pathlib.Path) -> list[str]:
@@ -71,7 +82,7 @@ def read_class_names(path: pathlib.Path) -> list[str]:
     errors.UsageError: the file cannot be read.
   """
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = files.read_bytes(path).decode("utf-8").splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UsageError(f"cannot read class names from {path}: {error}") from error
   return [line.strip() for line in lines if line.strip()]

@@ -140,6 +140,9 @@ def dncnn(state: State, what: str) -> Part:
   epsilon = 1e-4 if "0.bias" in state else 1e-5
   convs: list[dict[str, Any]] = []
   used, misshapen = set(), []
+  for name, value in state.items():
+    if not name.endswith("batches_tracked") and value.dtype.kind != "f":
+      misshapen.append(f"{name} {value.dtype} (should be floating-point)")
   take = lambda name: used.add(name) or layouts.from_torch(state[name])
   for (number,) in _numbers(r"(\d+)\.weight$", state):
     if state[f"{number}.weight"].ndim == 4:

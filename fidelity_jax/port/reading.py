@@ -3,6 +3,7 @@
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params")
 def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the tensors of a .safetensors file or a PyTorch checkpoint, by name.
 
-  Floating-point tensors of any width become float32. Prefixes that wrap every name
+  Floating-point tensors of any width become float32. The checksums that PyTorch's zip
+  form carries are compared. Prefixes that wrap every name
   (`module.`, from DataParallel, and `_orig_mod.`, from torch.compile) are removed. A
   PyTorch file is read with `torch.load(weights_only=True)`: it cannot run code.
 
@@ -27,16 +29,18 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
     path: a file; the ending .safetensors tells which kind it is.
 
   Raises:
-    errors.UsageError: no such file, no tensors in it, PyTorch is not installed, or the
-      file wants to run code.
+    errors.UsageError: no such file, no tensors in it, tensors of a kind that networks
+      do not have, PyTorch is not installed, or the file wants to run code.
+    errors.RunError: the machine has no room or no right to read it.
   """
   if not path.is_file():
     raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
-  if path.suffix == ".safetensors":
-    content = _read_safetensors(path)
-  else:
-    content = _unwrap(_read_torch(path), path)
-  state = {name: _to_numpy(tensor) for name, tensor in content.items()}
+  with errors.while_doing(f"reading {path}"):
+    if path.suffix == ".safetensors":
+      content = _read_safetensors(path)
+    else:
+      content = _unwrap(_read_torch(path), path)
+    state = {name: _to_numpy(tensor, name, path) for name, tensor in content.items()}
   for prefix in ("module.", "_orig_mod."):
     if state and all(name.startswith(prefix) for name in state):
       state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -46,7 +50,9 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
   try:
     return safetensors.flax.load_file(path)
-  except (OSError, safetensors.SafetensorError) as error:
+  except PermissionError:
+    raise
+  except Exception as error:  # It raises many kinds, KeyError for a dtype.
     raise errors.UsageError(
       f"{path} is no readable safetensors file: {error}"
     ) from error
@@ -64,6 +70,11 @@ def _read_torch(path: pathlib.Path) -> Any:
     raise errors.UsageError(
       f"{path} is neither a PyTorch checkpoint nor a .safetensors file"
     )
+  if damaged := _damaged_member(path):
+    raise errors.UsageError(
+      f"{path} is damaged: its part {damaged!r} is not what its checksum says: get the "
+      "file again"
+    )
   try:
     return torch.load(path, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
@@ -73,7 +84,9 @@ def _read_torch(path: pathlib.Path) -> Any:
       f"{path} is refused: it is a pickle that holds more than tensors and could run "
       f"code ({refused}); save the network's state_dict() instead"
     ) from error
-  except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+  except (MemoryError, PermissionError):
+    raise
+  except Exception as error:  # PyTorch raises many kinds on what is no checkpoint.
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise errors.UsageError(
       f"{path} is no readable PyTorch checkpoint: {reason}"
@@ -88,6 +101,20 @@ def _is_pickle(path: pathlib.Path) -> bool:
     return file.read(1) == pickle.PROTO
 
 
+def _damaged_member(path: pathlib.Path) -> str | None:
+  """Returns the first part of a zip file whose checksum is wrong, or None.
+
+  PyTorch compares none. Its older files are no zip files and have no checksums.
+  """
+  if not zipfile.is_zipfile(path):
+    return None
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return archive.testzip()
+  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    return str(error)
+
+
 def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
   """Returns the state dict inside what a checkpoint holds."""
   for name in _WRAPPERS:
@@ -99,6 +126,11 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
       "network's state_dict()"
     )
   for name, value in content.items():
+    if not isinstance(name, str):
+      raise errors.UsageError(
+        f"{path} calls a tensor {name!r}, which is no name: save the network's "
+        "state_dict()"
+      )
     if not hasattr(value, "shape"):
       raise errors.UsageError(
         f"{path} holds a {type(value).__name__} called {name!r} among its tensors: "
@@ -107,10 +139,42 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
   return content
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any, name: str, path: pathlib.Path) -> np.ndarray:
+  """Returns a tensor as an array.
+
+  Raises:
+    errors.UsageError: it is of a kind that no network here has.
+  """
   if hasattr(tensor, "detach"):
     tensor = tensor.detach()
+    if kind := _odd_kind(tensor):
+      raise errors.UsageError(
+        f"{path} holds a {kind} tensor, {name}: save the network's state_dict() with "
+        "dense tensors of real numbers on the CPU"
+      )
     tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
   array = np.asarray(tensor)
+  if array.dtype.kind == "c":
+    raise errors.UsageError(
+      f"{path} holds a complex tensor, {name}: networks here have real numbers"
+    )
   # bfloat16 is no floating-point kind to NumPy, but it is no integer either.
   return array if array.dtype.kind in "iub" else array.astype(np.float32)
+
+
+def _odd_kind(tensor: Any) -> str:
+  """Returns what sets a PyTorch tensor apart from an ordinary one, "" if nothing."""
+  import torch
+
+  if tensor.layout != torch.strided:
+    return "sparse"
+  if tensor.is_quantized:
+    return "quantized"
+  if tensor.device.type != "cpu":
+    return f"{tensor.device.type}-device"
+  if tensor.is_complex():
+    return "complex"
+  # Strides of 0 can make any size of a few bytes.
+  if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    return "expanded"
+  return ""

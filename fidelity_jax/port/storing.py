@@ -4,7 +4,9 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
@@ -13,6 +15,22 @@ from fidelity_jax import errors, files
 from fidelity_jax.port.networks import Part
 
 _INDEX = "port.json"
+_AGAIN = "port its source again."
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+  """A part: its file, the file's SHA-256, and what describes the network."""
+
+  file: str
+  sha256: str
+  config: dict[str, Any]
+
+
+class _Index(msgspec.Struct, forbid_unknown_fields=True):
+  """What port.json holds: where the parts came from, and the parts."""
+
+  source: str
+  parts: dict[str, _Entry]
 
 
 def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> None:
@@ -33,17 +51,18 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> Non
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   try:
     temporary.mkdir(parents=True)
-    index = {"source": source, "parts": {}}
+    index = _Index(source, {})
     for name, part in parts.items():
       file_name = f"{name}.safetensors"
       flat = traverse_util.flatten_dict(part.variables, sep="/")
       safetensors.numpy.save_file(flat, temporary / file_name)
-      index["parts"][name] = {"file": file_name, **part.config}
-    files.write_json(temporary / _INDEX, index)
+      digest = files.sha256(temporary / file_name)
+      index.parts[name] = _Entry(file_name, digest, part.config)
+    files.write_record(temporary / _INDEX, index)
     if directory.exists():
       shutil.rmtree(directory)
     os.replace(temporary, directory)
-  except OSError as error:
+  except (OSError, safetensors.SafetensorError) as error:
     raise errors.UsageError(f"cannot write {directory}: {error}") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,17 +77,21 @@ def read(directory: pathlib.Path) -> dict[str, Part]:
   """Returns the parts in a directory that `save` wrote.
 
   Raises:
-    errors.RunError: a file is damaged.
+    errors.RunError: a file is damaged or cannot be read.
   """
-  index = files.read_json(directory / _INDEX)
+  index = files.read_record(directory / _INDEX, _Index, _AGAIN)
   parts = {}
-  for name, entry in index["parts"].items():
-    path = directory / entry["file"]
+  for name, entry in index.parts.items():
+    path = directory / entry.file
     try:
-      flat = safetensors.numpy.load_file(path)
+      with errors.while_doing(f"reading {path}"):
+        whole = files.sha256(path) == entry.sha256
+        flat = safetensors.numpy.load_file(path) if whole else {}
     except (OSError, safetensors.SafetensorError) as error:
-      raise errors.RunError(f"{path} is damaged: port its source again") from error
-    variables = traverse_util.unflatten_dict(flat, sep="/")
-    config = {k: v for k, v in entry.items() if k != "file"}
-    parts[name] = Part(variables, config)
+      raise errors.RunError(f"{path} is damaged ({error}): {_AGAIN}") from error
+    if not whole:
+      raise errors.RunError(
+        f"{path} is damaged (its content is not what its checksum says): {_AGAIN}"
+      )
+    parts[name] = Part(traverse_util.unflatten_dict(flat, sep="/"), entry.config)
   return parts

@@ -1,0 +1,101 @@
+"""Around every command: whatever goes wrong ends in one line and an exit status.
+
+0: done. 1: something failed. 2: the command, a config or an input is wrong. 128 + n:
+stopped by signal n. A traceback goes to a log file, which the line names.
+"""
+
+import argparse
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from fidelity_jax import errors, signals, streams
+
+# Files that JAX, Orbax and the worker threads may have open at the same time.
+_OPEN_FILES = 256
+
+
+class Parser(argparse.ArgumentParser):
+  """Raises UsageError where argparse would print and leave."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises UsageError."""
+    raise errors.UsageError(f"{message}; {self.format_usage()}")
+
+
+def run(command: Callable[[], None]) -> int:
+  """Runs a command; returns the exit status, after one line if it is not 0."""
+  try:
+    command()
+  except SystemExit as end:  # --help
+    return end.code if isinstance(end.code, int) else 0
+  except BaseException as error:  # The end of every failure.
+    status, line = explain(error)
+    print(f"fidelity_jax: {' '.join(line.split())}", file=streams.user())
+    return status
+  return 0
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+  """Returns the exit status and the line that an error ends in."""
+  if isinstance(error, errors.UsageError):
+    return 2, str(error)
+  if isinstance(error, signals.Stopped):
+    return 128 + error.number, str(error)
+  if isinstance(error, KeyboardInterrupt):
+    return 130, "stopped by SIGINT: run the same command again to resume."
+  kept = streams.keep_traceback(error)
+  where = f" The traceback is in {kept}." if kept else ""
+  if isinstance(error, errors.RunError):
+    return 1, f"{error}{where if error.__cause__ else ''}"
+  if reason := errors.circumstance(error):
+    return 1, f"{reason}.{where}"
+  if isinstance(error, OSError):
+    file = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
+    return 1, f"{file}{error.strerror or error}: run the same command again.{where}"
+  place = ""
+  if error.__traceback__ is not None:
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+      frame = frame.tb_next
+    file = os.path.basename(frame.tb_frame.f_code.co_filename)
+    place = f" at {file}:{frame.tb_lineno}"
+  text = f"{type(error).__name__}: {error}"[:400]
+  return (
+    1,
+    f"this is a defect of fidelity_jax, not of your input{place}: {text}.{where}",
+  )
+
+
+def start() -> None:
+  """Prepares a process of our own: its streams, its signals, its limits.
+
+  Called before anything heavy is imported.
+  """
+  signals.listen(streams.take_over())
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited = hard == resource.RLIM_INFINITY
+  if soft != resource.RLIM_INFINITY and soft < 4096:
+    resource.setrlimit(
+      resource.RLIMIT_NOFILE, (4096 if unlimited else min(4096, hard), hard)
+    )
+  if not unlimited and hard < _OPEN_FILES:
+    line = (
+      f"fidelity_jax: only {hard} files may be open, which is too few: allow more "
+      "(ulimit -n 4096)."
+    )
+    print(line, file=streams.user())
+    leave(1)
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the process; worker threads of libraries must not hold that up or spoil it."""
+  streams.tidy()
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except (AttributeError, OSError, ValueError):
+      pass
+  os._exit(status)

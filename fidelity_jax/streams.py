@@ -1,0 +1,127 @@
+"""What the user reads, apart from what libraries write.
+
+Libraries under us (XLA, TensorStore, Orbax's threads) write to standard error what only
+a developer wants to read, hundreds of lines if a disk is full. In a process of our own
+that goes to a log file; the user gets our lines alone.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import sys
+import tempfile
+import traceback
+from typing import TextIO
+
+
+class _Forgiving(io.TextIOBase):
+  """Text to a descriptor; that nobody reads it, or a full disk, is no error."""
+
+  encoding = "utf-8"
+
+  def __init__(self, descriptor: int):
+    self.descriptor = descriptor
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      data = text.encode("utf-8", "backslashreplace")
+      while data:
+        data = data[os.write(self.descriptor, data) :]
+    return len(text)
+
+  def isatty(self) -> bool:
+    with contextlib.suppress(OSError):
+      return os.isatty(self.descriptor)
+    return False
+
+  def fileno(self) -> int:
+    return self.descriptor
+
+
+_user: _Forgiving | None = None
+_log: pathlib.Path | None = None
+
+
+def user() -> TextIO:
+  """Returns the stream of what the user reads: standard error, if it is still ours."""
+  if _user is not None:
+    return _user
+  return sys.stderr or _Forgiving(2)
+
+
+def take_over() -> int:
+  """Parts the user's stream from the libraries'; for a process of our own, once.
+
+  Until `log_to` names a file, what libraries write goes to an unnamed one.
+
+  Returns:
+    The descriptor of the user's stream.
+  """
+  global _user
+  for descriptor in (0, 1, 2):
+    # A closed one would be given to the next file opened, and written into.
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)
+  _user = _Forgiving(os.dup(2))
+  sys.stderr = _Forgiving(2)
+  try:
+    with tempfile.TemporaryFile() as file:
+      os.dup2(file.fileno(), 2)
+  except OSError:
+    with open(os.devnull, "w") as file:
+      os.dup2(file.fileno(), 2)
+  return _user.descriptor
+
+
+def log_to(path: pathlib.Path) -> None:
+  """Names the file that libraries write to, and tracebacks go to, from now on."""
+  global _log
+  _log = path
+  if _user is None:
+    return
+  with contextlib.suppress(OSError), open(path, "ab") as file:
+    os.lseek(2, 0, os.SEEK_SET)
+    while block := os.read(2, 1 << 16):
+      file.write(block)
+    file.flush()
+    os.dup2(file.fileno(), 2)
+
+
+def keep_traceback(error: BaseException) -> pathlib.Path | None:
+  """Appends an error's traceback to the log file, or to a temporary one before that.
+
+  Returns:
+    The file, or None if it could not be written.
+  """
+  text = "".join(traceback.format_exception(error))
+  path = _log
+  if path is None or not _append(path, text):
+    try:
+      handle, name = tempfile.mkstemp(prefix="fidelity_jax-", suffix=".log")
+      os.close(handle)
+    except OSError:
+      return None
+    path = pathlib.Path(name)
+    if not _append(path, text):
+      return None
+  return path
+
+
+def _append(path: pathlib.Path, text: str) -> bool:
+  try:
+    with open(path, "ab") as file:
+      file.write(text.encode("utf-8", "backslashreplace"))
+  except OSError:
+    return False
+  return True
+
+
+def tidy() -> None:
+  """Removes a log file in which nothing was written."""
+  if _log is not None:
+    with contextlib.suppress(OSError):
+      if not _log.stat().st_size:
+        _log.unlink()

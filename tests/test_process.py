@@ -1,0 +1,235 @@
+"""The command as a process: signals, streams, limits, disks, and who meddles."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TOY, overrides
+from test_data_images import encoded, photograph
+from test_data_sources import without_privileges
+
+from fidelity_jax import main
+
+DEMO = "--config=configs/oracle.py:demo"
+
+
+def _one_line(stderr):
+  lines = stderr.splitlines()
+  assert "Traceback" not in stderr
+  assert sum(line.startswith("fidelity_jax: ") for line in lines) == 1, stderr
+  assert lines[-1].startswith("fidelity_jax: ")
+  assert len(lines) < 30
+  return lines[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5])
+def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
+  process = background(DEMO, f"--workdir={tmp_path}", *overrides(TOY))
+  time.sleep(seconds)
+  process.send_signal(number)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + number, stderr
+  assert f"stopped by {number.name}" in _one_line(stderr)
+  assert not list(tmp_path.glob("*/finished.json"))
+
+
+def test_nobody_need_read_what_it_says(background, toy_copy):
+  """As with `2>&1 | head -1`, and with standard error closed."""
+  before = (toy_copy / "results.json").read_text()
+  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
+  for stage in ("ensemble", "evaluation"):
+    shutil.rmtree(next(toy_copy.glob(f"{stage}-*")))
+  (toy_copy / "results.json").unlink()
+  process = background(*arguments)
+  assert "finished" in process.stderr.readline()
+  process.stderr.close()
+  assert process.wait(300) == 0
+  assert (toy_copy / "results.json").read_text() == before
+  (toy_copy / "results.json").unlink()
+  shell = 'exec "$@" >&- 2>&-'
+  command = ["sh", "-c", shell, "sh", sys.executable, "-m", "fidelity_jax.main"]
+  result = subprocess.run([*command, *arguments], cwd=ROOT, timeout=300)
+  assert result.returncode == 0
+  assert (toy_copy / "results.json").read_text() == before
+
+
+def _limited(limit, *arguments):
+  shell = f'ulimit {limit}; exec "$@"'
+  command = ["sh", "-c", shell, "sh", sys.executable, "-m", "fidelity_jax.main"]
+  return subprocess.run(
+    [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+
+
+def test_too_few_open_files(toy_run):
+  arguments = [DEMO, f"--workdir={toy_run}", *overrides(TOY)]
+  for limit in (16, 64):
+    result = _limited(f"-n {limit}", *arguments)
+    assert result.returncode == 1
+    assert f"only {limit} files may be open" in _one_line(result.stderr)
+  # A soft limit is raised.
+  assert _limited("-S -n 100", *arguments).returncode == 0
+
+
+def test_a_platform_that_is_not_there(command, tmp_path):
+  result = command(DEMO, f"--workdir={tmp_path}", env={"JAX_PLATFORMS": "cuda"})
+  assert result.returncode == 2
+  line = _one_line(result.stderr)
+  assert "cuda" in line and "JAX_PLATFORMS" in line
+
+
+def test_another_locale(command, tmp_path):
+  env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+  fields = {"dataset.name": "folder", "dataset.path": f"{tmp_path}/Bäume"}
+  result = command(DEMO, f"--workdir={tmp_path}/w", *overrides(fields), env=env)
+  assert result.returncode == 2
+  assert "does not exist" in _one_line(result.stderr)
+  result = command(DEMO, f"--workdir={tmp_path}/Bäume", env=env)
+  assert result.returncode == 2
+  assert "PYTHONUTF8=1" in _one_line(result.stderr)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A function that mounts, or resizes, a file system of some size."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  mounted = []
+
+  def resize(size):
+    options = f"remount,size={size}" if mounted else f"size={size}"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+      pytest.skip(f"cannot mount a tmpfs: {result.stderr.strip()}")
+    mounted.append(size)
+    return place
+
+  yield resize
+  if mounted:
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk(command, small_disk, toy_run):
+  place = small_disk("800k")
+  flags = [DEMO, f"--workdir={place}", *overrides(TOY)]
+  flags.append("--config.checkpoint_seconds=0.05")
+  sizes, failures = ["800k", "1400k", "2m", "3m", "100m"], 0
+  for size in sizes:
+    small_disk(size)
+    result = command(*flags)
+    if result.returncode == 0:
+      break
+    failures += 1
+    assert result.returncode == 1, result.stderr
+    line = _one_line(result.stderr)
+    assert "No space left on device: make room and run the same command again" in line
+    # The line names a log file that is there.
+    log = line.rpartition("The traceback is in ")[2].rstrip(".")
+    assert "Traceback" in pathlib.Path(log).read_text()
+  assert result.returncode == 0 and failures >= 2
+  ours = json.loads((place / "results.json").read_text())
+  assert ours == json.loads((toy_run / "results.json").read_text())
+
+
+def test_a_workdir_that_is_removed(background, tmp_path):
+  workdir = tmp_path / "w"
+  flags = [DEMO, f"--workdir={workdir}", *overrides(TOY)]
+  process = background(*flags, "--config.checkpoint_seconds=0.05")
+  while not list(workdir.glob("*/checkpoints/*/variables")):
+    time.sleep(0.05)
+    assert process.poll() is None
+  shutil.rmtree(workdir, ignore_errors=True)
+  shutil.rmtree(workdir, ignore_errors=True)
+  _, stderr = process.communicate(timeout=300)
+  assert process.returncode == 1, stderr
+  assert "was removed while the run was working in it" in _one_line(stderr)
+  assert not list(workdir.glob("*/finished.json"))
+
+
+@pytest.mark.parametrize("what", ["product", "stage"])
+def test_missing_permissions_are_told_from_damage(toy_run, tmp_path, capsys, what):
+  """What cannot be read is not called damaged; it is used once it can be read."""
+  place = pathlib.Path(shutil.copytree(toy_run, f"/tmp/{tmp_path.name}-{os.getpid()}"))
+  try:
+    for path in [place, *place.rglob("*")]:
+      path.chmod(0o777 if path.is_dir() else 0o666)
+    (stage,) = place.glob("ensemble-*")
+    if what == "product":
+      step = json.loads((stage / "finished.json").read_text())["best_step"]
+      closed = stage / "checkpoints" / str(step) / "variables" / "manifest.ocdbt"
+      closed.chmod(0)
+    else:
+      stage.chmod(0o555)
+    arguments = ["", DEMO, f"--workdir={place}", *overrides(TOY)]
+    with without_privileges():
+      assert main.main(arguments) == 1
+    line = _one_line(capsys.readouterr().err)
+    assert "permissions" in line
+    assert "damaged" not in line and "delete" not in line
+  finally:
+    shutil.rmtree(place)
+
+
+def _pictures(root, seed):
+  """Writes two classes of 20 images; all files have the same size."""
+  for number, name in enumerate(("cat", "dog")):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for i in range(20):
+      picture = photograph(16, 16, seed=seed + 100 * number + i)
+      (root / name / f"{i:02d}.bmp").write_bytes(encoded(picture, format="BMP"))
+
+
+def test_other_images_are_noticed(command, tmp_path, capsys):
+  """Of equal size, before a stage is finished, after it, and in the test set."""
+  _pictures(tmp_path / "pets", seed=0)
+  fields = TOY | {"dataset.name": "folder", "dataset.path": tmp_path / "pets"}
+  fields |= {"batch_size": 8, "parents.classifier.batch_size": 8}
+  fields |= {"parents.restorer.batch_size": 32, "ensemble.enabled": False}
+  workdir = tmp_path / "w"
+  flags = [DEMO, f"--workdir={workdir}", *overrides(fields)]
+  env = {"FIDELITY_JAX_CACHE": str(tmp_path / "cache")}
+  trap = ["SIGKILL", "step", 2]
+  killed = command(*trap, *flags, program=["tests/killer.py"], env=env)
+  assert killed.returncode == -9
+  assert not list(workdir.glob("*/finished.json"))
+  _pictures(tmp_path / "pets", seed=7)
+  result = command(*flags, env=env)
+  assert result.returncode == 1
+  line = _one_line(result.stderr)
+  assert "was trained on other images" in line and "classifier-" in line
+  # The same images again, though written anew: it goes on.
+  _pictures(tmp_path / "pets", seed=0)
+  command(*flags, env=env, check=0)
+  (evaluation,) = workdir.glob("evaluation-*")
+  results = json.loads((workdir / "results.json").read_text())
+  # A finished stage is not used for other training images either.
+  _pictures(tmp_path / "pets", seed=7)
+  result = command(*flags, env=env)
+  assert result.returncode == 1 and "other images" in _one_line(result.stderr)
+  # Other test images are measured anew.
+  _pictures(tmp_path / "pets", seed=0)
+  test = _test_images(tmp_path / "pets", tmp_path / "cache")
+  for i, key in enumerate(test):
+    picture = photograph(16, 16, seed=900 + i)
+    (tmp_path / "pets" / key).write_bytes(encoded(picture, format="BMP"))
+  again = command(*flags, env=env, check=0)
+  assert again.stderr.count(": finished (") == 3
+  assert len(list(workdir.glob("evaluation-*"))) == 2 and evaluation.is_dir()
+  assert json.loads((workdir / "results.json").read_text()) != results
+
+
+def _test_images(root, cache):
+  from fidelity_jax import data
+
+  settings = data.default_config("folder")
+  settings.path = str(root)
+  settings.fractions = (0.5, 0.15, 0.35)
+  return data.load(settings, "test", workdir_cache=cache).keys
