@@ -208,7 +208,7 @@ class Evaluation:
       RunError: if what was kept is damaged, or cannot be written.
       Stopped: on SIGTERM or SIGINT, between rounds.
     """
-    files.check_directory(self.directory)
+    files.check_directory(self.directory, write=True)
     with errors.while_doing(f"making the directory {self.directory}"):
       self.directory.mkdir(exist_ok=True)
     wanted = self.config.evaluation.rounds

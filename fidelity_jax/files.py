@@ -221,8 +221,12 @@ def _raise(error: OSError) -> None:
   raise error
 
 
-def check_directory(directory: pathlib.Path) -> None:
-  """Checks that a path is a directory that can be written, or can be made one.
+def check_directory(directory: pathlib.Path, write: bool = False) -> None:
+  """Checks that a path is a directory that can be read, or is absent.
+
+  Args:
+    directory: the path.
+    write: whether it is to be written to, too.
 
   Raises:
     RunError: it is something else, or cannot be read or written.
@@ -234,10 +238,12 @@ def check_directory(directory: pathlib.Path) -> None:
       raise errors.RunError(
         f"{directory} is a file, where a directory belongs: move it away."
       )
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+    mode = os.R_OK | os.X_OK | (os.W_OK if write else 0)
+    effective = os.access in os.supports_effective_ids
+    if not os.access(directory, mode, effective_ids=effective):
       raise errors.RunError(
-        f"{directory} cannot be read and written: change its permissions and run the "
-        "same command again."
+        f"{directory} cannot be {'written' if write else 'read'}: change its "
+        "permissions and run the same command again."
       )
 
 

@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
   from absl import flags
   from ml_collections import ConfigDict, config_flags
 
-  arguments, unset = _split_unset(arguments)
+  arguments, settings = _settings(arguments)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config", None, "experiment's config", flag_values=values, sys_argv=arguments
@@ -70,6 +70,8 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
   except errors.UsageError:
     raise
   except flags.Error as error:
+    if "parsing config file" in str(error):
+      raise errors.UsageError(_explain(error, file)) from error
     text = re.sub(r"invalid literal for int.*", "must be a whole number", str(error))
     text = re.sub(r"could not convert string to float.*", "must be a number", text)
     raise errors.UsageError(text) from error
@@ -77,8 +79,8 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
     raise errors.UsageError(_explain(error, file)) from error
   if len(rest) > 1:
     raise errors.UsageError(f"unexpected argument {rest[1]!r}.")
-  for name in ("config", "workdir"):
-    if not values[name].value:
+  for name, value in (("config", file), ("workdir", values["workdir"].value)):
+    if not value:
       raise errors.UsageError(
         f"--{name} is missing: python -m fidelity_jax.main "
         "--config=configs/oracle.py:demo --workdir=DIR"
@@ -88,8 +90,11 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
       f"config file {file}: get_config() returned {type(config).__name__}, not a "
       "ConfigDict."
     )
-  for path in unset:
-    _unset(config, path)
+  for path, value in settings.items():
+    if value == "None":
+      _unset(config, path)
+    else:
+      _check_brackets(config, path, value)
   return config, values["workdir"].value
 
 
@@ -115,12 +120,12 @@ def _config_file(arguments: list[str]) -> str:
   return path
 
 
-def _split_unset(arguments: list[str]) -> tuple[list[str], list[str]]:
-  """Returns the arguments without settings to None, and the fields set to it.
+def _settings(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
+  """Returns the arguments without settings to None, and the last value of each field.
 
   ml_collections would take "None" for a text, or refuse it.
   """
-  kept, unset, waiting = [], {}, list(arguments)
+  kept, settings, waiting = [], {}, list(arguments)
   while waiting:
     argument = waiting.pop(0)
     match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
@@ -130,13 +135,22 @@ def _split_unset(arguments: list[str]) -> tuple[list[str], list[str]]:
     field, value = match.groups()
     if value is None and waiting and waiting[0] == "None":
       value = waiting.pop(0)
-    # Of several settings the last counts.
-    unset.pop(field, None)
-    if value == "None":
-      unset[field] = True
-    else:
+    settings[field] = value
+    if value != "None":
       kept.append(argument)
-  return kept, list(unset)
+  return kept, settings
+
+
+def _check_brackets(config: "ConfigDict", path: str, value: str | None) -> None:
+  """Refuses one value for a field of several, which would become a tuple of one."""
+  part = config
+  for name in path.split("."):
+    part = part.get(name) if hasattr(part, "get") else None
+  if isinstance(part, tuple) and value and value.lstrip()[:1] not in ("(", "["):
+    raise errors.UsageError(
+      f"config.{path} = {value}: write several values in brackets, and one as "
+      f"({value},)."
+    )
 
 
 def _unset(config: "ConfigDict", path: str) -> None:
@@ -164,7 +178,8 @@ def _explain(error: Exception, file: str) -> str:
   # ml_collections wraps some errors into texts with a traceback.
   text = "".join(traceback.format_exception(error))
   lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', text) if file else []
-  last = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+  # The last line of what was printed of a traceback says what happened.
+  last = (str(error).strip().splitlines() or [""])[-1]
   if lines:
     name = "" if "Error: " in last else f"{type(error).__name__}: "
     return f"config file {file}, line {lines[-1]}: {name}{last}"

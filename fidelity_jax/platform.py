@@ -20,11 +20,12 @@ def set_up() -> None:
   warnings.filterwarnings("ignore", module="orbax|tensorstore|flax|grain")
   try:
     jax.devices()
-  except RuntimeError as error:
-    reason = str(error).strip().splitlines()[0]
+  except Exception as error:  # JAX raises RuntimeError and AssertionError.
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise errors.UsageError(
-      f"JAX finds no device ({reason}): set JAX_PLATFORMS to a platform that this "
-      "machine has, such as cpu, or leave it unset."
+      f"JAX finds no device (JAX_PLATFORMS is {asked!r}; {reason}): set JAX_PLATFORMS "
+      "to a platform that this machine has, such as cpu, or leave it unset."
     ) from error
 
 

@@ -107,6 +107,7 @@ class Stage:
     """
     files.check_directory(self.directory)
     files.check_directory(self._checkpoints)
+    files.check_file(self.directory / "metrics.jsonl")
     path = self.directory / "config.json"
     if not path.exists():
       if self._marker.exists() or self._checkpoints.exists():
@@ -127,7 +128,10 @@ class Stage:
       raise errors.RunError(
         f"{path} is not the config that the directory's name stands for: {self._again}"
       )
-    return self.finished()
+    if record := self.finished():
+      return record
+    files.check_directory(self.directory, write=True)
+    return None
 
   def finished(self) -> Finished | None:
     """Returns the record of the finished stage, or None if it is not finished.

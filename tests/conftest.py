@@ -1,5 +1,6 @@
 """What tests share: the toy-sized experiment, and running the command for real."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -47,9 +48,16 @@ def overrides(fields: dict) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> pathlib.Path:
-  """A compilation cache that processes of one test session share."""
-  return tmp_path_factory.mktemp("xla")
+def shared(tmp_path_factory) -> pathlib.Path:
+  """A directory that all processes of one test session share."""
+  place = tmp_path_factory.getbasetemp()
+  return place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(shared) -> pathlib.Path:
+  """A compilation cache that they share."""
+  return shared / "xla"
 
 
 @pytest.fixture(scope="session")
@@ -99,11 +107,15 @@ def command(background):
 
 
 @pytest.fixture(scope="session")
-def toy_run(command, tmp_path_factory) -> pathlib.Path:
+def toy_run(command, shared) -> pathlib.Path:
   """The workdir of a finished toy-sized oracle experiment, to be read only."""
-  workdir = tmp_path_factory.mktemp("toy")
+  workdir = shared / "toy"
   arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
-  command(*arguments, *overrides(TOY), check=0)
+  # The first process that comes here makes it.
+  with open(shared / "toy.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (workdir / "report.md").exists():
+      command(*arguments, *overrides(TOY), check=0)
   return workdir
 
 

@@ -17,7 +17,7 @@ import threading
 
 sys.path.insert(0, os.getcwd())
 
-from fidelity_jax import evaluate, progress, stages, train
+from fidelity_jax import evaluate, signals, stages, train
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     return wrapped
 
   if moment == "step":
-    progress.Progress.due = before(progress.Progress.due)
+    signals.received = before(signals.received)
   elif moment == "finish":
     stages.Stage.finish = before(stages.Stage.finish)
   elif moment == "validate":

@@ -252,6 +252,24 @@ def test_a_truncated_archive_is_refused(tmp_path, monkeypatch):
     data.load(config(folder), "train")
 
 
+@pytest.mark.parametrize("file", ["*-train.array_record-*", "dataset_info.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "absent", "directory"])
+def test_damaged_prepared_files_are_named(tmp_path, monkeypatch, file, damage):
+  put_archive(monkeypatch, tmp_path / "data", tar(caltech256_files()))
+  data.load(config(tmp_path / "data"), "train")
+  (path,) = (tmp_path / "data" / "caltech256").rglob(file)
+  content = path.read_bytes()
+  path.unlink()
+  if damage == "directory":
+    path.mkdir()
+  elif damage != "absent":
+    changed = {"empty": b"", "cut": content[: len(content) // 2]}
+    path.write_bytes(changed.get(damage, b"\xff" * len(content)))
+  with pytest.raises(RunError, match=r"'caltech256'.*(anew|Is a directory)") as caught:
+    data.load(config(tmp_path / "data"), "train")
+  assert "\n" not in str(caught.value)
+
+
 def test_missing_images_are_counted(tmp_path, monkeypatch):
   files = caltech256_files()
   files = {k: v for k, v in files.items() if "257.clutter" not in k}

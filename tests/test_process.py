@@ -14,7 +14,8 @@ from conftest import ROOT, TOY, overrides
 from test_data_images import encoded, photograph
 from test_data_sources import without_privileges
 
-from fidelity_jax import main
+# Imported here, for they cannot be without privileges.
+from fidelity_jax import experiment, main  # noqa: F401
 
 DEMO = "--config=configs/oracle.py:demo"
 
@@ -68,8 +69,8 @@ def _limited(limit, *arguments):
   )
 
 
-def test_too_few_open_files(toy_run):
-  arguments = [DEMO, f"--workdir={toy_run}", *overrides(TOY)]
+def test_too_few_open_files(toy_copy):
+  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   for limit in (16, 64):
     result = _limited(f"-n {limit}", *arguments)
     assert result.returncode == 1
@@ -167,6 +168,7 @@ def test_missing_permissions_are_told_from_damage(toy_run, tmp_path, capsys, wha
       closed = stage / "checkpoints" / str(step) / "variables" / "manifest.ocdbt"
       closed.chmod(0)
     else:
+      (stage / "finished.json").unlink()
       stage.chmod(0o555)
     arguments = ["", DEMO, f"--workdir={place}", *overrides(TOY)]
     with without_privileges():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fidelity_jax import files, progress
+from fidelity_jax import errors, files, progress
 from fidelity_jax.data import caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
@@ -90,12 +90,25 @@ def build(
   Raises:
     UsageError: no image classification dataset, an impossible split expression, or
       files that are missing and cannot be prepared here.
+    RunError: prepared files that are damaged or cannot be read.
   """
-  builder = _builder(name, data_dir(path))
-  return {
-    split: _open(builder, name, split, expression)
-    for split, expression in zip(SPLITS, expressions, strict=True)
-  }
+  folder = data_dir(path)
+  try:
+    with errors.while_doing(f"reading the dataset '{name}'"):
+      builder = _builder(name, folder)
+      folder = builder.data_path
+      return {
+        split: _open(builder, name, split, expression)
+        for split, expression in zip(SPLITS, expressions, strict=True)
+      }
+  except (UsageError, RunError):
+    raise
+  except Exception as error:  # TFDS and ArrayRecord raise many kinds.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise RunError(
+      f"the files of the dataset '{name}' that were prepared in {folder} are damaged "
+      f"({reason[:160]}): delete them and run again to prepare them anew"
+    ) from error
 
 
 def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
@@ -177,6 +190,11 @@ def _open(
       f"({', '.join(builder.info.splits)}): {str(error).splitlines()[0]}"
     ) from error
   examples = [source[i] for i in range(len(source))]
+  if any(example.get("image") is None for example in examples):
+    raise RunError(
+      f"the files of the dataset '{name}' that were prepared in {builder.data_path} "
+      "are cut off: delete them and run again to prepare them anew"
+    )
   names = features["label"].names
   if "key" in features:
     keys = [f"{name}/{example['key'].decode()}" for example in examples]

@@ -92,7 +92,7 @@ def _fields_of(spec: Any) -> dict[str, Any]:
   if "kind" not in fields:
     raise UsageError(f"degradation: no kind given; choose one of {', '.join(KINDS)}")
   kind = fields["kind"]
-  if kind not in KINDS:
+  if not isinstance(kind, str) or kind not in KINDS:
     raise UsageError(f"degradation: unknown kind {kind!r}; {near(kind, KINDS)}")
   return fields
 

@@ -149,14 +149,14 @@ def _to_numpy(tensor: Any, name: str, path: pathlib.Path) -> np.ndarray:
     tensor = tensor.detach()
     if kind := _odd_kind(tensor):
       raise errors.UsageError(
-        f"{path} holds a {kind} tensor, {name}: save the network's state_dict() with "
-        "dense tensors of real numbers on the CPU"
+        f"{path} holds a tensor that is {kind}, {name}: save the network's "
+        "state_dict() with dense tensors of real numbers on the CPU"
       )
     tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
   array = np.asarray(tensor)
   if array.dtype.kind == "c":
     raise errors.UsageError(
-      f"{path} holds a complex tensor, {name}: networks here have real numbers"
+      f"{path} holds a tensor that is complex, {name}: networks here have real numbers"
     )
   # bfloat16 is no floating-point kind to NumPy, but it is no integer either.
   return array if array.dtype.kind in "iub" else array.astype(np.float32)
@@ -171,7 +171,7 @@ def _odd_kind(tensor: Any) -> str:
   if tensor.is_quantized:
     return "quantized"
   if tensor.device.type != "cpu":
-    return f"{tensor.device.type}-device"
+    return f"on the device {tensor.device.type}"
   if tensor.is_complex():
     return "complex"
   # Strides of 0 can make any size of a few bytes.
