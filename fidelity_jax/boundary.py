@@ -33,7 +33,8 @@ def run(command: Callable[[], None]) -> int:
     return end.code if isinstance(end.code, int) else 0
   except BaseException as error:  # The end of every failure.
     status, line = explain(error)
-    print(f"fidelity_jax: {' '.join(line.split())}", file=streams.user())
+    line = streams.plain(" ".join(line.split()))
+    print(f"fidelity_jax: {line}", file=streams.user())
     return status
   return 0
 

@@ -158,6 +158,11 @@ def _check_fit(
   """
   config = stage.config
   dataset = datasets.load(config.dataset, "train")
+  if dataset.num_classes < 2:
+    raise errors.UsageError(
+      f"dataset '{dataset.name}' has one class only, '{dataset.class_names[0]}': name "
+      "one with several (dataset.path: the folder above the class folders)."
+    )
   images = images_per_step(config)
   if images > len(dataset):
     raise errors.UsageError(

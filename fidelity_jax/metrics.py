@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
 from clu import metrics as clu_metrics
 
 from fidelity_jax import errors, files
@@ -58,6 +57,9 @@ class MetricWriter:
     files.check_file(path)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     files.write_bytes(path, lines.encode())
+    # Takes a second to import, most of it PyTorch's where that is installed.
+    import tensorboardX
+
     with errors.while_doing(f"opening {path}"):
       self._file = open(path, "a", encoding="utf-8")
       self._events = tensorboardX.SummaryWriter(

@@ -9,7 +9,7 @@ from fidelity_jax import streams
 
 def say(message: str) -> None:
   """Prints one line for the user, on standard error."""
-  tqdm.tqdm.write(message, file=streams.user())
+  tqdm.tqdm.write(streams.plain(message), file=streams.user())
 
 
 class Progress:

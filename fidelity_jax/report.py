@@ -151,7 +151,8 @@ def markdown(config: ConfigDict, results: Results, stages: list[str]) -> str:
 
 
 def _spaced(name: str) -> str:
-  return name.replace("_", " ")
+  """Returns a name for a picture, where "$" would begin a formula."""
+  return name.replace("_", " ").replace("$", r"\$")
 
 
 def _heading(condition: str) -> str:

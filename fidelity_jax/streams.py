@@ -50,6 +50,12 @@ def user() -> TextIO:
   return sys.stderr or _Forgiving(2)
 
 
+def plain(text: str) -> str:
+  """Returns text without what would end a line or steer a terminal, as names may."""
+  shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+  return "".join(shown)
+
+
 def take_over() -> int:
   """Parts the user's stream from the libraries'; for a process of our own, once.
 

@@ -109,6 +109,7 @@ FIELDS = [
   *(("degradation.level", v, "level") for v in ("abc", "float('nan')", "[]", "{}")),
   ("degradation.level", "[0.1, 'x']", "'x' is not a number"),
   ("degradation.level", "1e999", "not finite"),
+  ("degradation.level", "1e39", "sigma 1e+39 is above 1e+06"),
   ("degradation.mixture", "some", "mixture='some' is unknown"),
   ("degradation.vary", "3d", "vary='3d' is unknown"),
   ("degradation.orientation", 10.0, "orientation belongs to motion_blur"),
@@ -233,6 +234,7 @@ _DEMO = f"{_ORACLE}  c = defaults.method('oracle', 'demo')\n  c.unlock()\n"
     ("def get_config(a, b): pass\n", "get_config"),
     ("def get_config(): pass\n", "returned NoneType"),
     ("def get_config(): return 3\n", "returned int"),
+    ("def get_config(a): return a\n", "get_config() missing 1 required"),
     ("def get_config(): return {}\n", "returned dict"),
     (f"{_ORACLE}  raise ValueError('dear\\nme')\n", ("line 3", "me")),
     (f"{_ORACLE}  return defaults.method('oracle').x\n", "line 3"),
@@ -360,6 +362,8 @@ def _spoil(root, name="dog"):
     (lambda root: _spoil(root), ("class 'dog'", "the file is empty")),
     (lambda root: [_spoil(root, n) for n in ("cat", "dog")], "no usable image for"),
     (lambda root: (root / "CAT").mkdir(), "the same name but for letter case"),
+    (lambda root: shutil.rmtree(root / "dog"), "has one class only, 'cat'"),
+    (lambda root: _spoil(root.rename(root.parent / "a\nb")), "does not exist"),
   ],
 )
 def test_folders(refused, photographs, tmp_path, prepare, words):
@@ -433,6 +437,7 @@ def test_what_is_no_image_is_left_out_and_named(photographs, capsys, tmp_path):
   (dog / "tty.png").symlink_to("/dev/tty")
   with open(dog / "sparse.png", "wb") as file:
     file.truncate(2**40)
+  (dog / "a\n\x1b[31m.png").write_bytes(b"")
   # Names need not be UTF-8.
   shutil.copy(dog / "00.png", os.fsencode(dog) + b"/\xe9.png")
   (photographs / os.fsdecode(b"caf\xe9")).mkdir()
@@ -445,10 +450,11 @@ def test_what_is_no_image_is_left_out_and_named(photographs, capsys, tmp_path):
   assert train.class_names == ("caf\\xe9", "cat", "dog")
   assert len(train.fingerprint) == 64
   lines = capsys.readouterr().err.splitlines()
+  assert "dog/a\\n\\x1b[31m.png: left out: the file is empty" in lines
   for name in ("pipe", "zero", "tty"):
     assert f"dog/{name}.png: left out: not a regular file" in lines
   assert any("sparse.png: left out" in line and "too many" in line for line in lines)
-  assert any("4 left out, 42 images remain" in line for line in lines)
+  assert any("5 left out, 42 images remain" in line for line in lines)
 
 
 # Weights for the demo's classifier, each with one fault.

@@ -64,3 +64,11 @@ def test_it_writes_everything(tmp_path):
   report.write(tmp_path, _config("demo"), _results(), [])
   names = {p.name for p in tmp_path.iterdir()}
   assert names == {"accuracy.png", "examples.png", "report.md", "results.json"}
+
+
+def test_names_are_no_formulas(tmp_path):
+  """A class may be called anything."""
+  results = _results()
+  names = ["$x_{$", "a$b$\\frac{", "\\udce9"]
+  results = evaluate.Results(results.rows, results.examples, names)
+  assert report.draw_examples(_config("demo"), results).startswith(b"\x89PNG")

@@ -44,7 +44,7 @@ def _clean(key: jax.Array, image: jax.Array, level: jax.Array) -> jax.Array:
 
 KINDS: dict[str, Kind] = {
   "clean": Kind(_clean, "level", (0.0,), largest=0.0, random=False),
-  "awgn": Kind(noise.awgn, "sigma", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+  "awgn": Kind(noise.awgn, "sigma", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), largest=1e6),
   "salt_and_pepper": Kind(
     noise.salt_and_pepper,
     "probability",
@@ -55,6 +55,7 @@ KINDS: dict[str, Kind] = {
     blur.gaussian_blur,
     "sigma",
     (0.0, 1.0, 2.0, 3.0, 4.0, 5.0),
+    largest=1e6,
     random=False,
     options=("kernel_size",),
   ),
