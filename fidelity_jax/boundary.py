@@ -40,22 +40,20 @@ def run(command: Callable[[], None]) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-  """Returns the exit status and the line that an error ends in."""
+  """Returns the exit status and the line that an error ends in.
+
+  The traceback of a failure is kept in a log file, which the line names.
+  """
   if isinstance(error, errors.UsageError):
     return 2, str(error)
   if isinstance(error, signals.Stopped):
     return 128 + error.number, str(error)
   if isinstance(error, KeyboardInterrupt):
-    return 130, "stopped by SIGINT: run the same command again to resume."
-  kept = streams.keep_traceback(error)
-  where = f" The traceback is in {kept}." if kept else ""
+    return 130, "stopped by SIGINT: run the same command again."
   if isinstance(error, errors.RunError):
-    return 1, f"{error}{where if error.__cause__ else ''}"
+    return 1, f"{error}{_kept(error) if error.__cause__ else ''}"
   if reason := errors.circumstance(error):
-    return 1, f"{reason}.{where}"
-  if isinstance(error, OSError):
-    file = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
-    return 1, f"{file}{error.strerror or error}: run the same command again.{where}"
+    return 1, f"{reason}.{_kept(error)}"
   place = ""
   if error.__traceback__ is not None:
     frame = error.__traceback__
@@ -64,10 +62,15 @@ def explain(error: BaseException) -> tuple[int, str]:
     file = os.path.basename(frame.tb_frame.f_code.co_filename)
     place = f" at {file}:{frame.tb_lineno}"
   text = f"{type(error).__name__}: {error}"[:400]
-  return (
-    1,
-    f"this is a defect of fidelity_jax, not of your input{place}: {text}.{where}",
-  )
+  if isinstance(error, OSError):
+    return 1, f"failed{place}: {text}.{_kept(error)}"
+  return 1, f"this is a defect of fidelity_jax{place}: {text}. Report it.{_kept(error)}"
+
+
+def _kept(error: BaseException) -> str:
+  """Keeps an error's traceback; returns what to say of it."""
+  path = streams.keep_traceback(error)
+  return f" The traceback is in {path}." if path else ""
 
 
 def start() -> None:

@@ -80,7 +80,7 @@ class Checkpoints:
     """
     self.directory = pathlib.Path(directory).absolute()
     self._policy = _LatestAndBest()
-    with errors.while_doing(f"opening the checkpoints in {self.directory}"):
+    with _reading(self.directory):
       self._manager = ocp.CheckpointManager(
         self.directory,
         item_names=("variables", "training", "progress"),
@@ -139,8 +139,7 @@ class Checkpoints:
       (variables, training, progress).
 
     Raises:
-      RunError: if the checkpoint cannot be read, is damaged, or if the best one is
-        gone.
+      RunError: if it, or the best one, cannot be read or is damaged or missing.
     """
     path = self.directory / str(step)
     progress = self._progress(step)
@@ -161,6 +160,9 @@ class Checkpoints:
       )
     found = {"variables": restored.variables, "training": restored.training}
     _compare(path, progress, found)
+    if best not in (None, step):
+      # Sooner than at the end, when all else is trained.
+      self.check_product(best, variables)
     self._policy.best = best
     return restored.variables, restored.training, progress
 

@@ -70,16 +70,21 @@ _ADVICE = {
   errno.ESTALE: "the network disk has lost it: run the same command again",
 }
 # How TensorStore and XLA, whose errors are texts, say the same.
-_OS_ERROR = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
+_OS_ERROR = re.compile(
+  r"(?:os_error_code='|OS error |Errno |Error code )(\d+)", re.IGNORECASE
+)
 _OUT_OF_MEMORY = re.compile(
-  r"out of memory|failed to allocate|unable to allocate|"
+  r"out of memory|not enough memory|(cannot|can't|unable to|failed to) allocate|"
   r"RESOURCE_EXHAUSTED.*(alloc|memory)",
   re.IGNORECASE,
 )
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-  """Yields an error, the members of a group, and what each was raised from."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+  """Yields an error, the members of a group, and what each was raised from.
+
+  What was merely being handled when an error was raised is no cause of it.
+  """
   waiting, seen = [error], set()
   while waiting:
     one = waiting.pop(0)
@@ -87,10 +92,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
       continue
     seen.add(id(one))
     yield one
-    waiting += getattr(one, "exceptions", ())
-    waiting.append(
-      one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-    )
+    waiting += [*getattr(one, "exceptions", ()), one.__cause__]
 
 
 def circumstance(error: BaseException) -> str | None:
@@ -102,16 +104,18 @@ def circumstance(error: BaseException) -> str | None:
   Returns:
     E.g. "DIR/x: No space left on device: make room ...", or None if it is none.
   """
-  for one in chain(error):
+  for one in _causes(error):
     if isinstance(one, MemoryError) or _OUT_OF_MEMORY.search(str(one)):
       return _MEMORY
     where = ""
     if isinstance(one, OSError):
       code = one.errno
-      where = f"{os.fsdecode(one.filename)}: " if one.filename is not None else ""
+      # A descriptor's number tells nobody anything.
+      named = isinstance(one.filename, str | bytes | os.PathLike)
+      where = f"{os.fsdecode(one.filename)}: " if named else ""
     else:
       match = _OS_ERROR.search(str(one))
-      code = int(match[1] or match[2]) if match else None
+      code = int(match[1]) if match else None
     if code == errno.ENOMEM:
       return _MEMORY
     if code in _ADVICE:

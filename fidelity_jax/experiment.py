@@ -16,6 +16,7 @@ from fidelity_jax import (
   port,
   progress,
   report,
+  sharding,
   signals,
   stages,
   streams,
@@ -66,10 +67,13 @@ def run(config: ConfigDict, workdir: str) -> None:
 @contextlib.contextmanager
 def _staying(directory: pathlib.Path) -> Iterator[None]:
   """Says so if a failure comes of the workdir's having been removed."""
+  inode = directory.stat().st_ino
   try:
     yield
+  except errors.UsageError:
+    raise
   except Exception as error:
-    if not (directory / ".lock").exists():
+    if not directory.is_dir() or directory.stat().st_ino != inode:
       raise errors.RunError(
         f"workdir {directory} was removed while the run was working in it: run the "
         "same command again to begin anew."
@@ -169,6 +173,7 @@ def _check_fit(
       f"{stage.kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."
     )
+  sharding.check_batch(sharding.make_mesh(images), images, stage.kind)
   if (len(dataset) // images) * config.epochs >= 2**31:
     raise errors.UsageError(f"{stage.kind}: more than 2^31 steps: lower epochs.")
   if stage.kind == "classifier" and given and not config.model.new_head:

@@ -75,11 +75,16 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   with errors.while_doing(f"writing {path}"):
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+      with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+      raise
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -125,8 +130,8 @@ def read_json(path: pathlib.Path, again: str) -> Any:
     raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
 
 
-def seal(record: msgspec.Struct) -> dict[str, Any]:
-  """Returns a record as JSON-able values with a checksum over them."""
+def seal(record: Any) -> dict[str, Any]:
+  """Returns a record, or a dictionary, as JSON-able values with a checksum."""
   content = msgspec.to_builtins(record)
   return content | {_SEAL: _digest(content)}
 
@@ -144,6 +149,7 @@ def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
     RunError: if it is not that record, every bit of it.
   """
   if not isinstance(value, dict) or _SEAL not in value:
+    # Earlier versions had no checksums.
     raise errors.RunError(
       f"{where} is damaged, or was written by an earlier version of fidelity_jax: "
       f"{again}"

@@ -8,6 +8,12 @@ axis (1D) and with the distance to a point (2D). Without --kind also IMAGE-all.p
 all kinds in one figure.
 """
 
+from fidelity_jax import boundary
+
+if __name__ == "__main__":
+  # Before what takes seconds to import.
+  boundary.start()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +25,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from fidelity_jax import boundary, degradations, files
+from fidelity_jax import degradations, files, signals
 from fidelity_jax.data import images as image_files
 from fidelity_jax.errors import RunError, UsageError
 
@@ -172,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(args: argparse.Namespace) -> None:
+  signals.interrupt()
   embedded = Path(skimage.__file__).parent / "data"
   paths = [files.expand(path) for path in args.images]
   paths = paths or [embedded / name for name in EMBEDDED]
@@ -192,5 +199,4 @@ def _draw(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-  boundary.start()
   boundary.leave(main())

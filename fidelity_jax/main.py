@@ -17,7 +17,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from fidelity_jax import boundary, errors
+from fidelity_jax import boundary, errors, signals
 
 # Libraries are imported where they are needed: usage errors and signals should not wait
 # for them.
@@ -41,6 +41,7 @@ def _run(arguments: list[str]) -> None:
   config, workdir = parse(arguments)
   from fidelity_jax import experiment, platform
 
+  signals.interrupt()
   platform.set_up()
   experiment.run(config, workdir)
 
@@ -69,6 +70,11 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
     config = values["config"].value
   except errors.UsageError:
     raise
+  except SystemExit as error:
+    raise errors.UsageError(
+      f"config file {file} ends the program ({error.code}) instead of returning a "
+      "config."
+    ) from error
   except flags.Error as error:
     if "parsing config file" in str(error):
       raise errors.UsageError(_explain(error, file)) from error
@@ -133,11 +139,13 @@ def _settings(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
       kept.append(argument)
       continue
     field, value = match.groups()
-    if value is None and waiting and waiting[0] == "None":
+    words = [argument]
+    if value is None and waiting and not waiting[0].startswith("-"):
       value = waiting.pop(0)
+      words.append(value)
     settings[field] = value
     if value != "None":
-      kept.append(argument)
+      kept += words
   return kept, settings
 
 

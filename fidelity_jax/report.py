@@ -229,8 +229,12 @@ def draw_examples(config: ConfigDict, results: Results) -> bytes:
   """Returns the picture of clean, degraded and restored images and maps (PNG)."""
   examples, names = results.examples, results.class_names
   conditions = [str(c) for c in examples["condition"]]
-  count = examples["clean"].shape[1] // len(conditions)
-  columns = [(m, m * count + n) for m in range(len(conditions)) for n in range(count)]
+  # Each condition shows images of its own, as long as there are enough.
+  total = examples["clean"].shape[1]
+  count = max(total // len(conditions), 1)
+  columns = [
+    (m, (m * count + n) % total) for m in range(len(conditions)) for n in range(count)
+  ]
   source = config.fidelity.source
   ensemble = "True" if f"prediction/{source}/True/True" in examples else "False"
   rows = [

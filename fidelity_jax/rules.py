@@ -29,6 +29,7 @@ Table = Mapping[str, "Rule | Table"]
 
 FLAG = Rule("True or False", lambda v: isinstance(v, bool))
 TEXT = Rule("a text", lambda v: isinstance(v, str))
+NAME = Rule("a text that is not empty", lambda v: isinstance(v, str) and v != "")
 SHARE = Rule("a number from 0 to 1", lambda v: _is(v, numbers.Real) and 0 <= v <= 1)
 SMOOTHING = Rule("a number in [0, 1)", lambda v: _is(v, numbers.Real) and 0 <= v < 1)
 
@@ -122,7 +123,8 @@ def check(config: ConfigDict, table: Table, where: str) -> None:
     if not isinstance(rule, Rule):
       check(value, rule, f"{where}.{name}")
     elif not rule.holds(value):
-      hint = f"; {errors.near(value, rule.choices)}" if rule.choices else ""
+      near = errors.near(value, rule.choices) if rule.choices else ""
+      hint = f"; {near}" if near.startswith("did") else ""
       raise refusal(where, name, value, f"must be {rule.meaning}{hint}")
 
 

@@ -1,15 +1,20 @@
 """SIGTERM and SIGINT: finish the step, save, leave.
 
-Imports nothing heavy: `listen` is called before anything else is imported, so that
-a signal in the first seconds ends in one line too.
+Three phases. While a command starts, that is while it imports, a signal ends the
+process at once. While it prepares, a signal raises `Stopped` where it strikes, so that
+what is half done is cleaned up. While it works, a signal is only noted, and looked at
+where the work is saved. Imports nothing heavy: `listen` is called before all imports.
 """
 
 import os
 import signal
 
 
-class Stopped(Exception):
-  """A stop was asked for; the command exits with 128 + signal."""
+class Stopped(BaseException):
+  """A stop was asked for; the command exits with 128 + signal.
+
+  No `Exception`: whoever catches these means failures.
+  """
 
   def __init__(self, number: int, where: str, kept: str):
     super().__init__(
@@ -19,8 +24,9 @@ class Stopped(Exception):
     self.number = number
 
 
+_STARTING, _PREPARING, _WORKING = range(3)
+_phase = _STARTING
 _received: int | None = None
-_working = False
 _user = 2
 
 
@@ -30,8 +36,10 @@ def _receive(number, frame) -> None:
   _received = number
   # A second signal of the same kind ends the process at once.
   signal.signal(number, signal.SIG_DFL)
-  if not _working:
-    line = f"fidelity_jax: stopped by {signal.Signals(number).name} before it began.\n"
+  if _phase == _PREPARING:
+    stop("before the work began", "nothing is lost")
+  if _phase == _STARTING:
+    line = f"fidelity_jax: stopped by {signal.Signals(number).name} while it started.\n"
     try:
       os.write(_user, line.encode())
     except OSError:
@@ -40,21 +48,27 @@ def _receive(number, frame) -> None:
 
 
 def listen(user: int = 2) -> None:
-  """Starts listening for SIGTERM and SIGINT, which end the process while it starts.
+  """Starts listening for SIGTERM and SIGINT.
 
   Args:
     user: descriptor for the line that says so.
   """
   global _user
   _user = user
-  for number in (signal.SIGTERM, signal.SIGINT):
+  for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, _receive)
+
+
+def interrupt() -> None:
+  """From here on a signal raises `Stopped`, if anybody listens."""
+  global _phase
+  _phase = _PREPARING
 
 
 def work_begins() -> None:
   """From here on a signal is only noted, and looked at where work can be stopped."""
-  global _working
-  _working = True
+  global _phase
+  _phase = _WORKING
 
 
 def received() -> int | None:

@@ -108,25 +108,35 @@ class Stage:
     files.check_directory(self.directory)
     files.check_directory(self._checkpoints)
     files.check_file(self.directory / "metrics.jsonl")
+    files.check_file(self._marker)
+    if self._marker.exists():
+      content = files.read_json(self._marker, self._again)
+      if isinstance(content, dict) and content.get("files") == {}:
+        raise errors.RunError(
+          f"{self.directory} is called finished, but its best checkpoint was lost by "
+          f"an earlier version of fidelity_jax: {self._again}"
+        )
     path = self.directory / "config.json"
+    files.check_file(path)
     if not path.exists():
       if self._marker.exists() or self._checkpoints.exists():
         raise errors.RunError(f"{path} is missing: {self._again}")
       return None
     begun = files.read_json(path, self._again)
-    if begun != self.record() | {"data": fingerprint}:
-      if not isinstance(begun, dict) or "data" not in begun:
-        raise errors.RunError(
-          f"{path} is damaged, or was written by an earlier version of fidelity_jax: "
-          f"{self._again}"
-        )
-      if begun | {"data": fingerprint} == self.record() | {"data": fingerprint}:
-        raise errors.RunError(
-          f"{self.name} was trained on other images than the dataset holds now: bring "
-          f"those back, or {self._again}"
-        )
+    if begun == self.record():
+      raise errors.RunError(
+        f"{self.directory} was begun by an earlier version of fidelity_jax, which did "
+        f"not note on which images: {self._again}"
+      )
+    begun = files.unseal(begun, dict[str, Any], path, self._again)
+    if begun | {"data": ""} != self.record() | {"data": ""}:
       raise errors.RunError(
         f"{path} is not the config that the directory's name stands for: {self._again}"
+      )
+    if begun["data"] != fingerprint:
+      raise errors.RunError(
+        f"{self.name} was trained on other images than the dataset holds now: bring "
+        f"those back, or {self._again}"
       )
     if record := self.finished():
       return record
@@ -139,16 +149,9 @@ class Stage:
     Raises:
       RunError: if its product is damaged or lost.
     """
-    files.check_file(self._marker)
     if not self._marker.exists():
       return None
-    content = files.read_json(self._marker, self._again)
-    if isinstance(content, dict) and content.get("files") == {}:
-      raise errors.RunError(
-        f"{self.directory} is called finished, but its best checkpoint was lost by an "
-        f"earlier version of fidelity_jax: {self._again}"
-      )
-    record = files.unseal(content, Finished, self._marker, self._again)
+    record = files.read_record(self._marker, Finished, self._again)
     variables = self._variables(record)
     found = files.digest_tree(variables) if variables.is_dir() else {}
     for name, digest in record.files.items():
@@ -165,9 +168,8 @@ class Stage:
     """
     with errors.while_doing(f"making the directory {self.directory}"):
       self.directory.mkdir(exist_ok=True)
-    files.write_json(
-      self.directory / "config.json", self.record() | {"data": fingerprint}
-    )
+    begun = self.record() | {"data": fingerprint}
+    files.write_json(self.directory / "config.json", files.seal(begun))
 
   def finish(self, step: int, metric: str, score: float) -> None:
     """Marks the stage finished, with digests of its product.

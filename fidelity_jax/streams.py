@@ -77,7 +77,7 @@ def take_over() -> int:
     with tempfile.TemporaryFile() as file:
       os.dup2(file.fileno(), 2)
   except OSError:
-    with open(os.devnull, "w") as file:
+    with open(os.devnull, "r+b", buffering=0) as file:
       os.dup2(file.fileno(), 2)
   return _user.descriptor
 
@@ -88,11 +88,11 @@ def log_to(path: pathlib.Path) -> None:
   _log = path
   if _user is None:
     return
-  with contextlib.suppress(OSError), open(path, "ab") as file:
-    os.lseek(2, 0, os.SEEK_SET)
-    while block := os.read(2, 1 << 16):
-      file.write(block)
-    file.flush()
+  with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+    with contextlib.suppress(OSError):
+      os.lseek(2, 0, os.SEEK_SET)
+      while block := os.read(2, 1 << 16):
+        file.write(block)
     os.dup2(file.fileno(), 2)
 
 

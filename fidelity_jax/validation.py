@@ -1,15 +1,25 @@
 """Refuses impossible configs before anything runs, in one line each.
 
-The tables below are all there is to know of a config's fields: their types and ranges,
-and which of them a kind of stage has. `None` stands only where a field may be unset.
+The tables below say which fields a kind of stage has, and their types and ranges;
+`data.FIELDS` is that of `dataset`, and `degradations.from_config` knows those of
+`degradation`. `None` stands only where a field may be unset.
 """
 
 from ml_collections import ConfigDict
 
 from fidelity_jax import data, degradations, errors, fidelity, models, resize, rules
 from fidelity_jax.models.calibration import MODULES
-from fidelity_jax.models.registry import NAMES
-from fidelity_jax.rules import FLAG, SMOOTHING, TEXT, choice, number, optional, whole
+from fidelity_jax.models.registry import NAMES as NETWORKS
+from fidelity_jax.rules import (
+  FLAG,
+  NAME,
+  SMOOTHING,
+  TEXT,
+  choice,
+  number,
+  optional,
+  whole,
+)
 
 _EPOCHS = whole(0, 1_000_000)
 _BATCH = whole(1, 1_000_000)
@@ -33,7 +43,7 @@ _STACK: rules.Table = _TRAINING | {
     "depth": whole(2, 200),
     "width": _SIZE,
     "batch_norm": FLAG,
-    "weights": optional(TEXT),
+    "weights": optional(NAME),
   },
   "patch_size": whole(1, 4096),
   "patch_stride": whole(1, 4096),
@@ -48,13 +58,13 @@ _FIELDS: dict[str, rules.Table] = {
     "source": choice("clean", "degraded", "restored"),
     "label_smoothing": SMOOTHING,
     "model": {
-      "name": choice(*NAMES),
+      "name": choice(*NETWORKS),
       "stage_sizes": optional(rules.several(whole(1, 200), 1, 8)),
       "width": optional(_SIZE),
       "block": optional(choice("basic", "bottleneck")),
       "transform_input": optional(FLAG),
       "transform_steered": optional(FLAG),
-      "weights": optional(TEXT),
+      "weights": optional(NAME),
       "new_head": FLAG,
     },
   },
@@ -71,7 +81,7 @@ _FIELDS: dict[str, rules.Table] = {
       "resize": choice(*resize.METHODS),
       **{module: FLAG for module in MODULES},
       "residual": FLAG,
-      "weights": optional(TEXT),
+      "weights": optional(NAME),
     },
     "rematerialize": FLAG,
     "ensemble": {
@@ -79,7 +89,7 @@ _FIELDS: dict[str, rules.Table] = {
       "learning_rate": _RATE,
       "epochs": _EPOCHS,
       "warmup_epochs": _EPOCHS,
-      "weights": optional(TEXT),
+      "weights": optional(NAME),
     },
   },
 }

@@ -1,13 +1,14 @@
 """Which checkpoints are kept, and that what is read is what was written."""
 
-import errno
+import contextlib
+import os
 import random
+import resource
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from fidelity_jax import checkpoints, errors
@@ -107,12 +108,15 @@ def _restore(stage):
 def test_every_flipped_bit_is_noticed_or_changes_nothing(whole, tmp_path):
   expected = _restore(whole)
   files = [p for p in (whole / "checkpoints").rglob("*") if p.is_file()]
+  # OCDBT draws names anew each time.
+  files.sort(key=lambda p: (p.stat().st_size, p.parent))
   draws, noticed = random.Random(0), 0
-  for number in range(40):
+  # Each once, and the largest, in which the arrays lie, more often.
+  for number, chosen in enumerate(
+    [p for p in files if p.stat().st_size] + files[-2:] * 8
+  ):
     stage = shutil.copytree(whole, tmp_path / str(number) / "stage")
-    # The arrays lie in the largest files.
-    weights = [path.stat().st_size for path in files]
-    path = stage / draws.choices(files, weights)[0].relative_to(whole)
+    path = stage / chosen.relative_to(whole)
     content = bytearray(path.read_bytes())
     content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
     path.write_bytes(content)
@@ -125,7 +129,7 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(whole, tmp_path):
     else:
       jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
       assert found[2] == expected[2]
-  assert noticed > 25
+  assert noticed > 16
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"best_step": "x"}'])
@@ -137,24 +141,42 @@ def test_damaged_progress_is_named(whole, tmp_path, content):
     _restore(stage)
 
 
-def test_what_cannot_be_read_is_not_called_damaged(whole, tmp_path, monkeypatch):
-  """Its deletion is not proposed."""
+def test_what_cannot_be_read_is_not_called_damaged(whole, tmp_path):
+  """Its deletion is not proposed; TensorStore's own words for it are understood."""
   stage = shutil.copytree(whole, tmp_path / "stage")
-  for error in (
-    MemoryError(),
-    OSError(errno.EMFILE, "Too many open files"),
-    ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes"),
-  ):
-
-    def fail(*args, error=error, **kwargs):
-      raise error
-
-    with monkeypatch.context() as patch:
-      patch.setattr(ocp.CheckpointManager, "restore", fail)
-      with pytest.raises(errors.RunError, match="reading checkpoint") as caught:
-        _restore(stage)
-    assert "delete" not in str(caught.value) and "damaged" not in str(caught.value)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  saved = checkpoints.Checkpoints(stage / "checkpoints")
+  tree = {"x": jnp.zeros(4096)}
+  highest = max(map(int, os.listdir("/proc/self/fd")))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+  holes = []
+  with contextlib.suppress(OSError):
+    while True:
+      holes.append(os.dup(0))
+  try:
+    with pytest.raises(errors.RunError, match=r"failed: .*Too many open") as caught:
+      saved.restore(3, {"params": tree}, {"opt_state": tree})
+  finally:
+    for hole in holes:
+      os.close(hole)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  assert "delete" not in str(caught.value) and "damaged" not in str(caught.value)
+  saved.close()
   _restore(stage)
+
+
+def test_a_damaged_best_checkpoint_is_noticed_on_resuming(tmp_path):
+  saved = checkpoints.Checkpoints(tmp_path / "stage" / "checkpoints")
+  _save(saved, 1, 1)
+  _save(saved, 2, 1)
+  saved.close()
+  for path in (tmp_path / "stage/checkpoints/1/variables").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  again = checkpoints.Checkpoints(tmp_path / "stage" / "checkpoints")
+  with pytest.raises(errors.RunError, match=r"checkpoints/1.* is damaged"):
+    again.restore(2, *LIKE)
+  again.close()
 
 
 def test_a_product_that_is_not_finite_is_none(tmp_path):

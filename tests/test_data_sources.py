@@ -1,6 +1,7 @@
 """Datasets by name: demo, folder, CSV, splits, verification, the decoded cache."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -14,10 +15,10 @@ import pytest
 from PIL import Image
 from test_data_images import encoded, photograph
 
-from fidelity_jax import data, platform
+from fidelity_jax import data, files, platform
 from fidelity_jax.data import dataset as datasets
 from fidelity_jax.data import demo, splits, verify
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import RunError, UsageError
 
 CALTECH101 = pathlib.Path(__file__).parents[2] / "shared" / "caltech101"
 
@@ -360,6 +361,11 @@ def test_unreadable_files_and_folders_are_named(folder, monkeypatch):
     with without_privileges():
       train = data.load(config(root, counts=(-1, 0, 0)), "train")
     (root / "dog" / "private").chmod(0o700)
+    (root / "dog").chmod(0)
+    with without_privileges():
+      with pytest.raises(UsageError, match=r"cannot list the class folder .*dog"):
+        data.load(config(root), "train")
+    (root / "dog").chmod(0o700)
     root.chmod(0)
     with without_privileges():
       with pytest.raises(UsageError, match=r"cannot list .*: Permission denied"):
@@ -371,6 +377,40 @@ def test_unreadable_files_and_folders_are_named(folder, monkeypatch):
       "dog/private/": "Permission denied",
     }
     assert len(train) == 19
+
+
+def test_a_passing_trouble_is_not_held_against_an_image(folder, monkeypatch):
+  """Too many open files, or no memory, say nothing of the image."""
+  settings = config(folder, counts=(-1, 0, 0))
+  read = files.read_bytes
+  for error in (OSError(errno.EMFILE, "Too many open files"), MemoryError()):
+
+    def fail(path, limit=None, error=error):
+      if path.name == "image_0003.jpg":
+        raise error
+      return read(path, limit)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(files, "read_bytes", fail)
+      with pytest.raises((RunError, MemoryError)) as caught:
+        data.load(settings, "train")
+    assert "open files" in str(caught.value) or isinstance(caught.value, MemoryError)
+  assert len(data.load(settings, "train")) == 20
+
+
+def test_an_image_that_changes_during_a_run_stops_it(folder):
+  train = data.load(config(folder), "train")
+  path = folder / train.keys[2]
+  path.write_bytes(encoded(photograph(seed=77), format="JPEG"))
+  batches = data.eval_iterator(train, image_size=16, batch_size=len(train))
+  with pytest.raises(RunError, match=f"{train.keys[2]}: .*not what it was"):
+    next(batches)
+
+
+def test_an_empty_split_of_several_parts_is_empty(folder):
+  part = data.load(config(folder), "train")
+  whole = datasets.join([part, part])
+  assert len(whole.select([]).records) == 0 == len(whole.select([]))
 
 
 def test_verification_is_remembered(folder, cache_folder, monkeypatch):

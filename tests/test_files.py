@@ -103,6 +103,13 @@ def test_circumstances_are_told_from_damage(tmp_path):
   )
   assert errors.circumstance(ValueError("DATA_LOSS: Error decoding")) is None
   assert errors.circumstance(FileNotFoundError(errno.ENOENT, "no", "x")) is None
+  # What is merely being handled is no cause; a descriptor is no name.
+  defect = KeyError("defect")
+  defect.__context__ = full
+  assert errors.circumstance(defect) is None
+  assert errors.circumstance(OSError(errno.ENOSPC, "No space", 7)).startswith(
+    "No space"
+  )
 
 
 def test_a_directory_belongs_to_one_run_at_a_time(tmp_path):

@@ -4,9 +4,9 @@ The commands run in this process, which takes a fraction of a second each; what 
 to a process of its own (streams, signals, limits) is in test_process.py.
 """
 
-import contextlib
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import sys
@@ -147,6 +147,8 @@ FIELDS = [
   ("parents.classifier.source", "restored", "parents.restorer is missing"),
   ("parents.classifier.source", "noisy", "source"),
   ("parents.classifier.model.weights", "/no/such.pth", "there is no file"),
+  ("parents.classifier.model.weights", "", "None or a text that is not empty"),
+  ("parents.classifier.model.weights", "x" * 300, "there is no file"),
   ("parents.classifier.model.weights", "~nosuchuser/a.pth", "no such user"),
   ("parents.classifier.model.weights", "torchvision", "no published weights"),
   ("parents.classifier.model.new_head", None, "new_head"),
@@ -198,6 +200,7 @@ def test_fields(refused, tmp_path, field, value, words):
     ([ESTIMATOR, "--config.seed=-1"], "config.seed = -1"),
     ([DEMO, "--config.seed=None", "--config.seed=-2"], "config.seed = -2"),
     ([DEMO, "--config.seed=3", "--config.seed", "None"], "config.seed = None"),
+    ([DEMO, "--config.dataset.fractions", "3"], "write several values in brackets"),
   ],
 )
 def test_command_lines(refused, tmp_path, flags, words):
@@ -235,6 +238,7 @@ _DEMO = f"{_ORACLE}  c = defaults.method('oracle', 'demo')\n  c.unlock()\n"
     ("def get_config(): pass\n", "returned NoneType"),
     ("def get_config(): return 3\n", "returned int"),
     ("def get_config(a): return a\n", "get_config() missing 1 required"),
+    ("import sys; sys.exit('no')\n", "ends the program (no)"),
     ("def get_config(): return {}\n", "returned dict"),
     (f"{_ORACLE}  raise ValueError('dear\\nme')\n", ("line 3", "me")),
     (f"{_ORACLE}  return defaults.method('oracle').x\n", "line 3"),
@@ -363,6 +367,7 @@ def _spoil(root, name="dog"):
     (lambda root: [_spoil(root, n) for n in ("cat", "dog")], "no usable image for"),
     (lambda root: (root / "CAT").mkdir(), "the same name but for letter case"),
     (lambda root: shutil.rmtree(root / "dog"), "has one class only, 'cat'"),
+    (lambda root: [p.unlink() for p in (root / "dog").iterdir()], "one class only"),
     (lambda root: _spoil(root.rename(root.parent / "a\nb")), "does not exist"),
   ],
 )
@@ -418,6 +423,7 @@ def test_a_header_is_no_class(photographs, header):
     ('{"train": {"cow": [1]}}', "class 'cow'"),
     ('{"train": ["cat/00.png", "cat/00.png"]}', "twice"),
     ('{"train": ["cat/00.png"], "tset": []}', "unknown split 'tset'"),
+    ('{"train": ["cat/00.png"], "val": [], "valid": []}', "a validation split twice"),
   ],
 )
 def test_split_files(refused, photographs, tmp_path, content, words):
@@ -481,6 +487,11 @@ def _quantized(torch, state):
   return state | {"a.weight": tensor}
 
 
+def _nested(torch, state):
+  tensors = [torch.ones(2), torch.ones(3)]
+  return state | {"a.weight": torch.nested.nested_tensor(tensors)}
+
+
 @pytest.mark.parametrize(
   ("make", "words"),
   [
@@ -507,6 +518,7 @@ def _quantized(torch, state):
       "that is expanded, a",
     ),
     (_torch_file(lambda t, s: {"a": t.ones(3, dtype=t.complex64)}), "complex"),
+    (_torch_file(_nested), "that is nested, a.weight"),
     (
       _torch_file(lambda t, s: {"model.0.weight": t.ones(8, 3, 3, 3, dtype=t.int64)}),
       "int64 (should be floating-point)",
@@ -690,10 +702,11 @@ DAMAGES = [
   (_swap(_MARKER), "finished.json is no regular file"),
   (_write("restorer-*/config.json", b"{"), "config.json is damaged"),
   (_write("restorer-*/config.json", b"[]"), "config.json is damaged"),
-  (_change_json("restorer-*/config.json", seed=1), "is not the config that"),
-  (_change_json("restorer-*/config.json", data="x"), "trained on other images"),
+  (_change_json("restorer-*/config.json", seed=1), "config.json is damaged"),
+  (_change_json("restorer-*/config.json", data="x"), "config.json is damaged"),
   (lambda w: next(w.glob("restorer-*/config.json")).unlink(), "config.json is missing"),
-  (_swap("restorer-*/config.json"), "config.json"),
+  (_swap("restorer-*/config.json"), "config.json is no regular file"),
+  (_swap("restorer-*/metrics.jsonl"), "metrics.jsonl is no regular file"),
   (_swap("restorer-*"), "is a file, where a directory belongs"),
   (_swap("restorer-*/checkpoints"), "is a file, where a directory belongs"),
   (lambda w: shutil.rmtree(_stage(w, "restorer") / "checkpoints"), "is missing"),
@@ -723,20 +736,66 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES)
-def test_damaged_workdirs(refused, toy_copy, monkeypatch, damage, words):
+def test_damaged_workdirs(refused, toy_copy, damage, words):
   (toy_copy / "results.json").unlink()
-  markers = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json")}
   damage(toy_copy)
+  markers = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   line = refused(arguments, 1, words)
-  assert str(toy_copy) in line or toy_copy.name in line
+  assert str(toy_copy) in line
   assert not (toy_copy / "results.json").exists()
   # Nothing new is called finished, nothing finished is gone.
-  for path in toy_copy.glob("*/finished.json"):
-    assert path in markers
-  for path in markers:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-      path.read_bytes()
+  after = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
+  assert after == markers
+
+
+def test_a_bit_flipped_in_a_half_trained_checkpoint(refused, toy_copy):
+  for stage in ("ensemble", "evaluation"):
+    place = _stage(toy_copy, stage)
+    (place / "finished.json").unlink(missing_ok=True)
+  path = max(
+    (p for p in _stage(toy_copy, "ensemble").glob("checkpoints/*/training/d/*")),
+    key=lambda p: p.stat().st_size,
+  )
+  _flip(path, path.stat().st_size // 2)
+  (toy_copy / "results.json").unlink()
+  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
+  refused(arguments, 1, ("is damaged", "ensemble-", "delete the directory"))
+  assert not (_stage(toy_copy, "ensemble") / "finished.json").exists()
+
+
+def test_a_defect_is_shown_as_such(toy_copy, monkeypatch, capsys):
+  from fidelity_jax import report
+
+  def write(*args):
+    try:
+      raise PermissionError(13, "Permission denied", "innocent")
+    except PermissionError:
+      return {}["defect"]
+
+  monkeypatch.setattr(report, "write", write)
+  arguments = ["", DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
+  assert main.main(arguments) == 1
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert "this is a defect of fidelity_jax at test_refusals.py" in line
+  assert "KeyError: 'defect'" in line and "innocent" not in line
+  log = line.rpartition("The traceback is in ")[2].rstrip(".")
+  assert log == str(toy_copy / "log.txt")
+  text = pathlib.Path(log).read_text()
+  assert "Traceback" in text and "KeyError: 'defect'" in text
+
+
+def test_few_test_images_make_a_picture(toy_copy, monkeypatch):
+  """One column a condition, of the same image if there is but one."""
+  fields = TOY | {"evaluation.batch_size": 1, "evaluation.rounds": 1}
+  fields["dataset.counts"] = (6, 2, 1)
+  fields |= {f"{k}epochs": 0 for k in ("", "parents.classifier.", "parents.restorer.")}
+  fields |= {f"{k}warmup_epochs": 0 for k in ("", "parents.classifier.")}
+  fields["ensemble.enabled"] = False
+  monkeypatch.chdir(ROOT)
+  arguments = ["", DEMO, f"--workdir={toy_copy}", *overrides(fields)]
+  assert main.main(arguments) == 0
+  assert (toy_copy / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_json_that_is_a_directory(refused, toy_copy):

@@ -201,7 +201,11 @@ def test_another_config_under_the_same_name_is_noticed(finished):
   other = dataclasses.replace(finished, config=config)
   with pytest.raises(errors.RunError, match="not the config"):
     other.check("data")
-  (finished.directory / "config.json").unlink()
+  path = finished.directory / "config.json"
+  path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+  with pytest.raises(errors.RunError, match=r"config\.json is damaged"):
+    finished.check("data")
+  path.unlink()
   with pytest.raises(errors.RunError, match=r"config\.json is missing"):
     finished.check("data")
 
@@ -220,16 +224,16 @@ def test_nothing_is_finished_without_its_product(finished):
 
 
 def test_what_earlier_versions_left_is_named_for_what_it_is(finished):
+  """As they wrote it: no checksums, and no data in config.json."""
   marker = finished.directory / "finished.json"
+  (finished.directory / "config.json").write_text(json.dumps(finished.record()))
   old = {"best_step": 4, "metric": "psnr_gain", "score": 1.5, "data": "data"}
   marker.write_text(json.dumps(old | {"files": {}}))
   with pytest.raises(errors.RunError, match="best checkpoint was lost by an earlier"):
     finished.check("data")
   marker.write_text(json.dumps(old | {"files": {"a": "b"}}))
-  with pytest.raises(errors.RunError, match=r"written by an earlier version.*delete"):
+  with pytest.raises(errors.RunError, match=r"begun by an earlier version.*delete"):
     finished.check("data")
   marker.unlink()
-  # Begun, not finished: its config.json does not tell the data.
-  (finished.directory / "config.json").write_text(json.dumps(finished.record()))
-  with pytest.raises(errors.RunError, match=r"written by an earlier version.*delete"):
+  with pytest.raises(errors.RunError, match=r"begun by an earlier version.*delete"):
     finished.check("data")

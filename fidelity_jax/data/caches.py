@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from fidelity_jax.errors import RunError, UsageError
 _CHUNK = 32
 # Of the machine's memory, what a cache may take.
 _MEMORY_SHARE = 0.5
+# After how many seconds an unfinished file is one that a killed run left behind.
+_STALE = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +147,17 @@ def _write(
   dataset: Dataset, stem: Path, offsets: np.ndarray, shapes: np.ndarray, total: int
 ) -> Path:
   """Writes pixels, then the index that makes them valid."""
+  for stale in stem.parent.glob(".decoded-*"):
+    with contextlib.suppress(OSError):
+      if time.time() - stale.stat().st_mtime > _STALE:
+        stale.unlink()
   handle, temporary = tempfile.mkstemp(dir=stem.parent, prefix=".decoded-")
   try:
-    os.truncate(handle, total)
-    os.close(handle)
+    try:
+      # A disk that fills must do so here, and not under the mapped file.
+      os.posix_fallocate(handle, 0, total)
+    finally:
+      os.close(handle)
     _fill(dataset, temporary, offsets, shapes)
     pixels = stem.with_suffix(".u8")
     os.replace(temporary, pixels)

@@ -1,6 +1,7 @@
 """What every dataset looks like to the rest of the system."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import os
@@ -10,13 +11,24 @@ from typing import Protocol
 
 import numpy as np
 
-from fidelity_jax import files
+from fidelity_jax import errors, files
 from fidelity_jax.data import images
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import RunError, UsageError
 
 SPLITS = ("train", "validation", "test")
 # No image file is larger, in bytes.
 _LARGEST = 2**30
+# Errors that say something of a file, and not of the machine; None: `files.read_bytes`.
+_OF_THE_FILE = (
+  None,
+  errno.EACCES,
+  errno.EISDIR,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EPERM,
+)
 
 
 def digest(record: bytes) -> str:
@@ -34,7 +46,8 @@ class Records(Protocol):
     """Returns the bytes of one image file, or decoded uint8 [H, W, 3].
 
     Raises:
-      BadImageError: the record cannot be read.
+      BadImageError: the record is not there or cannot be read by this user.
+      RunError: reading failed for a reason that is not the record's.
     """
 
   def versions(self) -> list[str]:
@@ -82,6 +95,10 @@ class FileRecords:
     try:
       return files.read_bytes(Path(self.root) / self.paths[index], _LARGEST)
     except OSError as error:
+      if error.errno not in _OF_THE_FILE:
+        # Of the machine, and for the moment: the image may be as good as any.
+        reason = errors.circumstance(error) or error.strerror
+        raise RunError(f"reading {self.paths[index]} failed: {reason}.") from error
       raise images.BadImageError(error.strerror or str(error)) from error
     except ValueError as error:
       raise images.BadImageError(f"no path: {error}") from error
@@ -107,11 +124,11 @@ class JoinedRecords:
   """Several sources as one."""
 
   parts: tuple[Records, ...]
-  # Pairs of a part's number and a position in it.
-  places: tuple[tuple[int, int], ...] = ()
+  # Pairs of a part's number and a position in it; None: all of them.
+  places: tuple[tuple[int, int], ...] | None = None
 
   def __post_init__(self):
-    if not self.places:
+    if self.places is None:
       every = [(n, i) for n, part in enumerate(self.parts) for i in range(len(part))]
       object.__setattr__(self, "places", tuple(every))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fidelity_jax import files
+from fidelity_jax import files, progress
 from fidelity_jax.data import images
 from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped
 from fidelity_jax.errors import UsageError
@@ -59,6 +59,13 @@ def _from_folder(root: Path) -> Dataset:
   _refuse_collisions(root, folders)
   skipped, found = [], {}
   for folder in folders:
+    try:
+      os.scandir(root / folder).close()
+    except PermissionError as error:
+      raise UsageError(
+        f"dataset.path: cannot list the class folder {root / folder}: "
+        f"{error.strerror}: change its permissions, or move it away"
+      ) from error
     found[folder] = sorted(_walk(root, folder, skipped))
     if not found[folder]:
       skipped.append(Skipped(folder + "/", "a class folder without images"))
@@ -134,7 +141,11 @@ def _from_csv(path: Path) -> Dataset:
     text = files.read_bytes(path).decode("utf-8-sig")
     for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
       cells = [cell.strip() for cell in row]
-      if not any(cells) or (number == 1 and _is_header(path, cells)):
+      if not any(cells):
+        continue
+      if number == 1 and _is_header(path, cells):
+        if cells != ["path", "label"]:
+          progress.say(f"{path}: line 1, {','.join(cells)}, is taken for a header")
         continue
       if len(cells) != 2 or not all(cells) or "\0" in "".join(cells):
         raise UsageError(

@@ -164,13 +164,15 @@ def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
   except Image.UnidentifiedImageError as error:
     raise BadImageError(f"no image in a known format ({', '.join(FORMATS)})") from error
+  except MemoryError:
+    raise
   except Exception as error:
     raise BadImageError(f"damaged header: {error}") from error
   _check_size(*image.size, max_pixels)
   try:
     image.load()
     return np.asarray(_upright(_to_rgb(image)))
-  except BadImageError:
+  except (BadImageError, MemoryError):
     raise
   except Exception as error:
     # Pillow's decoders raise many types on damaged data: OSError, SyntaxError,

@@ -157,6 +157,8 @@ def from_file(
     )
   if unknown := sorted(set(named) - {*SPLITS, *_VALIDATION}):
     raise UsageError(f"dataset.split_file: {path} has an unknown split '{unknown[0]}'")
+  if len(set(named) & set(_VALIDATION)) > 1:
+    raise UsageError(f"dataset.split_file: {path} has a validation split twice")
   finder = _Finder(path, class_names, keys, labels)
   chosen = {"train": finder.find(named["train"])}
   other = next((named[name] for name in _VALIDATION if name in named), [])

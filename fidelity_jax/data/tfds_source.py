@@ -124,6 +124,8 @@ def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
       socket.getaddrinfo(_TFDS_HOST, 443)
       builder.download_and_prepare()
   except Exception as error:
+    if errors.circumstance(error):
+      raise
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UsageError(
       f"dataset '{name}' is not prepared in {folder} and cannot be prepared here "
@@ -155,7 +157,8 @@ def _prepared(
   try:
     builder.download_and_prepare()
   except OSError as error:
-    raise RunError(f"cannot prepare {make.LIST} in {target}: {error}") from error
+    reason = errors.circumstance(error) or error
+    raise RunError(f"cannot prepare {make.LIST} in {target}: {reason}") from error
   return builder
 
 

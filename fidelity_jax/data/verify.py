@@ -7,7 +7,6 @@ record's version (a file's size, times and inode).
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -63,8 +62,13 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
     )
     why = f"; the first is {first.key}: {first.reason}" if first else ""
     raise UsageError(
-      f"dataset '{dataset.name}' has no usable image{what} for '{dataset.split}'{why}"
+      f"dataset '{dataset.name}' has no usable image{what} for '{dataset.split}'{why}: "
+      "look at the images, or at dataset.fractions, counts and split_file"
     )
+  if dataset.split == "train":
+    absent = sorted(set(range(dataset.num_classes)) - set(usable.labels.tolist()))
+    for label in absent[:_NAMED]:
+      progress.say(f"class '{dataset.class_names[label]}' has no image to train on")
   # What is not of one split is named with the first.
   _report(usable, [*(dataset.skipped if dataset.split == "train" else ()), *skipped])
   return usable.with_skipped(skipped)
@@ -78,10 +82,8 @@ def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
     return
   title = f"reading {dataset.name}, {dataset.split}"
   bar = progress.Progress(title, len(unknown), unit="image")
-  with (
-    contextlib.closing(bar),
-    concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-  ):
+  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+  try:
     futures = [pool.submit(_check, dataset, chunk, strict) for chunk in chunks]
     for number, future in enumerate(futures, 1):
       found = future.result()
@@ -89,9 +91,12 @@ def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
       if bar.due():
         bar.update(min(number * _CHUNK, len(unknown)))
       if strict and any(f.reason for f in found.values()):
-        pool.shutdown(cancel_futures=True)
         return
-  store.save()
+  finally:
+    # What is known when something goes wrong, or a signal strikes, stays known.
+    pool.shutdown(cancel_futures=True)
+    bar.close()
+    store.save()
 
 
 def _refuse(dataset: Dataset, skipped: Skipped) -> None:

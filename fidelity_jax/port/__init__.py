@@ -4,6 +4,7 @@ From the shell, `python -m fidelity_jax.port SOURCE --to=DIR`; docs/weights.md l
 what is read.
 """
 
+import os
 import pathlib
 
 from fidelity_jax import errors, files
@@ -41,7 +42,7 @@ def load(
   """
   path = files.expand(source)
   names = files.expand(class_names) if class_names else None
-  if path.is_dir():
+  if os.path.isdir(path):
     if not storing.is_ported(path):
       raise errors.UsageError(
         f"{path} is a directory without port.json: name a file in it, or a directory "
@@ -50,7 +51,7 @@ def load(
     parts = storing.read(path)
     loading.name_classes(parts, names, path)
     return parts
-  if str(source).startswith("torchvision/") and not path.exists():
+  if str(source).startswith("torchvision/") and not os.path.exists(path):
     path = published.find(str(source))
   parts = loading.load_file(path, transform_input)
   loading.name_classes(parts, names, path)

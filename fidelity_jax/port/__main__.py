@@ -32,8 +32,9 @@ def _port(args: argparse.Namespace) -> None:
   # JAX takes seconds to import.
   import jax
 
-  from fidelity_jax import files, port
+  from fidelity_jax import files, port, signals
 
+  signals.interrupt()
   parts = port.load(args.source, args.class_names, args.transform_input == "true")
   port.save(parts, files.expand(args.to), args.source)
   for name, part in parts.items():

@@ -1,5 +1,6 @@
 """Reads tensors by name from the files that PyTorch users have."""
 
+import os
 import pathlib
 import pickle
 import zipfile
@@ -33,7 +34,7 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
       do not have, PyTorch is not installed, or the file wants to run code.
     errors.RunError: the machine has no room or no right to read it.
   """
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
   with errors.while_doing(f"reading {path}"):
     if path.suffix == ".safetensors":
@@ -48,9 +49,12 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
+  # What keeps it from being read shows here; safetensors would not tell.
+  with open(path, "rb"):
+    pass
   try:
     return safetensors.flax.load_file(path)
-  except PermissionError:
+  except MemoryError:
     raise
   except Exception as error:  # It raises many kinds, KeyError for a dtype.
     raise errors.UsageError(
@@ -84,9 +88,9 @@ def _read_torch(path: pathlib.Path) -> Any:
       f"{path} is refused: it is a pickle that holds more than tensors and could run "
       f"code ({refused}); save the network's state_dict() instead"
     ) from error
-  except (MemoryError, PermissionError):
-    raise
   except Exception as error:  # PyTorch raises many kinds on what is no checkpoint.
+    if errors.circumstance(error):
+      raise
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise errors.UsageError(
       f"{path} is no readable PyTorch checkpoint: {reason}"
@@ -111,8 +115,14 @@ def _damaged_member(path: pathlib.Path) -> str | None:
   try:
     with zipfile.ZipFile(path) as archive:
       return archive.testzip()
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-    return str(error)
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,  # encrypted
+  ) as error:
+    return str(error) or type(error).__name__
 
 
 def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
@@ -131,7 +141,8 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
         f"{path} calls a tensor {name!r}, which is no name: save the network's "
         "state_dict()"
       )
-    if not hasattr(value, "shape"):
+    # A nested tensor has a shape that cannot be asked for.
+    if not hasattr(value, "detach") and not hasattr(value, "shape"):
       raise errors.UsageError(
         f"{path} holds a {type(value).__name__} called {name!r} among its tensors: "
         "save the network's state_dict()"
@@ -152,6 +163,7 @@ def _to_numpy(tensor: Any, name: str, path: pathlib.Path) -> np.ndarray:
         f"{path} holds a tensor that is {kind}, {name}: save the network's "
         "state_dict() with dense tensors of real numbers on the CPU"
       )
+    tensor = tensor.resolve_neg()
     tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
   array = np.asarray(tensor)
   if array.dtype.kind == "c":
@@ -166,6 +178,8 @@ def _odd_kind(tensor: Any) -> str:
   """Returns what sets a PyTorch tensor apart from an ordinary one, "" if nothing."""
   import torch
 
+  if tensor.is_nested:
+    return "nested"
   if tensor.layout != torch.strided:
     return "sparse"
   if tensor.is_quantized:

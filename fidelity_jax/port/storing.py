@@ -43,6 +43,7 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> Non
 
   Raises:
     errors.UsageError: the directory exists and is something else, or cannot be written.
+    errors.RunError: the disk is full, or a permission is missing.
   """
   if directory.exists() and not is_ported(directory):
     raise errors.UsageError(
@@ -50,22 +51,32 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> Non
     )
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   try:
-    temporary.mkdir(parents=True)
-    index = _Index(source, {})
-    for name, part in parts.items():
-      file_name = f"{name}.safetensors"
-      flat = traverse_util.flatten_dict(part.variables, sep="/")
-      safetensors.numpy.save_file(flat, temporary / file_name)
-      digest = files.sha256(temporary / file_name)
-      index.parts[name] = _Entry(file_name, digest, part.config)
-    files.write_record(temporary / _INDEX, index)
-    if directory.exists():
-      shutil.rmtree(directory)
-    os.replace(temporary, directory)
+    with errors.while_doing(f"writing {directory}"):
+      _write(parts, directory, temporary, source)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UsageError(f"cannot write {directory}: {error}") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+  parts: Mapping[str, Part],
+  directory: pathlib.Path,
+  temporary: pathlib.Path,
+  source: str,
+) -> None:
+  temporary.mkdir(parents=True)
+  index = _Index(source, {})
+  for name, part in parts.items():
+    file_name = f"{name}.safetensors"
+    flat = traverse_util.flatten_dict(part.variables, sep="/")
+    safetensors.numpy.save_file(flat, temporary / file_name)
+    digest = files.sha256(temporary / file_name)
+    index.parts[name] = _Entry(file_name, digest, part.config)
+  files.write_record(temporary / _INDEX, index)
+  if directory.exists():
+    shutil.rmtree(directory)
+  os.replace(temporary, directory)
 
 
 def is_ported(directory: pathlib.Path) -> bool:
