@@ -27,11 +27,15 @@ class Parser(argparse.ArgumentParser):
 
 def run(command: Callable[[], None]) -> int:
   """Runs a command; returns the exit status, after one line if it is not 0."""
+  streams.log_to(None)
   try:
     command()
+    # A signal that comes now comes too late.
+    signals.work_begins()
   except SystemExit as end:  # --help
     return end.code if isinstance(end.code, int) else 0
   except BaseException as error:  # The end of every failure.
+    signals.work_begins()
     status, line = explain(error)
     line = streams.plain(" ".join(line.split()))
     print(f"fidelity_jax: {line}", file=streams.user())
@@ -63,7 +67,10 @@ def explain(error: BaseException) -> tuple[int, str]:
     place = f" at {file}:{frame.tb_lineno}"
   text = f"{type(error).__name__}: {error}"[:400]
   if isinstance(error, OSError):
-    return 1, f"failed{place}: {text}.{_kept(error)}"
+    return 1, (
+      f"failed{place}: {text}: run the same command again, and report it if that does "
+      f"not help.{_kept(error)}"
+    )
   return 1, f"this is a defect of fidelity_jax{place}: {text}. Report it.{_kept(error)}"
 
 

@@ -80,7 +80,7 @@ class Checkpoints:
     """
     self.directory = pathlib.Path(directory).absolute()
     self._policy = _LatestAndBest()
-    with _reading(self.directory):
+    with _reading(self.directory, "opening the checkpoints in"):
       self._manager = ocp.CheckpointManager(
         self.directory,
         item_names=("variables", "training", "progress"),
@@ -237,15 +237,16 @@ def load_variables(directory: pathlib.Path, like: PyTree) -> PyTree:
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
+def _reading(path: pathlib.Path, doing: str = "reading checkpoint") -> Iterator[None]:
   """Tells what keeps a checkpoint from being read from what is wrong with it."""
   try:
     yield
   except (errors.UsageError, errors.RunError):
     raise
   except Exception as error:  # Orbax and TensorStore raise many kinds.
-    if reason := errors.circumstance(error) or files.unreadable(path):
-      raise errors.RunError(f"reading checkpoint {path} failed: {reason}.") from error
+    reason = errors.circumstance(error, context=True) or files.unreadable(path)
+    if reason:
+      raise errors.RunError(f"{doing} {path} failed: {reason}.") from error
     kind, text = type(error).__name__, " ".join(str(error).split())[:200]
     raise errors.RunError(
       f"checkpoint {path} is damaged ({kind}: {text}): {_again(path)}"

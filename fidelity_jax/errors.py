@@ -71,7 +71,7 @@ _ADVICE = {
 }
 # How TensorStore and XLA, whose errors are texts, say the same.
 _OS_ERROR = re.compile(
-  r"(?:os_error_code='|OS error |Errno |Error code )(\d+)", re.IGNORECASE
+  r"(?:os_error_code='|\[OS error |\(os error |\[Errno )(\d+)['\]): ]", re.IGNORECASE
 )
 _OUT_OF_MEMORY = re.compile(
   r"out of memory|not enough memory|(cannot|can't|unable to|failed to) allocate|"
@@ -80,10 +80,13 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException, context: bool) -> Iterator[BaseException]:
   """Yields an error, the members of a group, and what each was raised from.
 
-  What was merely being handled when an error was raised is no cause of it.
+  Args:
+    error: the error.
+    context: whether what was being handled when it was raised counts, too. Libraries
+      leave "from" out; a defect of our own has nothing to do with it.
   """
   waiting, seen = [error], set()
   while waiting:
@@ -92,19 +95,24 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
       continue
     seen.add(id(one))
     yield one
-    waiting += [*getattr(one, "exceptions", ()), one.__cause__]
+    handled = one.__context__ if context and not one.__suppress_context__ else None
+    waiting += [*getattr(one, "exceptions", ()), one.__cause__ or handled]
 
 
-def circumstance(error: BaseException) -> str | None:
+def circumstance(error: BaseException, context: bool = False) -> str | None:
   """Returns what circumstance led to an error, and what to do about it.
 
   Circumstances are those of the machine: a full disk, too little memory, a missing
   permission. They say nothing of whether a file's content is right.
 
+  Args:
+    error: the error.
+    context: for errors that libraries raise: count what they were handling.
+
   Returns:
     E.g. "DIR/x: No space left on device: make room ...", or None if it is none.
   """
-  for one in _causes(error):
+  for one in _causes(error, context):
     if isinstance(one, MemoryError) or _OUT_OF_MEMORY.search(str(one)):
       return _MEMORY
     where = ""

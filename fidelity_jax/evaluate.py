@@ -283,17 +283,23 @@ class Evaluation:
     # The test set is sorted by class: examples spread over it show different classes.
     count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
-    batch = next(iter(self._batches(self.dataset.select(spread), count)))
+    size = self.config.evaluation.batch_size
+    batches = list(self._batches(self.dataset.select(spread), size))
     _, variables = self._network
     result: dict[str, list] = {}
     for condition in shown:
-      degraded, clean = self._degrade(condition, batch, 0)
-      predictions, seen = self._predict(variables, degraded, clean)
-      seen |= {"degraded": degraded, "clean": clean, "label": batch["label"]}
-      for name, x in predictions.items():
-        seen[f"prediction/{name.method}/{name.restoration}/{name.ensemble}"] = x
-      for key, value in seen.items():
-        result.setdefault(key, []).append(np.asarray(value)[:count])
+      parts: dict[str, list] = {}
+      for batch in batches:
+        degraded, clean = self._degrade(condition, batch, 0)
+        predictions, seen = self._predict(variables, degraded, clean)
+        seen |= {"degraded": degraded, "clean": clean, "label": batch["label"]}
+        for name, x in predictions.items():
+          seen[f"prediction/{name.method}/{name.restoration}/{name.ensemble}"] = x
+        for key, value in seen.items():
+          parts.setdefault(key, []).append(np.asarray(value))
+      for key, values in parts.items():
+        # The padding is at the end.
+        result.setdefault(key, []).append(np.concatenate(values)[:count])
     arrays = {key: np.stack(values) for key, values in result.items()}
     return arrays | {"condition": np.array([c.name for c in shown])}
 

@@ -1,6 +1,7 @@
 """An experiment: find or train each stage, evaluate, report."""
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -67,18 +68,22 @@ def run(config: ConfigDict, workdir: str) -> None:
 @contextlib.contextmanager
 def _staying(directory: pathlib.Path) -> Iterator[None]:
   """Says so if a failure comes of the workdir's having been removed."""
-  inode = directory.stat().st_ino
+  # While it is held its inode is given to no other.
+  held = os.open(directory, os.O_RDONLY)
   try:
     yield
   except errors.UsageError:
     raise
   except Exception as error:
-    if not directory.is_dir() or directory.stat().st_ino != inode:
+    there = directory.is_dir() and os.path.samestat(os.fstat(held), directory.stat())
+    if not there:
       raise errors.RunError(
         f"workdir {directory} was removed while the run was working in it: run the "
         "same command again to begin anew."
       ) from error
     raise
+  finally:
+    os.close(held)
 
 
 def _ensemble_config(config: ConfigDict) -> ConfigDict:
@@ -173,7 +178,6 @@ def _check_fit(
       f"{stage.kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."
     )
-  sharding.check_batch(sharding.make_mesh(images), images, stage.kind)
   if (len(dataset) // images) * config.epochs >= 2**31:
     raise errors.UsageError(f"{stage.kind}: more than 2^31 steps: lower epochs.")
   if stage.kind == "classifier" and given and not config.model.new_head:
@@ -183,6 +187,7 @@ def _check_fit(
       trained_on = datasets.load(parent.config.dataset, "train")
       data.check_num_classes(dataset, trained_on.num_classes)
   if not stage.finished():
+    sharding.check_batch(sharding.make_mesh(images), images, stage.kind)
     networks.check(stage, dataset.num_classes, given)
 
 

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(args: argparse.Namespace) -> None:
-  signals.interrupt()
+  signals.interrupt("while it drew", "finished pictures are kept")
   embedded = Path(skimage.__file__).parent / "data"
   paths = [files.expand(path) for path in args.images]
   paths = paths or [embedded / name for name in EMBEDDED]

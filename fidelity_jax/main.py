@@ -41,7 +41,7 @@ def _run(arguments: list[str]) -> None:
   config, workdir = parse(arguments)
   from fidelity_jax import experiment, platform
 
-  signals.interrupt()
+  signals.interrupt("while it looked at its inputs", "nothing is lost")
   platform.set_up()
   experiment.run(config, workdir)
 

@@ -19,7 +19,7 @@ class Stopped(BaseException):
   def __init__(self, number: int, where: str, kept: str):
     super().__init__(
       f"stopped by {signal.Signals(number).name} {where}: {kept}, run the same command "
-      "again to resume."
+      "again to go on."
     )
     self.number = number
 
@@ -28,6 +28,7 @@ _STARTING, _PREPARING, _WORKING = range(3)
 _phase = _STARTING
 _received: int | None = None
 _user = 2
+_where, _kept = "", ""
 
 
 def _receive(number, frame) -> None:
@@ -37,7 +38,7 @@ def _receive(number, frame) -> None:
   # A second signal of the same kind ends the process at once.
   signal.signal(number, signal.SIG_DFL)
   if _phase == _PREPARING:
-    stop("before the work began", "nothing is lost")
+    stop(_where, _kept)
   if _phase == _STARTING:
     line = f"fidelity_jax: stopped by {signal.Signals(number).name} while it started.\n"
     try:
@@ -59,10 +60,10 @@ def listen(user: int = 2) -> None:
     signal.signal(number, _receive)
 
 
-def interrupt() -> None:
-  """From here on a signal raises `Stopped`, if anybody listens."""
-  global _phase
-  _phase = _PREPARING
+def interrupt(where: str, kept: str) -> None:
+  """From here on a signal raises `Stopped` with these; arguments as for `stop`."""
+  global _phase, _where, _kept
+  _phase, _where, _kept = _PREPARING, where, kept
 
 
 def work_begins() -> None:

@@ -82,11 +82,15 @@ def take_over() -> int:
   return _user.descriptor
 
 
-def log_to(path: pathlib.Path) -> None:
-  """Names the file that libraries write to, and tracebacks go to, from now on."""
+def log_to(path: pathlib.Path | None) -> None:
+  """Names the file that libraries write to, and tracebacks go to, from now on.
+
+  Args:
+    path: the file; None: there is none yet.
+  """
   global _log
   _log = path
-  if _user is None:
+  if _user is None or path is None:
     return
   with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
     with contextlib.suppress(OSError):

@@ -16,8 +16,8 @@ from PIL import Image
 from test_data_images import encoded, photograph
 
 from fidelity_jax import data, files, platform
+from fidelity_jax.data import caches, demo, splits, verify
 from fidelity_jax.data import dataset as datasets
-from fidelity_jax.data import demo, splits, verify
 from fidelity_jax.errors import RunError, UsageError
 
 CALTECH101 = pathlib.Path(__file__).parents[2] / "shared" / "caltech101"
@@ -396,6 +396,20 @@ def test_a_passing_trouble_is_not_held_against_an_image(folder, monkeypatch):
         data.load(settings, "train")
     assert "open files" in str(caught.value) or isinstance(caught.value, MemoryError)
   assert len(data.load(settings, "train")) == 20
+
+
+def test_what_decodes_stops_at_the_first_failure():
+  """Or at a signal, which strikes in the same place."""
+  begun = []
+
+  def work(start):
+    begun.append(start)
+    time.sleep(0.01)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    caches._in_threads(work, 1000 * caches._CHUNK)
+  assert len(begun) < 100
 
 
 def test_an_image_that_changes_during_a_run_stops_it(folder):

@@ -107,6 +107,11 @@ def test_circumstances_are_told_from_damage(tmp_path):
   defect = KeyError("defect")
   defect.__context__ = full
   assert errors.circumstance(defect) is None
+  assert "room" in errors.circumstance(defect, context=True)
+  # As TensorStore, Rust and CUDA put it.
+  for text in ("... [os_error_code='28']", "No space left on device (os error 28)"):
+    assert "room" in errors.circumstance(ValueError(text))
+  assert errors.circumstance(RuntimeError("cuBLAS error code 28")) is None
   assert errors.circumstance(OSError(errno.ENOSPC, "No space", 7)).startswith(
     "No space"
   )

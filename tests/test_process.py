@@ -29,11 +29,11 @@ def _one_line(stderr):
   return lines[-1]
 
 
-def _listens(pid, number):
-  """Returns whether a process has a handler for a signal; Python has one for SIGINT."""
+def _listens(pid):
+  """Returns whether a process has a handler for SIGTERM."""
   for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
     if line.startswith("SigCgt:"):
-      # SIGTERM's is ours alone, and set last.
+      # Python itself has one for SIGINT; this is ours alone, and set last.
       return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
   return False
 
@@ -43,7 +43,7 @@ def _listens(pid, number):
 def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
   process = background(DEMO, f"--workdir={tmp_path}", *overrides(TOY))
   # Before its first line runs, Python itself answers.
-  while not _listens(process.pid, number):
+  while not _listens(process.pid):
     time.sleep(0.005)
     assert process.poll() is None
   time.sleep(seconds)

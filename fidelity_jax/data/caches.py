@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import shutil
@@ -154,8 +155,8 @@ def _write(
   handle, temporary = tempfile.mkstemp(dir=stem.parent, prefix=".decoded-")
   try:
     try:
-      # A disk that fills must do so here, and not under the mapped file.
-      os.posix_fallocate(handle, 0, total)
+      os.truncate(handle, total)
+      _allocate(handle, total)
     finally:
       os.close(handle)
     _fill(dataset, temporary, offsets, shapes)
@@ -169,6 +170,17 @@ def _write(
   index = _Index(version, offsets.tolist(), [tuple(s) for s in shapes.tolist()])
   files.write_record(stem.with_suffix(".json"), index)
   return pixels
+
+
+def _allocate(handle: int, total: int) -> None:
+  """Takes the room for a file, so that a full disk shows here, not under the map."""
+  if hasattr(os, "posix_fallocate"):
+    try:
+      os.posix_fallocate(handle, 0, total)
+    except OSError as error:
+      # Not every file system can.
+      if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        raise
 
 
 def _memory_file(total: int) -> tuple[str, object]:
@@ -228,9 +240,13 @@ def _shapes(dataset: Dataset) -> np.ndarray:
 
 
 def _in_threads(work, count: int) -> None:
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+  try:
     for future in [pool.submit(work, start) for start in range(0, count, _CHUNK)]:
       future.result()
+  finally:
+    # Where one fails, or a signal strikes, the others need not be done.
+    pool.shutdown(cancel_futures=True)
 
 
 def _check_room(needed: int, room: float, what: str, other: str) -> None:

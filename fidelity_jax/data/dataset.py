@@ -31,6 +31,16 @@ _OF_THE_FILE = (
 )
 
 
+def check_of_the_file(error: OSError, what: str) -> None:
+  """Raises RunError if an error says nothing of a file, but of the machine.
+
+  The file may be as good as any, in a moment.
+  """
+  if error.errno not in _OF_THE_FILE:
+    reason = errors.circumstance(error) or error.strerror
+    raise RunError(f"reading {what} failed: {reason}.") from error
+
+
 def digest(record: bytes) -> str:
   """Returns what stands for a record's content: the start of its SHA-256, in hex."""
   return hashlib.sha256(record).hexdigest()[:32]
@@ -95,10 +105,7 @@ class FileRecords:
     try:
       return files.read_bytes(Path(self.root) / self.paths[index], _LARGEST)
     except OSError as error:
-      if error.errno not in _OF_THE_FILE:
-        # Of the machine, and for the moment: the image may be as good as any.
-        reason = errors.circumstance(error) or error.strerror
-        raise RunError(f"reading {self.paths[index]} failed: {reason}.") from error
+      check_of_the_file(error, self.paths[index])
       raise images.BadImageError(error.strerror or str(error)) from error
     except ValueError as error:
       raise images.BadImageError(f"no path: {error}") from error

@@ -1,6 +1,7 @@
 """A folder of class folders, or a CSV file of paths and labels, as a dataset."""
 
 import csv
+import functools
 import io
 import os
 import unicodedata
@@ -11,8 +12,11 @@ import numpy as np
 
 from fidelity_jax import files, progress
 from fidelity_jax.data import images
-from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped
+from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped, check_of_the_file
 from fidelity_jax.errors import UsageError
+
+# What file systems put beside the folders of their users.
+_OF_THE_DISK = ("lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
 def build(path: str) -> Dataset:
@@ -62,6 +66,10 @@ def _from_folder(root: Path) -> Dataset:
     try:
       os.scandir(root / folder).close()
     except PermissionError as error:
+      if folder in _OF_THE_DISK:
+        skipped.append(Skipped(folder + "/", error.strerror))
+        found[folder] = []
+        continue
       raise UsageError(
         f"dataset.path: cannot list the class folder {root / folder}: "
         f"{error.strerror}: change its permissions, or move it away"
@@ -104,6 +112,7 @@ def _walk(root: Path, folder: str, skipped: list[Skipped]) -> Iterator[str]:
       identity = _identity(root / current)
       entries = list(os.scandir(root / current))
     except OSError as error:
+      check_of_the_file(error, current)
       skipped.append(Skipped(current + "/", error.strerror or str(error)))
       continue
     if identity in ancestors:
@@ -145,7 +154,7 @@ def _from_csv(path: Path) -> Dataset:
         continue
       if number == 1 and _is_header(path, cells):
         if cells != ["path", "label"]:
-          progress.say(f"{path}: line 1, {','.join(cells)}, is taken for a header")
+          _say(f"{path}: line 1, {','.join(cells)}, is taken for a header")
         continue
       if len(cells) != 2 or not all(cells) or "\0" in "".join(cells):
         raise UsageError(
@@ -165,6 +174,12 @@ def _from_csv(path: Path) -> Dataset:
   keys = sorted(rows)
   labels = [numbers[rows[key]] for key in keys]
   return _dataset(path.parent, keys, labels, class_names, [])
+
+
+@functools.cache
+def _say(message: str) -> None:
+  """Says something once, however many splits it is found for."""
+  progress.say(message)
 
 
 def _is_header(path: Path, cells: list[str]) -> bool:

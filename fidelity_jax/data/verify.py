@@ -94,9 +94,11 @@ def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
         return
   finally:
     # What is known when something goes wrong, or a signal strikes, stays known.
-    pool.shutdown(cancel_futures=True)
-    bar.close()
-    store.save()
+    try:
+      pool.shutdown(cancel_futures=True)
+      bar.close()
+    finally:
+      store.save()
 
 
 def _refuse(dataset: Dataset, skipped: Skipped) -> None:
@@ -188,7 +190,8 @@ class _Store:
       return
     known = self._read()
     for i, found in self.found.items():
-      if self._versions[i]:
+      # What could not be read may be readable the next time.
+      if self._versions[i] and found.digest:
         known[self._keys[i]] = msgspec.structs.replace(found, version=self._versions[i])
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def _port(args: argparse.Namespace) -> None:
 
   from fidelity_jax import files, port, signals
 
-  signals.interrupt()
+  signals.interrupt("while it ported", "what was there is as it was")
   parts = port.load(args.source, args.class_names, args.transform_input == "true")
   port.save(parts, files.expand(args.to), args.source)
   for name, part in parts.items():

@@ -54,9 +54,9 @@ def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
     pass
   try:
     return safetensors.flax.load_file(path)
-  except MemoryError:
-    raise
   except Exception as error:  # It raises many kinds, KeyError for a dtype.
+    if errors.circumstance(error):
+      raise
     raise errors.UsageError(
       f"{path} is no readable safetensors file: {error}"
     ) from error
@@ -74,11 +74,8 @@ def _read_torch(path: pathlib.Path) -> Any:
     raise errors.UsageError(
       f"{path} is neither a PyTorch checkpoint nor a .safetensors file"
     )
-  if damaged := _damaged_member(path):
-    raise errors.UsageError(
-      f"{path} is damaged: its part {damaged!r} is not what its checksum says: get the "
-      "file again"
-    )
+  if damage := _zip_damage(path):
+    raise errors.UsageError(f"{path} is damaged ({damage}): get the file again")
   try:
     return torch.load(path, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
@@ -89,7 +86,7 @@ def _read_torch(path: pathlib.Path) -> Any:
       f"code ({refused}); save the network's state_dict() instead"
     ) from error
   except Exception as error:  # PyTorch raises many kinds on what is no checkpoint.
-    if errors.circumstance(error):
+    if errors.circumstance(error, context=True):
       raise
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise errors.UsageError(
@@ -105,8 +102,8 @@ def _is_pickle(path: pathlib.Path) -> bool:
     return file.read(1) == pickle.PROTO
 
 
-def _damaged_member(path: pathlib.Path) -> str | None:
-  """Returns the first part of a zip file whose checksum is wrong, or None.
+def _zip_damage(path: pathlib.Path) -> str | None:
+  """Returns what is wrong with a zip file by its own checksums, or None.
 
   PyTorch compares none. Its older files are no zip files and have no checksums.
   """
@@ -114,7 +111,8 @@ def _damaged_member(path: pathlib.Path) -> str | None:
     return None
   try:
     with zipfile.ZipFile(path) as archive:
-      return archive.testzip()
+      name = archive.testzip()
+      return name and f"its part {name!r} is not what its checksum says"
   except (
     zipfile.BadZipFile,
     zlib.error,

@@ -74,9 +74,17 @@ def _write(
     digest = files.sha256(temporary / file_name)
     index.parts[name] = _Entry(file_name, digest, part.config)
   files.write_record(temporary / _INDEX, index)
+  # One of the two is there at any moment, or comes back.
+  aside = temporary.with_suffix(".old")
   if directory.exists():
-    shutil.rmtree(directory)
-  os.replace(temporary, directory)
+    os.replace(directory, aside)
+  try:
+    os.replace(temporary, directory)
+  except BaseException:
+    if aside.exists():
+      os.replace(aside, directory)
+    raise
+  shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_ported(directory: pathlib.Path) -> bool:
