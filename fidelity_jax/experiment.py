@@ -76,6 +76,9 @@ def _staying(directory: pathlib.Path) -> Iterator[None]:
     raise
   except Exception as error:
     there = directory.is_dir() and os.path.samestat(os.fstat(held), directory.stat())
+    if not isinstance(error, errors.RunError):
+      # What is removed while it is written to may leave its directory behind.
+      there = there and (directory / ".lock").exists()
     if not there:
       raise errors.RunError(
         f"workdir {directory} was removed while the run was working in it: run the "

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, and checked when they are read back."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -49,20 +50,32 @@ def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
 
   Args:
     path: the file. Anything else, such as a pipe, which could be read for ever, is
-      refused before it is opened.
+      refused.
     limit: the largest size that makes sense, in bytes.
 
   Raises:
     OSError: it cannot be read, is no regular file, or is larger.
   """
-  status = os.stat(path)
-  if stat.S_ISDIR(status.st_mode):
-    raise IsADirectoryError("a directory, not a file")
-  if not stat.S_ISREG(status.st_mode):
-    raise OSError("not a regular file")
-  if limit is not None and status.st_size > limit:
-    raise OSError(f"{status.st_size} bytes are too many")
-  return pathlib.Path(path).read_bytes()
+  # Opening a pipe would wait for somebody to write into it.
+  try:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  except OSError as error:
+    if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device
+      raise OSError("not a regular file") from error
+    raise
+  try:
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+      raise IsADirectoryError("a directory, not a file")
+    if not stat.S_ISREG(status.st_mode):
+      raise OSError("not a regular file")
+    if limit is not None and status.st_size > limit:
+      raise OSError(f"{status.st_size} bytes are too many")
+  except BaseException:
+    os.close(descriptor)
+    raise
+  with open(descriptor, "rb", buffering=0) as file:
+    return file.readall()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
