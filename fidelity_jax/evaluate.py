@@ -179,11 +179,11 @@ class Evaluation:
     key = randomness.purpose_key(seed, f"evaluation/{condition.name}")
     return _degrade(condition.degradation, key, batch, jnp.int32(round_))
 
-  def _batches(self, dataset: data.Dataset, size: int):
+  def _batches(self, dataset: data.Dataset):
     batches = data.eval_iterator(
       dataset,
       image_size=self.config.dataset.image_size,
-      batch_size=sharding.round_up(self.mesh, size),
+      batch_size=sharding.round_up(self.mesh, self.config.evaluation.batch_size),
       num_workers=0,
       **sharding.host_shard(),
     )
@@ -193,7 +193,7 @@ class Evaluation:
     """Returns each method's accuracy in percent in one round of a condition."""
     correct: dict[Compared, Any] = {}
     _, variables = self._network
-    for batch in self._batches(self.dataset, self.config.evaluation.batch_size):
+    for batch in self._batches(self.dataset):
       degraded, clean = self._degrade(condition, batch, round_)
       predictions, _ = self._predict(variables, degraded, clean)
       for name, n in _count(predictions, batch["label"], batch["mask"]).items():
@@ -283,8 +283,7 @@ class Evaluation:
     # The test set is sorted by class: examples spread over it show different classes.
     count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
-    size = self.config.evaluation.batch_size
-    batches = list(self._batches(self.dataset.select(spread), size))
+    batches = list(self._batches(self.dataset.select(spread)))
     _, variables = self._network
     result: dict[str, list] = {}
     for condition in shown:

@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
   """
   from absl import flags
   from ml_collections import ConfigDict, config_flags
+  from ml_collections.config_flags import config_path
 
   arguments, settings = _settings(arguments)
   values = flags.FlagValues()
@@ -97,10 +98,20 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
       "ConfigDict."
     )
   for path, value in settings.items():
+    try:
+      held = config_path.get_value(path, config)
+    except (KeyError, AttributeError, TypeError) as error:
+      raise errors.UsageError(_explain(error, file)) from error
     if value == "None":
-      _unset(config, path)
-    else:
-      _check_brackets(config, path, value)
+      if isinstance(held, ConfigDict):
+        raise errors.UsageError(f"config.{path} = None: it has fields; set those.")
+      config_path.set_value(path, config, None)
+    elif isinstance(held, tuple) and value and value.lstrip()[:1] not in ("(", "["):
+      # It would become a tuple of one.
+      raise errors.UsageError(
+        f"config.{path} = {value}: write several values in brackets, and one as "
+        f"({value},)."
+      )
   return config, values["workdir"].value
 
 
@@ -149,36 +160,6 @@ def _settings(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
   return kept, settings
 
 
-def _check_brackets(config: "ConfigDict", path: str, value: str | None) -> None:
-  """Refuses one value for a field of several, which would become a tuple of one."""
-  part = config
-  for name in path.split("."):
-    part = part.get(name) if hasattr(part, "get") else None
-  if isinstance(part, tuple) and value and value.lstrip()[:1] not in ("(", "["):
-    raise errors.UsageError(
-      f"config.{path} = {value}: write several values in brackets, and one as "
-      f"({value},)."
-    )
-
-
-def _unset(config: "ConfigDict", path: str) -> None:
-  """Sets a field of a config to None."""
-  from ml_collections import ConfigDict
-
-  part = config
-  *above, name = path.split(".")
-  for field in above:
-    part = part.get(field) if isinstance(part, ConfigDict) else None
-  if not isinstance(part, ConfigDict) or name not in part:
-    known = part if isinstance(part, ConfigDict) else config
-    raise errors.UsageError(
-      f"the config has no field {path!r}; {errors.near(name, known)}"
-    )
-  if isinstance(part[name], ConfigDict):
-    raise errors.UsageError(f"config.{path} = None: it has fields; set those.")
-  part[name] = None
-
-
 def _explain(error: Exception, file: str) -> str:
   """Returns what a config file, or the setting of a field, failed with."""
   if isinstance(error, SyntaxError) and error.filename == file:
@@ -191,7 +172,9 @@ def _explain(error: Exception, file: str) -> str:
   if lines:
     name = "" if "Error: " in last else f"{type(error).__name__}: "
     return f"config file {file}, line {lines[-1]}: {name}{last}"
-  if isinstance(error, KeyError | AttributeError) and "get_config" not in last:
+  if isinstance(error, KeyError | AttributeError | TypeError) and (
+    "get_config" not in last
+  ):
     return f"the config has no such field: {error.args[0] if error.args else error}"
   return f"config file {file}: {last}" if "get_config" in last else last
 

@@ -1,6 +1,5 @@
 """What a config's fields may hold: small rules, composed into declared tables."""
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ class Rule(NamedTuple):
 Table = Mapping[str, "Rule | Table"]
 
 FLAG = Rule("True or False", lambda v: isinstance(v, bool))
+ANYTHING = Rule("anything", lambda v: True)
 TEXT = Rule("a text", lambda v: isinstance(v, str))
 NAME = Rule("a text that is not empty", lambda v: isinstance(v, str) and v != "")
 SHARE = Rule("a number from 0 to 1", lambda v: _is(v, numbers.Real) and 0 <= v <= 1)
@@ -78,15 +78,10 @@ def several(rule: Rule, least: int, most: int) -> Rule:
 
 def span(most: float) -> Rule:
   """A range (low, high) of numbers, 0 < low <= high <= most."""
-  limit = f" <= {most:g}" if math.isfinite(most) else ""
+  bound = several(number(0, most), 2, 2)
   return Rule(
-    f"a range (low, high) with 0 < low <= high{limit}",
-    lambda v: (
-      isinstance(v, tuple | list)
-      and len(v) == 2
-      and all(_is(x, numbers.Real) and math.isfinite(x) for x in v)
-      and 0 < v[0] <= v[1] <= most
-    ),
+    f"a range (low, high) with 0 < low <= high <= {most:g}",
+    lambda v: bound.holds(v) and v[0] <= v[1],
   )
 
 

@@ -175,22 +175,14 @@ class Trainer:
     Args:
       title: what to call it in progress lines.
       task: what to train.
-      settings: how.
+      settings: how; a batch fits the data and the devices.
       train_data: training examples.
       validation_data: validation examples.
       directory: the stage's directory, which exists.
-
-    Raises:
-      UsageError: if the batch does not fit the data or the devices.
     """
     self.title, self.task, self.settings = title, task, settings
     self.train_data, self.validation_data = train_data, validation_data
     self.directory = directory
-    if settings.images_per_step > len(train_data):
-      raise errors.UsageError(
-        f"{title}: a batch of {settings.images_per_step} images is larger than the "
-        f"training set of {len(train_data)}: lower batch_size."
-      )
     self.steps_per_epoch = len(train_data) // settings.images_per_step
     self.total_steps = self.steps_per_epoch * settings.epochs
     self.schedule = optimizer.learning_rate_schedule(
@@ -201,7 +193,6 @@ class Trainer:
     )
     self.tx = optimizer.create(settings.optimizer, self.schedule)
     self.mesh = sharding.make_mesh(settings.images_per_step)
-    sharding.check_batch(self.mesh, settings.images_per_step, title)
     self.batch_sharding = sharding.batch(self.mesh)
     self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))
     dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")

@@ -11,6 +11,7 @@ from fidelity_jax import data, degradations, errors, fidelity, models, resize, r
 from fidelity_jax.models.calibration import MODULES
 from fidelity_jax.models.registry import NAMES as NETWORKS
 from fidelity_jax.rules import (
+  ANYTHING,
   FLAG,
   NAME,
   SMOOTHING,
@@ -29,6 +30,7 @@ _SIZE = whole(1, 65_536)
 _TRAINING: rules.Table = {
   "seed": whole(0, 2**32 - 1),
   "dataset": data.FIELDS,
+  "degradation": ANYTHING,
   "precision": choice("auto", "float32", "bfloat16"),
   "checkpoint_seconds": number(0, 1e9),
   "optimizer": choice("sgd", "adam"),
@@ -109,7 +111,6 @@ _PARENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "estimator": (("restorer",), ()),
   "calibration": (("classifier", "restorer"), ("estimator",)),
 }
-_PIECES = ("kind", "degradation", "parents")
 
 
 def check(config: ConfigDict, where: str = "config") -> None:
@@ -135,17 +136,13 @@ def check(config: ConfigDict, where: str = "config") -> None:
       table |= _EVALUATED
     elif "experiment" in config:
       table["experiment"] = TEXT
-  fields = ConfigDict({k: v for k, v in config.items() if k not in _PIECES})
-  rules.check(fields, table, where)
+  fields = {k: v for k, v in config.items() if k not in ("kind", "parents")}
+  rules.check(ConfigDict(fields), table, where)
   _check_warmup(config, where)
   if "ensemble" in config:
     _check_warmup(config.ensemble, f"{where}.ensemble")
   data.validate(config.dataset)
   side = _check_patches(config, where)
-  if "degradation" not in config:
-    raise errors.UsageError(
-      f"{where}.degradation is missing: copy it from a config in configs/."
-    )
   _check_degradation(config, side, where)
   if kind == "classifier":
     models.create(config.model, 2)

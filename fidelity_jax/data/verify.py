@@ -16,7 +16,7 @@ import msgspec
 
 from fidelity_jax import files, progress
 from fidelity_jax.data import images
-from fidelity_jax.data.dataset import Dataset, MemoryRecords, Skipped, digest
+from fidelity_jax.data.dataset import Dataset, Skipped, digest
 from fidelity_jax.errors import RunError, UsageError
 
 _NAMED = 10
@@ -51,16 +51,12 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
   )
   lost = set(dataset.labels.tolist()) - set(usable.labels.tolist())
   if not left or (lost and dataset.split == "train"):
-    what = f" of class '{dataset.class_names[min(lost)]}'" if left else ""
-    first = next(
-      (
-        s
-        for i, s in zip(bad, skipped, strict=True)
-        if not left or dataset.labels[i] == min(lost)
-      ),
-      None,
-    )
-    why = f"; the first is {first.key}: {first.reason}" if first else ""
+    what = why = ""
+    if left:
+      what = f" of class '{dataset.class_names[min(lost)]}'"
+      bad = [i for i in bad if dataset.labels[i] == min(lost)]
+    if bad:
+      why = f"; the first is {dataset.keys[bad[0]]}: {store.found[bad[0]].reason}"
     raise UsageError(
       f"dataset '{dataset.name}' has no usable image{what} for '{dataset.split}'{why}: "
       "look at the images, or at dataset.fractions, counts and split_file"
@@ -121,12 +117,11 @@ def _report(dataset: Dataset, skipped: list[Skipped]) -> None:
 
 
 class _Found(msgspec.Struct, array_like=True):
-  """What is known of a record: its version, what is wrong with it, its digest.
+  """What is known of a record: what is wrong with it, its digest.
 
   The reason is "" if nothing is; the digest "" if the record cannot be read.
   """
 
-  version: str
   reason: str
   digest: str
 
@@ -148,14 +143,14 @@ def _look(dataset: Dataset, index: int) -> _Found:
     content = digest(record)
     images.check(record, dataset.max_pixels)
   except images.BadImageError as error:
-    return _Found("", str(error), content)
-  return _Found("", "", content)
+    return _Found(str(error), content)
+  return _Found("", content)
 
 
 class _Known(msgspec.Struct, forbid_unknown_fields=True):
-  """What the file of a dataset holds: what was found of its records, by key."""
+  """What the file of a dataset holds: by key, a record's version and what was found."""
 
-  records: dict[str, _Found]
+  records: dict[str, tuple[str, _Found]]
 
 
 class _Store:
@@ -164,20 +159,19 @@ class _Store:
   def __init__(self, dataset: Dataset, cache_dir: Path | None):
     self.found: dict[int, _Found] = {}
     self._path = None
-    # What is in memory is checked faster than looked up.
-    if cache_dir is None or isinstance(dataset.records, MemoryRecords):
+    self._keys, self._versions = dataset.keys, dataset.records.versions()
+    if cache_dir is None or not any(self._versions):
       return
     root = getattr(dataset.records, "root", "")
     place = f"{dataset.name}\n{root}\n{dataset.max_pixels}"
     digest = hashlib.sha256(place.encode()).hexdigest()[:16]
     self._path = cache_dir / f"verified-{digest}.json"
-    self._keys, self._versions = dataset.keys, dataset.records.versions()
     known = self._read()
     for i, (key, version) in enumerate(zip(self._keys, self._versions, strict=True)):
-      if version and key in known and known[key].version == version:
-        self.found[i] = known[key]
+      if version and key in known and known[key][0] == version:
+        self.found[i] = known[key][1]
 
-  def _read(self) -> dict[str, _Found]:
+  def _read(self) -> dict[str, tuple[str, _Found]]:
     try:
       return files.read_record(self._path, _Known, "it is made again").records
     except RunError:
@@ -192,7 +186,7 @@ class _Store:
     for i, found in self.found.items():
       # What could not be read may be readable the next time.
       if self._versions[i] and found.digest:
-        known[self._keys[i]] = msgspec.structs.replace(found, version=self._versions[i])
+        known[self._keys[i]] = (self._versions[i], found)
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       files.write_record(self._path, _Known(known))
