@@ -1,5 +1,6 @@
 """What tests share: the toy-sized experiment, and running the command for real."""
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -45,6 +46,84 @@ TOY_ESTIMATOR = {
 def overrides(fields: dict) -> list[str]:
   """Returns command-line flags that set config fields."""
   return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def one_line(stderr: str, before: int = 30) -> str:
+  """Returns the one line that a command failed with, the last of a few."""
+  lines = stderr.splitlines()
+  assert "Traceback" not in stderr
+  assert sum(line.startswith("fidelity_jax: ") for line in lines) == 1, stderr
+  assert lines[-1].startswith("fidelity_jax: ")
+  assert len(lines) < before
+  assert 20 < len(lines[-1]) < 900
+  return lines[-1]
+
+
+def flip(path: pathlib.Path, place: int = -100) -> None:
+  """Flips a bit of a file."""
+  content = bytearray(path.read_bytes())
+  content[place] ^= 1
+  path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def without_privileges():
+  """Runs as an ordinary user: permissions do not bind root."""
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch) -> pathlib.Path:
+  """Keeps a test out of the user's cache."""
+  monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+  """Returns a folder of two classes of ten small JPEGs each."""
+  from test_data_images import encoded, photograph
+
+  root = tmp_path / "pictures"
+  for name in ("cat", "dog"):
+    (root / name).mkdir(parents=True)
+    for i in range(10):
+      picture = photograph(16 + i, 20, seed=i)
+      record = encoded(picture, format="JPEG")
+      (root / name / f"image_{i:04d}.jpg").write_bytes(record)
+  return root
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, cache_folder):
+  """Runs a command in this process; returns the one line that it is refused with."""
+  from fidelity_jax import main
+
+  monkeypatch.chdir(ROOT)
+
+  def run(arguments, status, words, command=main.main):
+    capsys.readouterr()
+    # A process loads one config; another would find the names of the last in it.
+    sys.modules.pop("config_config", None)
+    if command is main.main:
+      arguments = ["fidelity_jax.main", *arguments]
+    assert command(list(map(str, arguments))) == status, capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out
+    line = one_line(captured.err)
+    assert "a defect" not in line
+    for word in [words] if isinstance(words, str) else words:
+      assert word in line
+    return line
+
+  return run
 
 
 @pytest.fixture(scope="session")

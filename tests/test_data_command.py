@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, overrides
+from conftest import ROOT, TOY, one_line, overrides
 from test_data_images import encoded, photograph
 
 from fidelity_jax import checkpoints, models, port
@@ -30,10 +30,7 @@ UNTRAINED = TOY | {
 
 def refusal(command, *arguments, env=None):
   """Returns the one line with which a command line is refused."""
-  result = command(*arguments, env=env, check=2)
-  (line,) = [x for x in result.stderr.splitlines() if x.startswith("fidelity_jax: ")]
-  assert "Traceback" not in result.stderr
-  return line
+  return one_line(command(*arguments, env=env, check=2).stderr)
 
 
 def save_classifier(directory: pathlib.Path, num_classes: int) -> dict:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from conftest import TOY, overrides
+from conftest import TOY, one_line, overrides
 
 DEMO = "--config=configs/oracle.py:demo"
 
@@ -75,20 +75,13 @@ def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_copy, comman
   assert result.stderr.count(": finished (") == 1
 
 
-def _one_line(result, status):
-  assert result.returncode == status, result.stderr
-  assert "Traceback" not in result.stderr
-  line = result.stderr.strip().splitlines()[-1]
-  assert line.startswith("fidelity_jax: ")
-  return line
-
-
 def test_what_is_missing_is_named_with_a_way_out(command, tmp_path):
   """Data and weights, both at once."""
   env = {"FIDELITY_JAX_CACHE": str(tmp_path / "cache")}
   config = "--config=configs/oracle.py"
   result = command(config, f"--workdir={tmp_path / 'w'}", env=env)
-  line = _one_line(result, 1)
+  assert result.returncode == 1, result.stderr
+  line = one_line(result.stderr)
   assert "256_ObjectCategories" in line and "resnet50-0676ba61.pth" in line
   assert ":demo" in line
 
@@ -98,13 +91,15 @@ def test_two_runs_do_not_share_a_workdir(command, tmp_path):
 
   with files.locked(tmp_path):
     result = command(DEMO, f"--workdir={tmp_path}", *overrides(TOY))
-  assert "another run" in _one_line(result, 1)
+  assert result.returncode == 1, result.stderr
+  assert "another run" in one_line(result.stderr)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_stage(command, tmp_path):
   fields = TOY | {"parents.restorer.learning_rate": 1e30}
   result = command(DEMO, f"--workdir={tmp_path}", *overrides(fields))
-  line = _one_line(result, 1)
+  assert result.returncode == 1, result.stderr
+  line = one_line(result.stderr)
   assert "not finite at step" in line
   assert "learning rate" in line
   assert "demo/" in line

@@ -481,3 +481,27 @@ def test_command_writes_a_directory_that_loads_again(resnet18, tmp_path, capsys)
   (target / "dncnn.safetensors").write_bytes(b"")
   with pytest.raises(errors.RunError, match="damaged"):
     port.load(target)
+
+
+def test_a_port_that_is_stopped_leaves_the_one_before(tmp_path, monkeypatch):
+  """However it stops; a signal raises, too."""
+  conv = {"kernel": np.ones((3, 3, 1, 1), np.float32)}
+  part = lambda source: {"dncnn": port.Part({"params": {source: conv}}, {})}
+  target = tmp_path / "ported"
+  port.save(part("first"), target, "first")
+  replace = os.replace
+
+  def stopped(source, destination):
+    if destination == target and source.suffix == ".tmp":
+      raise KeyboardInterrupt
+    replace(source, destination)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+      port.save(part("second"), target, "second")
+  assert list(port.load(target)["dncnn"].variables["params"]) == ["first"]
+  assert [path.name for path in tmp_path.iterdir()] == ["ported"]
+  port.save(part("second"), target, "second")
+  assert list(port.load(target)["dncnn"].variables["params"]) == ["second"]
+  assert [path.name for path in tmp_path.iterdir()] == ["ported"]

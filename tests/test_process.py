@@ -1,5 +1,6 @@
 """The command as a process: signals, streams, limits, disks, and who meddles."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -10,23 +11,12 @@ import tempfile
 import time
 
 import pytest
-from conftest import ROOT, TOY, overrides
+from conftest import ROOT, TOY, one_line, overrides, without_privileges
 from test_data_images import encoded, photograph
-from test_data_sources import without_privileges
 
-# Imported here, for they cannot be without privileges.
-from fidelity_jax import experiment, main  # noqa: F401
+from fidelity_jax import main
 
 DEMO = "--config=configs/oracle.py:demo"
-
-
-def _one_line(stderr):
-  lines = stderr.splitlines()
-  assert "Traceback" not in stderr
-  assert sum(line.startswith("fidelity_jax: ") for line in lines) == 1, stderr
-  assert lines[-1].startswith("fidelity_jax: ")
-  assert len(lines) < 30
-  return lines[-1]
 
 
 def _listens(pid):
@@ -50,7 +40,7 @@ def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
   process.send_signal(number)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + number, stderr
-  assert f"stopped by {number.name}" in _one_line(stderr)
+  assert f"stopped by {number.name}" in one_line(stderr)
   assert not list(tmp_path.glob("*/finished.json"))
 
 
@@ -87,7 +77,7 @@ def test_too_few_open_files(toy_copy):
   for limit in (16, 64):
     result = _limited(f"-n {limit}", *arguments)
     assert result.returncode == 1
-    assert f"only {limit} files may be open" in _one_line(result.stderr)
+    assert f"only {limit} files may be open" in one_line(result.stderr)
   # A soft limit is raised.
   assert _limited("-S -n 100", *arguments).returncode == 0
 
@@ -95,7 +85,7 @@ def test_too_few_open_files(toy_copy):
 def test_a_platform_that_is_not_there(command, tmp_path):
   result = command(DEMO, f"--workdir={tmp_path}", env={"JAX_PLATFORMS": "cuda"})
   assert result.returncode == 2
-  line = _one_line(result.stderr)
+  line = one_line(result.stderr)
   assert "cuda" in line and "JAX_PLATFORMS" in line
 
 
@@ -104,10 +94,10 @@ def test_another_locale(command, tmp_path):
   fields = {"dataset.name": "folder", "dataset.path": f"{tmp_path}/Bäume"}
   result = command(DEMO, f"--workdir={tmp_path}/w", *overrides(fields), env=env)
   assert result.returncode == 2
-  assert "does not exist" in _one_line(result.stderr)
+  assert "does not exist" in one_line(result.stderr)
   result = command(DEMO, f"--workdir={tmp_path}/Bäume", env=env)
   assert result.returncode == 2
-  assert "PYTHONUTF8=1" in _one_line(result.stderr)
+  assert "PYTHONUTF8=1" in one_line(result.stderr)
 
 
 @pytest.fixture
@@ -145,7 +135,7 @@ def test_a_full_disk(command, small_disk, toy_run):
     small_disk(used + room)
     result = command(*flags)
     assert result.returncode == 1, result.stderr
-    line = _one_line(result.stderr)
+    line = one_line(result.stderr)
     assert "No space left on device: make room and run the same command again" in line
     # The line names a log file that is there.
     log = line.rpartition("The traceback is in ")[2].rstrip(".")
@@ -168,13 +158,15 @@ def test_a_workdir_that_is_removed(background, tmp_path):
   shutil.rmtree(workdir, ignore_errors=True)
   _, stderr = process.communicate(timeout=300)
   assert process.returncode == 1, stderr
-  assert "was removed while the run was working in it" in _one_line(stderr)
+  assert "was removed while the run was working in it" in one_line(stderr)
   assert not list(workdir.glob("*/finished.json"))
 
 
 @pytest.mark.parametrize("what", ["product", "stage"])
 def test_missing_permissions_are_told_from_damage(toy_run, tmp_path, capsys, what):
   """What cannot be read is not called damaged; it is used once it can be read."""
+  # Without privileges it could not be imported.
+  importlib.import_module("fidelity_jax.experiment")
   # Others may not look into pytest's own directories.
   place = pathlib.Path(tempfile.mkdtemp())
   shutil.copytree(toy_run, place, dirs_exist_ok=True)
@@ -192,7 +184,7 @@ def test_missing_permissions_are_told_from_damage(toy_run, tmp_path, capsys, wha
     arguments = ["", DEMO, f"--workdir={place}", *overrides(TOY)]
     with without_privileges():
       assert main.main(arguments) == 1
-    line = _one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
     assert "permissions" in line
     assert "damaged" not in line and "delete" not in line
   finally:
@@ -226,7 +218,7 @@ def test_other_images_are_noticed(command, tmp_path, capsys):
   _pictures(tmp_path / "pets", seed=7)
   result = command(*flags, env=env)
   assert result.returncode == 1
-  line = _one_line(result.stderr)
+  line = one_line(result.stderr)
   assert "was trained on other images" in line and "classifier-" in line
   # The same images again, though written anew: it goes on.
   _pictures(tmp_path / "pets", seed=0)
@@ -236,7 +228,7 @@ def test_other_images_are_noticed(command, tmp_path, capsys):
   # A finished stage is not used for other training images either.
   _pictures(tmp_path / "pets", seed=7)
   result = command(*flags, env=env)
-  assert result.returncode == 1 and "other images" in _one_line(result.stderr)
+  assert result.returncode == 1 and "other images" in one_line(result.stderr)
   # Other test images are measured anew.
   _pictures(tmp_path / "pets", seed=0)
   test = _test_images(tmp_path / "pets", tmp_path / "cache")

@@ -1,58 +1,25 @@
 """What a user can get wrong: each ends in one line, what, where and what to do.
 
-The commands run in this process, which takes a fraction of a second each; what belongs
-to a process of its own (streams, signals, limits) is in test_process.py.
+The commands run in this process, which takes a fraction of a second each. Weights are
+in test_refused_weights.py, damaged workdirs in test_workdirs.py, and what belongs to a
+process of its own (streams, signals, limits) in test_process.py.
 """
 
-import json
 import os
-import pathlib
-import pickle
 import shutil
-import sys
 
-import numpy as np
 import pytest
-import safetensors.numpy
-from conftest import ROOT, TOY, overrides
+from conftest import TOY, overrides
 from test_data_images import encoded, photograph
 
-from fidelity_jax import gallery, main, port
+from fidelity_jax import gallery, main
 from fidelity_jax.models.calibration import MODULES
-from fidelity_jax.port.__main__ import main as port_main
 
 DEMO = "--config=configs/oracle.py:demo"
 PRETRAINED = "--config=configs/pretrained.py:demo"
 ESTIMATOR = "--config=configs/estimator.py:demo"
 BLUR = "--config.degradation.kind=gaussian_blur"
 MOTION = "--config.degradation.kind=motion_blur"
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
-  """Returns a function that runs the command and returns its one line."""
-  monkeypatch.chdir(ROOT)
-  monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path / "cache"))
-
-  def run(arguments, status, words, command=main.main):
-    capsys.readouterr()
-    # A process loads one config; another would find the names of the last in it.
-    sys.modules.pop("config_config", None)
-    if command is main.main:
-      arguments = ["fidelity_jax.main", *map(str, arguments)]
-    assert command(list(map(str, arguments))) == status, capsys.readouterr().err
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    *before, line = captured.err.splitlines()
-    assert line.startswith("fidelity_jax: ")
-    assert not any(other.startswith("fidelity_jax: ") for other in before)
-    assert "a defect" not in line
-    assert 20 < len(line) < 900
-    for word in [words] if isinstance(words, str) else words:
-      assert word in line
-    return line
-
-  return run
 
 
 # Of one field of the demo's oracle experiment: its path, a value, words of the line.
@@ -99,8 +66,8 @@ FIELDS = [
   ("model", None, "it has fields; set those"),
   ("model", 3, "config.model"),
   ("parents", None, "it has fields"),
-  ("nofield", None, "no field 'nofield'"),
-  ("parents.restorer.model.dept", None, "did you mean 'depth'"),
+  ("nofield", None, "no such field: 'nofield'"),
+  ("parents.restorer.model.dept", None, "depth"),
   ("parents.restorer.model.dept", 3, "depth"),
   ("epoch", 3, "epochs"),
   ("degradation.kind", "awng", "did you mean 'awgn'"),
@@ -115,6 +82,7 @@ FIELDS = [
   ("degradation.orientation", 10.0, "orientation belongs to motion_blur"),
   ("parents.restorer.degradation.level", "(0.5, 0.1)", "the wrong way round"),
   ("dataset.name", "demoo", "did you mean demo"),
+  ("dataset.name", "caltech257", "did you mean caltech256"),
   ("dataset.name", None, "config.dataset.name = None must be a text"),
   ("dataset.name", "folder", "needs dataset.path"),
   *(("dataset.image_size", v, "image_size") for v in (0, -5, 100_000, "big")),
@@ -362,6 +330,7 @@ def _spoil(root, name="dog"):
   ("prepare", "words"),
   [
     (lambda root: shutil.rmtree(root), "does not exist"),
+    (lambda root: [shutil.rmtree(root), root.write_text("")], "is a file"),
     (lambda root: [shutil.rmtree(p) for p in root.iterdir()], "no sub-folder"),
     (lambda root: _spoil(root), ("class 'dog'", "the file is empty")),
     (lambda root: [_spoil(root, n) for n in ("cat", "dog")], "no usable image for"),
@@ -420,6 +389,7 @@ def test_a_header_is_no_class(photographs, header):
     ('{"train": {"cat": 3}}', "no list for the class 'cat'"),
     ('{"train": {"cat": [[1]]}}', "[1]"),
     ('{"train": {"cat": [99]}}', "cat: 99"),
+    ('{"train": ["cat/x.jpg"]}', "'cat/x.jpg'"),
     ('{"train": {"cow": [1]}}', "class 'cow'"),
     ('{"train": ["cat/00.png", "cat/00.png"]}', "twice"),
     ('{"train": ["cat/00.png"], "tset": []}', "unknown split 'tset'"),
@@ -463,170 +433,6 @@ def test_what_is_no_image_is_left_out_and_named(photographs, capsys, tmp_path):
   assert any("5 left out, 42 images remain" in line for line in lines)
 
 
-# Weights for the demo's classifier, each with one fault.
-def _torch_file(change):
-  def make(path):
-    import torch
-
-    torch.save(change(torch, {"conv1.weight": torch.ones(8, 3, 7, 7)}), path)
-
-  return make
-
-
-def _zip_damage(path):
-  import torch
-
-  torch.save({"conv1.weight": torch.arange(1000.0)}, path)
-  content = bytearray(path.read_bytes())
-  content[content.index(np.arange(1000, dtype="<f4").tobytes()) + 100] ^= 1
-  path.write_bytes(content)
-
-
-def _quantized(torch, state):
-  tensor = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-  return state | {"a.weight": tensor}
-
-
-def _nested(torch, state):
-  tensors = [torch.ones(2), torch.ones(3)]
-  return state | {"a.weight": torch.nested.nested_tensor(tensors)}
-
-
-@pytest.mark.parametrize(
-  ("make", "words"),
-  [
-    (lambda path: path.write_bytes(b""), "neither a PyTorch checkpoint"),
-    (lambda path: path.write_bytes(b"PK\3\4" + b"x" * 50), "neither"),
-    (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 2)), "pickle"),
-    (lambda path: os.mkfifo(path), "there is no file"),
-    (lambda path: path.symlink_to("/dev/zero"), "there is no file"),
-    (lambda path: path.mkdir(), "without port.json"),
-    (_zip_damage, ("is not what its checksum says", "get the file again")),
-    (_torch_file(lambda t, s: [1, 2]), "holds a list"),
-    (_torch_file(lambda t, s: {}), "holds a dict"),
-    (_torch_file(lambda t, s: {3: t.ones(3)}), "calls a tensor 3"),
-    (_torch_file(lambda t, s: s | {"lr": 0.1}), "a float called 'lr'"),
-    (_torch_file(lambda t, s: s), "is not recognized"),
-    (_torch_file(lambda t, s: {"a": t.ones(3, 3).to_sparse()}), "that is sparse, a"),
-    (_torch_file(_quantized), "that is quantized, a.weight"),
-    (
-      _torch_file(lambda t, s: {"a": t.ones(3, device="meta")}),
-      "that is on the device meta",
-    ),
-    (
-      _torch_file(lambda t, s: {"a": t.ones(1).expand(300_000, 300_000)}),
-      "that is expanded, a",
-    ),
-    (_torch_file(lambda t, s: {"a": t.ones(3, dtype=t.complex64)}), "complex"),
-    (_torch_file(_nested), "that is nested, a.weight"),
-    (
-      _torch_file(lambda t, s: {"model.0.weight": t.ones(8, 3, 3, 3, dtype=t.int64)}),
-      "int64 (should be floating-point)",
-    ),
-  ],
-)
-def test_weights(refused, tmp_path, make, words):
-  path = tmp_path / "weights.pth"
-  make(path)
-  target = tmp_path / "ported"
-  refused([path, f"--to={target}"], 2, words, command=port_main)
-  assert not target.exists()
-  fields = {"parents.classifier.model.weights": path}
-  arguments = [DEMO, f"--workdir={tmp_path / 'w'}", *overrides(fields)]
-  refused(arguments, 2, words)
-
-
-def _ported(directory, stage_sizes=(1, 1), width=8, poison=None):
-  """Writes a ported toy ResNet."""
-  import jax
-
-  from fidelity_jax import models
-
-  config = {"name": "resnet", "block": "basic"}
-  config |= {"stage_sizes": stage_sizes, "width": width}
-  module = models.create(config, 16)
-  images = np.zeros((1, 32, 32, 3), np.float32)
-  variables = jax.jit(module.init)(jax.random.key(5), images)
-  variables = jax.tree.map(np.array, variables)
-  if poison is not None:
-    variables["params"]["head"]["logits"]["kernel"][0, 0] = poison
-  described = {"model": config, "num_classes": 16, "class_names": None}
-  port.save({"classifier": port.Part(variables, described)}, directory, "a test")
-
-
-@pytest.mark.parametrize(
-  ("given", "words"),
-  [
-    (dict(stage_sizes=(1, 1, 1)), "has no place in it"),
-    (dict(stage_sizes=(2, 1)), "layer1_1"),
-    (dict(stage_sizes=(1,)), "is missing"),
-    (dict(width=16), "is (16,), not (8,)"),
-    (dict(poison=np.nan), "not finite, in params/head/logits/kernel"),
-    (dict(poison=np.inf), "not finite, in params/head/logits/kernel"),
-  ],
-)
-def test_weights_of_another_network(refused, tmp_path, given, words):
-  _ported(tmp_path / "ported", **given)
-  fields = TOY | {
-    "parents.classifier.model.weights": tmp_path / "ported",
-    "parents.classifier.model.new_head": False,
-    "parents.classifier.epochs": 0,
-  }
-  refused([DEMO, f"--workdir={tmp_path / 'w'}", *overrides(fields)], 2, words)
-  assert not list((tmp_path / "w").glob("*/finished.json"))
-
-
-def _edit(change):
-  def damage(directory):
-    path = directory / "port.json"
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(change(value)))
-
-  return damage
-
-
-def _flip(path, place=-100):
-  content = bytearray(path.read_bytes())
-  content[place] ^= 1
-  path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-  ("damage", "words"),
-  [
-    (_edit(lambda v: {}), "port.json is damaged"),
-    (_edit(lambda v: []), "port.json is damaged"),
-    (_edit(lambda v: None), "port.json is damaged"),
-    (_edit(lambda v: v | {"parts": 3}), "port.json is damaged"),
-    (_edit(lambda v: v | {"source": "elsewhere"}), "port.json is damaged"),
-    (lambda d: (d / "port.json").write_bytes(b"\xff"), "port.json is damaged"),
-    (lambda d: (d / "classifier.safetensors").unlink(), "classifier.safetensors"),
-    (lambda d: _flip(d / "classifier.safetensors"), "is not what its checksum says"),
-    (lambda d: os.truncate(d / "classifier.safetensors", 99), "checksum"),
-  ],
-)
-def test_damaged_ported_directories(refused, tmp_path, damage, words):
-  _ported(tmp_path / "ported")
-  damage(tmp_path / "ported")
-  arguments = [tmp_path / "ported", f"--to={tmp_path / 'again'}"]
-  refused(arguments, 1, words, command=port_main)
-
-
-def test_class_names_of_a_ported_directory_are_used(refused, tmp_path):
-  _ported(tmp_path / "ported")
-  names = tmp_path / "names.txt"
-  names.write_text("\n".join(f"class {i}" for i in range(16)))
-  arguments = [tmp_path / "ported", f"--to={tmp_path / 'named'}"]
-  assert port_main([*map(str, arguments), f"--class_names={names}"]) == 0
-  part = port.load_part(tmp_path / "named", "classifier")
-  assert part.config["class_names"][3] == "class 3"
-  names.write_text("one\n")
-  arguments.append(f"--class_names={names}")
-  refused(arguments, 2, "names 1 classes", command=port_main)
-  names.unlink()
-  refused(arguments, 2, "cannot read class names", command=port_main)
-
-
 @pytest.mark.parametrize(
   ("arguments", "status", "words"),
   [
@@ -643,174 +449,3 @@ def test_class_names_of_a_ported_directory_are_used(refused, tmp_path):
 def test_gallery(refused, tmp_path, arguments, status, words):
   arguments = [argument.format(tmp=tmp_path) for argument in arguments]
   refused(arguments, status, words, command=gallery.main)
-
-
-# What can happen to a finished workdir, and what is said of it.
-def _stage(workdir, kind):
-  (path,) = workdir.glob(f"{kind}-*")
-  return path
-
-
-def _product(workdir, kind):
-  stage = _stage(workdir, kind)
-  step = json.loads((stage / "finished.json").read_text())["best_step"]
-  files = (stage / "checkpoints" / str(step) / "variables").rglob("*")
-  return max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def _write(pattern, content):
-  def damage(workdir):
-    (path,) = workdir.glob(pattern)
-    path.write_bytes(content)
-
-  return damage
-
-
-def _swap(pattern):
-  """Puts a directory where a file was, or a file where a directory was."""
-
-  def damage(workdir):
-    (path,) = workdir.glob(pattern)
-    if path.is_dir():
-      shutil.rmtree(path)
-      path.write_bytes(b"")
-    else:
-      path.unlink()
-      path.mkdir()
-
-  return damage
-
-
-def _change_json(pattern, **changes):
-  def damage(workdir):
-    (path,) = workdir.glob(pattern)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-  return damage
-
-
-_MARKER = "restorer-*/finished.json"
-_CONDITION = "evaluation-*/awgn-0.3.json"
-_EXAMPLES = "evaluation-*/examples.npz"
-DAMAGES = [
-  *((_write(_MARKER, c), "finished.json is damaged") for c in (b"", b"{", b"\xff")),
-  *((_write(_MARKER, c), "finished.json is damaged") for c in (b"{}", b"[]", b"null")),
-  (_change_json(_MARKER, score="good"), "finished.json is damaged"),
-  (_change_json(_MARKER, score=99.0), "finished.json is damaged"),
-  (_change_json(_MARKER, best_step=1), "finished.json is damaged"),
-  (_change_json(_MARKER, files={}), "was lost by an earlier version"),
-  (_swap(_MARKER), "finished.json is no regular file"),
-  (_write("restorer-*/config.json", b"{"), "config.json is damaged"),
-  (_write("restorer-*/config.json", b"[]"), "config.json is damaged"),
-  (_change_json("restorer-*/config.json", seed=1), "config.json is damaged"),
-  (_change_json("restorer-*/config.json", data="x"), "config.json is damaged"),
-  (lambda w: next(w.glob("restorer-*/config.json")).unlink(), "config.json is missing"),
-  (_swap("restorer-*/config.json"), "config.json is no regular file"),
-  (_swap("restorer-*/metrics.jsonl"), "metrics.jsonl is no regular file"),
-  (_swap("restorer-*"), "is a file, where a directory belongs"),
-  (_swap("restorer-*/checkpoints"), "is a file, where a directory belongs"),
-  (lambda w: shutil.rmtree(_stage(w, "restorer") / "checkpoints"), "is missing"),
-  (lambda w: _flip(_product(w, "restorer"), 50), "is damaged"),
-  (lambda w: _flip(_product(w, "ensemble"), 50), "is damaged"),
-  (lambda w: os.truncate(_product(w, "classifier"), 10), "is damaged"),
-  (lambda w: _product(w, "calibration").unlink(), "is missing"),
-  *((_write(_CONDITION, c), "awgn-0.3.json is damaged") for c in (b"", b"[]", b"{}")),
-  *((_write(_CONDITION, c), "awgn-0.3.json is damaged") for c in (b"null", b"[" * 9)),
-  (_change_json(_CONDITION, rows=[]), "awgn-0.3.json is damaged"),
-  (
-    lambda w: shutil.copy(
-      next(w.glob("evaluation-*/awgn-0.2.json")), next(w.glob(_CONDITION))
-    ),
-    "is of another condition",
-  ),
-  (_swap(_CONDITION), "is no regular file"),
-  (_swap("evaluation-*"), "is a file, where a directory belongs"),
-  *((_write(_EXAMPLES, c), "examples.npz is damaged") for c in (b"", b"PK\3\4", b"x")),
-  (lambda w: _flip(next(w.glob(_EXAMPLES)), 3000), "examples.npz is damaged"),
-  (_swap(_EXAMPLES), "is no regular file"),
-  *(
-    (_swap(name), f"{name} is no regular file")
-    for name in ("report.md", "accuracy.png", "examples.png")
-  ),
-]
-
-
-@pytest.mark.parametrize(("damage", "words"), DAMAGES)
-def test_damaged_workdirs(refused, toy_copy, damage, words):
-  (toy_copy / "results.json").unlink()
-  damage(toy_copy)
-  markers = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
-  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
-  line = refused(arguments, 1, words)
-  assert str(toy_copy) in line
-  assert not (toy_copy / "results.json").exists()
-  # Nothing new is called finished, nothing finished is gone.
-  after = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
-  assert after == markers
-
-
-def test_a_bit_flipped_in_a_half_trained_checkpoint(refused, toy_copy):
-  for stage in ("ensemble", "evaluation"):
-    place = _stage(toy_copy, stage)
-    (place / "finished.json").unlink(missing_ok=True)
-  path = max(
-    (p for p in _stage(toy_copy, "ensemble").glob("checkpoints/*/training/d/*")),
-    key=lambda p: p.stat().st_size,
-  )
-  _flip(path, path.stat().st_size // 2)
-  (toy_copy / "results.json").unlink()
-  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
-  refused(arguments, 1, ("is damaged", "ensemble-", "delete the directory"))
-  assert not (_stage(toy_copy, "ensemble") / "finished.json").exists()
-
-
-def test_a_defect_is_shown_as_such(toy_copy, monkeypatch, capsys):
-  from fidelity_jax import report
-
-  def write(*args):
-    try:
-      raise PermissionError(13, "Permission denied", "innocent")
-    except PermissionError:
-      return {}["defect"]
-
-  monkeypatch.setattr(report, "write", write)
-  arguments = ["", DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
-  assert main.main(arguments) == 1
-  line = capsys.readouterr().err.splitlines()[-1]
-  assert "this is a defect of fidelity_jax at test_refusals.py" in line
-  assert "KeyError: 'defect'" in line and "innocent" not in line
-  log = line.rpartition("The traceback is in ")[2].rstrip(".")
-  assert log == str(toy_copy / "log.txt")
-  text = pathlib.Path(log).read_text()
-  assert "Traceback" in text and "KeyError: 'defect'" in text
-
-
-def test_few_test_images_make_a_picture(toy_copy, monkeypatch):
-  """One column a condition, of the same image if there is but one."""
-  fields = TOY | {"evaluation.batch_size": 1, "evaluation.rounds": 1}
-  fields["dataset.counts"] = (6, 2, 1)
-  fields |= {f"{k}epochs": 0 for k in ("", "parents.classifier.", "parents.restorer.")}
-  fields |= {f"{k}warmup_epochs": 0 for k in ("", "parents.classifier.")}
-  fields["ensemble.enabled"] = False
-  monkeypatch.chdir(ROOT)
-  (toy_copy / "examples.png").unlink()
-  arguments = ["", DEMO, f"--workdir={toy_copy}", *overrides(fields)]
-  assert main.main(arguments) == 0
-  assert (toy_copy / "examples.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_results_json_that_is_a_directory(refused, toy_copy):
-  (toy_copy / "results.json").unlink()
-  (toy_copy / "results.json").mkdir()
-  arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
-  refused(arguments, 1, "results.json is no regular file")
-
-
-def test_safetensors(refused, tmp_path):
-  path = tmp_path / "a.safetensors"
-  for content in (b"", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}"):
-    path.write_bytes(content)
-    refused([path, f"--to={tmp_path / 't'}"], 2, "a.safetensors", command=port_main)
-  state = {"conv1.weight": np.ones((8, 3, 7, 7), np.complex64)}
-  safetensors.numpy.save_file(state, path)
-  refused([path, f"--to={tmp_path / 't'}"], 2, "a.safetensors", command=port_main)

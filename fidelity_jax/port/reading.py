@@ -117,7 +117,7 @@ def _zip_damage(path: pathlib.Path) -> str | None:
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
-    NotImplementedError,
+    NotImplementedError,  # a compression that zipfile does not know
     RuntimeError,  # encrypted
   ) as error:
     return str(error) or type(error).__name__
