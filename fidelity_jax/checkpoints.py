@@ -14,6 +14,8 @@ read back is compared with the checksums of what was written.
 """
 
 import contextlib
+import hashlib
+import json
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -166,12 +168,16 @@ class Checkpoints:
     self._policy.best = best
     return restored.variables, restored.training, progress
 
-  def check_product(self, step: int, like: PyTree) -> None:
+  def check_product(self, step: int, like: PyTree) -> str:
     """Reads the variables of a step back, as the stage's product.
 
     Args:
       step: the step.
       like: arrays or shapes of the same structure.
+
+    Returns:
+      The digest of their names and checksums, which does not depend on how they are
+      stored.
 
     Raises:
       RunError: if they are not there, not what was saved, or not finite.
@@ -187,6 +193,8 @@ class Checkpoints:
           "learning rate, or look at the weights that the stage starts from; then "
           f"{_again(self.directory)}"
         )
+    text = json.dumps(checksums(variables), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
   def _progress(self, step: int) -> Progress:
     path = self.directory / str(step)

@@ -1,8 +1,7 @@
-"""Methods x conditions x rounds -> accuracies (METHOD section 7).
+"""Methods x conditions x rounds -> rows (docs/method.md, section 7).
 
 All methods see the same noise: it depends on the seed, the condition, the round and
-the example alone. What is measured is kept condition by condition, so that an
-evaluation that is cut off goes on where it stopped.
+the example alone.
 """
 
 import dataclasses
@@ -11,68 +10,33 @@ import hashlib
 import io
 import json
 import pathlib
-import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
+  assembly,
   data,
   degradations,
   errors,
   fidelity,
   files,
-  networks,
-  pipeline,
   platform,
   progress,
   randomness,
+  results,
   sharding,
   signals,
   stages,
+  tasks,
 )
+from fidelity_jax.method import Method
+from fidelity_jax.results import Compared
 
 PyTree = Any
-
-
-class Compared(NamedTuple):
-  """One of the methods compared: a row's identity in the report's tables."""
-
-  method: str
-  restoration: bool
-  ensemble: bool | None
-
-
-class Row(msgspec.Struct, forbid_unknown_fields=True):
-  """What was measured of one method under one condition.
-
-  Attributes:
-    method: see `Compared`.
-    restoration: likewise.
-    ensemble: likewise.
-    condition: the condition's name.
-    accuracy: mean over rounds, percent.
-    std: standard deviation over rounds, percent.
-    rounds: how many.
-  """
-
-  method: str
-  restoration: bool
-  ensemble: bool | None
-  condition: str
-  accuracy: float
-  std: float
-  rounds: int
-
-
-class _Measured(msgspec.Struct, forbid_unknown_fields=True):
-  """What the file of a condition holds."""
-
-  rows: list[Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,97 +45,153 @@ class Results:
 
   Attributes:
     rows: one for each method and condition.
-    examples: arrays for the picture of examples; see `_examples`.
+    examples: arrays for the picture of examples; see `Evaluation._examples`.
     class_names: names of the classes.
   """
 
-  rows: list[Row]
+  rows: list[results.Row]
   examples: dict[str, np.ndarray]
   class_names: list[str]
 
 
-def predict(
-  method: pipeline.Method,
-  source: str,
+def compared_methods(
+  networks: dict[str, stages.Stage], source: str | None
+) -> tuple[Compared, ...]:
+  """Returns the methods that some networks make up, for comparison.
+
+  Args:
+    networks: stages by role.
+    source: where the fidelity map comes from, None without calibration.
+  """
+  plain = "classifier" if "classifier" in networks else "restoration"
+  found = [Compared(plain, False)]
+  if "restorer" in networks:
+    found.append(Compared(plain, True))
+  if "calibration" in networks:
+    found.append(Compared(source, True, False))
+  if "ensemble" in networks:
+    found.append(Compared(source, True, True))
+  return tuple(found)
+
+
+def measure(
+  method: Method,
+  wanted: tuple[Compared, ...],
   variables: PyTree,
   degraded: jax.Array,
   clean: jax.Array,
-) -> tuple[dict[Compared, jax.Array], dict[str, jax.Array]]:
-  """Returns the predictions of every method compared, and what they were made from.
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns what methods make of degraded images.
 
   Args:
-    method: the trained pipeline.
-    source: where its fidelity map comes from, which names the method.
-    variables: its variables.
+    method: the networks.
+    wanted: the methods compared.
+    variables: the networks' variables.
     degraded: float32 [N, H, W, 3] in [0, 1].
-    clean: likewise; for the oracle map.
+    clean: likewise; for the oracle map, and for PSNR.
 
   Returns:
-    (class int32 [N] by method, {"restored": [N, H, W, 3], "map": [N, H, W, C]}).
+    (by `Compared.key` the predicted classes, int32 [N], or without a classifier the
+    PSNR, float32 [N]; the images on the way: "restored" [N, H, W, 3] and "map"
+    [N, H, W, C], where there are any).
   """
-  restored = method.restore(variables, degraded)
-  fidelity_map = method.fidelity_map(variables, degraded, restored, clean)
-  confidence = fidelity.confidence(fidelity_map, method.map_kind)
-  plain = method.plain(variables, restored)
-  calibrated = method.calibrated(variables, restored, confidence)
-  features = {
-    Compared("setup1", False, None): method.plain(variables, degraded),
-    Compared("setup1", True, None): plain,
-    Compared(source, True, False): calibrated,
-  }
-  if method.ensemble is not None:
-    features[Compared(source, True, True)] = method.ensemble.apply(
-      variables["ensemble"], calibrated, plain, confidence
-    )
-  predictions = {
-    name: jnp.argmax(method.classify(variables, h), -1) for name, h in features.items()
-  }
-  return predictions, {"restored": restored, "map": fidelity_map}
+  seen, images = {}, {False: degraded}
+  if method.restorer is not None:
+    images[True] = seen["restored"] = method.restore(variables, degraded)
+  if method.classifier is None:
+    psnr = lambda c: tasks.base.psnr(images[c.restored], clean)
+    return {c.key: psnr(c) for c in wanted}, seen
+  features = {}
+  for c in wanted:
+    if c.method == "classifier":
+      features[c.key] = method.plain(variables, images[c.restored])
+  if method.calibration is not None:
+    restored = images[True]
+    seen["map"] = method.fidelity_map(variables, degraded, restored, clean)
+    confidence = fidelity.confidence(seen["map"], method.map_name)
+    calibrated = method.calibrated(variables, restored, confidence)
+    for c in wanted:
+      if c.ensemble:
+        plain = method.plain(variables, restored)
+        features[c.key] = method.ensemble.apply(
+          variables["ensemble"], calibrated, plain, confidence
+        )
+      elif c.method != "classifier":
+        features[c.key] = calibrated
+  classify = lambda h: jnp.argmax(method.classify(variables, h), -1).astype(jnp.int32)
+  return {key: classify(h) for key, h in features.items()}, seen
 
 
 class Evaluation:
-  """The evaluation of one trained stage: compiled functions, data and files."""
+  """The evaluation of one experiment: compiled functions, data and files."""
 
-  def __init__(self, stage: stages.Stage, config: ConfigDict, datasets: Any):
+  def __init__(
+    self,
+    stage: stages.Stage,
+    further: dict[str, stages.Stage],
+    config: ConfigDict,
+    datasets: Any,
+    directory: pathlib.Path,
+  ):
     """Prepares to evaluate.
 
     Args:
-      stage: the calibration or ensemble stage, which need not be finished yet.
+      stage: the experiment's last stage, which need not be finished yet.
+      further: stages that serve its evaluation alone, by role.
       config: the experiment's config.
       datasets: gives splits; see `experiment.Datasets`.
+      directory: the experiment's.
 
     Raises:
-      UsageError: if there is nothing to test on.
+      UsageError: there is nothing to test on.
     """
-    self.config, self.stage = config, stage
+    self.config, self.stage, self.further = config, stage, further
+    self.directory = directory
     self.dataset = datasets.load(config.dataset, "test")
     self.conditions = degradations.conditions(config.degradation)
+    self.networks = stage.networks() | further
+    source = config.fidelity.source if "calibration" in self.networks else None
+    self.compared = compared_methods(self.networks, source)
     self.mesh = sharding.make_mesh(config.evaluation.batch_size)
     self.sharding = sharding.batch(self.mesh)
+    self._compiled: dict[tuple[Compared, ...], Any] = {}
+
+  def _behind(self, compared: Compared) -> dict[str, stages.Stage]:
+    """Returns the stages that a method's values depend on, by role."""
+    without = set()
+    if not compared.ensemble:
+      without.add("ensemble")
+    if compared.method in ("classifier", "restoration"):
+      without |= {"calibration", "estimator"}
+    if not compared.restored:
+      without.add("restorer")
+    return {r: stage for r, stage in self.networks.items() if r not in without}
+
+  def _of(self, compared: Compared) -> dict[str, Any]:
+    """Returns all that a method's values depend on but for condition and round."""
+    behind = self._behind(compared).items()
+    return {
+      "method": compared.key,
+      "stages": {role: [s.name, s.finished().product] for role, s in behind},
+      "images": self.dataset.fingerprint,
+      "image_size": self.config.dataset.image_size,
+      "seed": self.config.seed,
+    }
 
   @functools.cached_property
-  def directory(self) -> pathlib.Path:
-    """Where what is measured is kept, named by all that it depends on."""
-    lineage = [[s.digest, s.finished().files] for s in self.stage.lineage()]
-    evaluation = stages.as_json(self.config.evaluation)
-    material = [lineage, self.dataset.fingerprint, evaluation]
-    digest = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
-    name = f"evaluation-{self.stage.name}-{digest[:8]}"
-    return self.stage.directory.parent / name
+  def _network(self) -> assembly.Frozen:
+    classes = self.dataset.num_classes
+    loaded = assembly.load_method(self.stage, self.further, classes)
+    variables = jax.device_put(loaded.variables, sharding.replicated(self.mesh))
+    return assembly.Frozen(loaded.network, variables)
 
-  @functools.cached_property
-  def _network(self) -> tuple[pipeline.Method, PyTree]:
-    trained = networks.trained_method(self.stage, self.dataset.num_classes)
-    replicated = sharding.replicated(self.mesh)
-    return trained.pipeline, jax.device_put(trained.frozen, replicated)
-
-  @functools.cached_property
-  def _predict(self):
-    method, _ = self._network
-    source = self.config.fidelity.source
+  def _measure(self, wanted: tuple[Compared, ...]):
     # One compiled function for all conditions: what differs is done before it.
-    function = functools.partial(predict, method, source)
-    return jax.jit(function, compiler_options=platform.compiler_options())
+    if wanted not in self._compiled:
+      function = functools.partial(measure, self._network.network, wanted)
+      options = platform.compiler_options()
+      self._compiled[wanted] = jax.jit(function, compiler_options=options)
+    return self._compiled[wanted]
 
   def _degrade(self, condition, batch, round_: int) -> tuple[jax.Array, jax.Array]:
     """Returns (degraded, clean) of a batch, float32 [N, H, W, 3] in [0, 1]."""
@@ -185,119 +205,145 @@ class Evaluation:
       image_size=self.config.dataset.image_size,
       batch_size=sharding.round_up(self.mesh, self.config.evaluation.batch_size),
       num_workers=0,
-      **sharding.host_shard(),
+      **sharding.host_shard(self.sharding),
     )
     return data.prefetch_to_device(batches, self.sharding)
 
-  def _round(self, condition, round_: int) -> dict[Compared, float]:
-    """Returns each method's accuracy in percent in one round of a condition."""
-    correct: dict[Compared, Any] = {}
-    _, variables = self._network
+  def _round(
+    self, condition, round_: int, wanted: tuple[Compared, ...]
+  ) -> dict[str, np.ndarray]:
+    """Returns methods' values [N] in one round of a condition, by `Compared.key`."""
+    found: dict[str, list[jax.Array]] = {c.key: [] for c in wanted}
+    function = self._measure(wanted)
     for batch in self._batches(self.dataset):
       degraded, clean = self._degrade(condition, batch, round_)
-      predictions, _ = self._predict(variables, degraded, clean)
-      for name, n in _count(predictions, batch["label"], batch["mask"]).items():
-        correct[name] = correct.get(name, 0) + n
-    total = len(self.dataset)
-    return {name: 100 * float(n) / total for name, n in correct.items()}
+      values, _ = function(self._network.variables, degraded, clean)
+      for key, value in values.items():
+        found[key].append(value)
+    # The padding is at the end.
+    whole = lambda parts: np.concatenate(list(map(np.asarray, parts)))
+    return {key: whole(parts)[: len(self.dataset)] for key, parts in found.items()}
 
   def run(self) -> Results:
-    """Evaluates every condition that is not evaluated yet.
+    """Measures every round of every condition that is not measured yet.
 
     Raises:
-      RunError: if what was kept is damaged, or cannot be written.
+      RunError: what was kept is damaged, or cannot be written.
       Stopped: on SIGTERM or SIGINT, between rounds.
     """
-    files.check_directory(self.directory, write=True)
-    with errors.while_doing(f"making the directory {self.directory}"):
-      self.directory.mkdir(exist_ok=True)
-    wanted = self.config.evaluation.rounds
-    rounds = {c.name: c.rounds_needed(wanted) for c in self.conditions}
-    paths = {c.name: self.directory / f"{c.name}.json" for c in self.conditions}
-    for path in paths.values():
-      files.check_file(path)
-    todo = [c for c in self.conditions if not paths[c.name].exists()]
-    rows = {c: self._read(paths[c], c, rounds[c]) for c in paths if paths[c].exists()}
-    bar = progress.Progress(
-      "evaluation", sum(rounds[c.name] for c in todo), unit="round"
-    )
-    done = 0
-    for condition in todo:
-      name, measured = condition.name, []
-      for round_ in range(rounds[name]):
-        signals.stop_if_received(
-          f"evaluating {name}", "what was measured before this condition is saved"
-        )
-        measured.append(self._round(condition, round_))
-        done += 1
-        if bar.due():
-          bar.update(done, condition=name)
-      rows[name] = _rows(name, measured)
-      files.write_record(paths[name], _Measured(rows[name]))
-    if todo:
-      bar.update(done)
+    workdir, count = self.stage.directory.parent, len(self.dataset)
+    kept = {
+      c: results.Measurements(workdir, c.key, self._of(c), count) for c in self.compared
+    }
+    for measurements in kept.values():
+      measurements.check()
+    rounds = self.config.evaluation.rounds
+    places = [(c, r) for c in self.conditions for r in range(c.rounds_needed(rounds))]
+    todo = []
+    for condition, round_ in places:
+      is_new = lambda c, at=(condition, round_): kept[c].get(*at) is None
+      if wanted := tuple(filter(is_new, self.compared)):
+        todo.append((condition, round_, wanted))
+    bar = progress.Progress("evaluation", len(todo), unit="round")
+    for done, (condition, round_, wanted) in enumerate(todo, 1):
+      signals.stop_if_received(f"evaluating {condition.name}")
+      values = self._round(condition, round_, wanted)
+      for c in wanted:
+        kept[c].put(condition, round_, values[c.key])
+      if bar.due() or done == len(todo):
+        bar.update(done, condition=condition.name)
     bar.close()
-    ordered = [row for condition in paths for row in rows[condition]]
-    return Results(ordered, self._examples(), list(self.dataset.class_names))
+    rows = []
+    for condition in self.conditions:
+      numbers = range(condition.rounds_needed(rounds))
+      for c in self.compared:
+        measured = [kept[c].get(condition, number) for number in numbers]
+        rows.append(self._row(c, condition, measured))
+    return Results(rows, self._examples(), list(self.dataset.class_names))
 
-  def _read(self, path: pathlib.Path, condition: str, rounds: int) -> list[Row]:
-    """Returns what was measured of a condition before."""
-    again = f"delete the directory {self.directory} to evaluate again."
-    rows = files.read_record(path, _Measured, again).rows
-    if not rows or any((r.condition, r.rounds) != (condition, rounds) for r in rows):
-      raise errors.RunError(f"{path} is of another condition: {again}")
-    return rows
+  def _row(
+    self,
+    compared: Compared,
+    condition: degradations.Condition,
+    measured: list[np.ndarray],
+  ) -> results.Row:
+    """Returns the row of a method's values [N], round by round."""
+    behind = self._behind(compared)
+    configs = {role: stage.config for role, stage in behind.items()}
+    classifier = configs.get("classifier")
+    facts = {}
+    if classifier is None:
+      name, per_round = "psnr", [float(np.mean(v)) for v in measured]
+    else:
+      name = "accuracy"
+      right = [v == self.dataset.labels for v in measured]
+      per_round = [100 * float(np.mean(v)) for v in right]
+    facts[name], std = results.mean_and_std(per_round)
+    given = classifier and classifier.model.weights and not classifier.epochs
+    return results.Row(
+      experiment=self.config.experiment,
+      method=compared.method,
+      trained_on=("given" if given else classifier.source) if classifier else None,
+      backbone=classifier.model.name if classifier else None,
+      restorer=configs["restorer"].model.name if compared.restored else None,
+      map=configs["calibration"].fidelity.map if "calibration" in configs else None,
+      ensemble=compared.ensemble,
+      dataset=self.config.dataset.name,
+      image_size=self.config.dataset.image_size,
+      condition=results.Condition.of(condition),
+      seed=self.config.seed,
+      precision=self.config.precision,
+      std=std,
+      rounds=len(measured),
+      images=len(self.dataset),
+      stages={role: stage.name for role, stage in behind.items()},
+      **facts,
+    )
 
   def _examples(self) -> dict[str, np.ndarray]:
     """Returns arrays for the picture of examples, computed once and kept.
 
-    "condition" [M] names M conditions; "clean", "degraded", "restored" [M, N, H, W, 3],
-    "map" [M, N, H, W, C], "label" [M, N], and a prediction [M, N] for each method under
-    "prediction/METHOD/RESTORATION/ENSEMBLE".
+    "condition" [M] names M conditions; "clean", "degraded" [M, N, H, W, 3], "label"
+    [M, N], where there are any "restored" [M, N, H, W, 3] and "map" [M, N, H, W, C],
+    and each method's values [M, N] under "value/KEY".
     """
     path = self.directory / "examples.npz"
     files.check_file(path)
-    if not path.exists():
-      files.write_bytes(path, _npz(self._compute_examples()))
-    try:
-      # The zip form has checksums, which NumPy compares.
-      with errors.while_doing(f"reading {path}"), np.load(path) as arrays:
-        examples = dict(arrays)
-      count = len(examples["condition"])
-      names = ("clean", "degraded", "restored", "map", "label")
-      if any(len(examples[name]) != count for name in names):
-        raise ValueError("its arrays do not fit each other")
-    except errors.RunError:
-      raise
-    except Exception as error:  # zipfile, zlib and NumPy raise many kinds.
-      raise errors.RunError(
-        f"{path} is damaged ({error}): delete it to compute it again."
-      ) from error
+    of = [
+      *(self._of(c) for c in self.compared),
+      self.config.evaluation.examples,
+      [repr(c.degradation) for c in self.conditions],
+    ]
+    digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    if path.exists():
+      examples = _read_npz(path)
+      if str(examples.get("of")) == digest:
+        return examples
+    examples = self._compute_examples()
+    files.write_bytes(path, _npz(examples | {"of": np.array(digest)}))
     return examples
 
   def _compute_examples(self) -> dict[str, np.ndarray]:
     # What a picture can show: a middling and the strongest level, and the 2D variation.
-    uniform = [c for c in self.conditions if not c.name.endswith(("-1d", "-2d"))]
+    uniform = [c for c in self.conditions if c.vary not in ("1d", "2d")]
     shown = [uniform[len(uniform) // 2], uniform[-1], self.conditions[-1]]
     shown = list(dict.fromkeys(shown))
     # The test set is sorted by class: examples spread over it show different classes.
     count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
     batches = list(self._batches(self.dataset.select(spread)))
-    _, variables = self._network
+    function = self._measure(self.compared)
     result: dict[str, list] = {}
     for condition in shown:
       parts: dict[str, list] = {}
       for batch in batches:
         degraded, clean = self._degrade(condition, batch, 0)
-        predictions, seen = self._predict(variables, degraded, clean)
+        values, seen = function(self._network.variables, degraded, clean)
         seen |= {"degraded": degraded, "clean": clean, "label": batch["label"]}
-        for name, x in predictions.items():
-          seen[f"prediction/{name.method}/{name.restoration}/{name.ensemble}"] = x
+        seen |= {f"value/{key}": value for key, value in values.items()}
         for key, value in seen.items():
           parts.setdefault(key, []).append(np.asarray(value))
       for key, values in parts.items():
-        # The padding is at the end.
         result.setdefault(key, []).append(np.concatenate(values)[:count])
     arrays = {key: np.stack(values) for key, values in result.items()}
     return arrays | {"condition": np.array([c.name for c in shown])}
@@ -310,23 +356,29 @@ def _degrade(degradation, key, batch, round_):
   return degradation(keys, clean), clean
 
 
-@jax.jit
-def _count(predictions, labels, mask):
-  count = lambda prediction: jnp.sum((prediction == labels) * mask)
-  return {name: count(prediction) for name, prediction in predictions.items()}
-
-
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
   return buffer.getvalue()
 
 
-def _rows(condition: str, measured: list[dict[Compared, float]]) -> list[Row]:
-  rows = []
-  for name in measured[0]:
-    accuracies = [accuracy[name] for accuracy in measured]
-    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    mean = statistics.fmean(accuracies)
-    rows.append(Row(*name, condition, mean, std, len(accuracies)))
-  return rows
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the arrays of examples.npz.
+
+  Raises:
+    RunError: it cannot be read or is damaged.
+  """
+  try:
+    # The zip form has checksums, which NumPy compares.
+    with errors.while_doing(f"reading {path}"), np.load(path) as arrays:
+      examples = dict(arrays)
+    count = len(examples["condition"])
+    if any(len(examples[name]) != count for name in ("clean", "degraded", "label")):
+      raise ValueError("its arrays do not fit each other")
+  except errors.RunError:
+    raise
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds.
+    raise errors.RunError(
+      f"{path} is damaged ({error}): delete it to compute it again."
+    ) from error
+  return examples

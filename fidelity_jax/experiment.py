@@ -1,68 +1,177 @@
 """An experiment: find or train each stage, evaluate, report."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
+  assembly,
   data,
-  degradations,
   errors,
   evaluate,
   files,
-  networks,
+  platform,
   port,
   progress,
   report,
+  schema,
   sharding,
   signals,
   stages,
   streams,
   tasks,
   train,
-  validation,
+  workdir,
 )
-from fidelity_jax.data import patches
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(config: ConfigDict, directory: str) -> None:
   """Runs an experiment: trains what is not trained yet, evaluates and reports.
 
   Args:
     config: an experiment's config, as those in configs/.
-    workdir: directory for stages, results and pictures; made where absent.
+    directory: the workdir, for stages, results and pictures; made where absent.
 
   Raises:
-    UsageError: if the config asks for something impossible.
-    RunError: if something fails on the way.
+    UsageError: the config asks for something impossible.
+    RunError: something fails on the way.
     Stopped: on SIGTERM or SIGINT, once everything is saved.
   """
   config = config.copy_and_resolve_references()
-  validation.check(config)
-  directory = files.expand(workdir)
-  with files.locked(directory), _staying(directory):
-    streams.log_to(directory / "log.txt")
-    final = stages.resolve(config, directory)
-    if "ensemble" in config and config.ensemble.enabled:
-      final = stages.resolve(_ensemble_config(config), directory)
+  schema.check(config)
+  _resolve_precision(config)
+  place = files.expand(directory)
+  with files.locked(place), _staying(place):
+    streams.log_to(place / "log.txt")
+    stages.check_workdir(place)
+    files.check_file(place / "index.md")
     datasets = Datasets()
-    plan = list(final.lineage())
-    _check(plan, datasets)
+    plan = _plan(config, place, datasets)
+    _check(plan.stages, datasets)
+    where = workdir.experiment_directory(place, config.experiment, plan.last)
     evaluation = None
     if "evaluation" in config:
-      evaluation = evaluate.Evaluation(final, config, datasets)
-      report.check(directory)
+      evaluation = evaluate.Evaluation(plan.last, plan.further, config, datasets, where)
+      report.check(where)
     signals.work_begins()
-    for number, stage in enumerate(plan, 1):
+    for number, stage in enumerate(plan.stages, 1):
       signals.stop_if_received(f"before {stage.name}")
-      complete(stage, datasets, f"[{number}/{len(plan)}] ")
+      complete(stage, datasets, f"[{number}/{len(plan.stages)}] ")
+      workdir.write_index(place)
     if evaluation:
+      with errors.while_doing(f"making the directory {where}"):
+        where.mkdir(exist_ok=True)
       results = evaluation.run()
-      report.write(directory, config, results, [_describe(stage) for stage in plan])
-      progress.say(f"wrote {directory / 'report.md'}, results.json and pictures.")
+      report.write(where, config, results, [_describe(s) for s in plan.stages])
+      workdir.write_index(place)
+      progress.say(f"wrote {where / 'report.md'}, results.json and pictures.")
+
+
+def _resolve_precision(config: ConfigDict) -> None:
+  """Replaces "auto" by what it means here, in parents too."""
+  config.precision = platform.precision(config.precision)
+  for parent in config.get("parents", {}).values():
+    _resolve_precision(parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """What there is to do.
+
+  Attributes:
+    last: the experiment's last stage.
+    further: stages that serve its evaluation alone, by role.
+    stages: all that are to be finished, in order.
+  """
+
+  last: stages.Stage
+  further: dict[str, stages.Stage]
+
+  @property
+  def stages(self) -> list[stages.Stage]:
+    ends = (*self.further.values(), self.last)
+    return list({s.name: s for end in ends for s in end.lineage()}.values())
+
+
+def _plan(config: ConfigDict, place: pathlib.Path, datasets: "Datasets") -> _Plan:
+  """Returns the stages of an experiment.
+
+  Raises:
+    UsageError: a dataset or weights are impossible.
+    RunError: names all that is missing.
+  """
+  with _missing_together() as noting:
+    content = _Contents(place, datasets, noting)
+    resolve = lambda stage_config: stages.resolve(stage_config, place, content)
+    if "ensemble" in config and config.ensemble.enabled:
+      last = resolve(tasks.calibration.ensemble_config(config))
+    else:
+      last = resolve(config)
+    further = {
+      role: resolve(config.parents[role])
+      for role in tasks.KINDS[config.kind].evaluated_with
+      if role in config.get("parents", {})
+    }
+  return _Plan(last, further)
+
+
+Noting = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _missing_together() -> Iterator[Noting]:
+  """Gives a context that notes what is missing; raises for all of it at the end.
+
+  Raises:
+    RunError: names everything.
+  """
+  missing = {}
+
+  @contextlib.contextmanager
+  def noting():
+    try:
+      yield
+    except errors.Missing as error:
+      missing[str(error)] = None
+
+  yield noting
+  if missing:
+    raise errors.RunError(
+      f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
+      "photographs: write ':demo' after the config's path."
+    )
+
+
+class _Contents:
+  """Finds what stages are made of besides their configs."""
+
+  def __init__(self, place: pathlib.Path, datasets: "Datasets", noting: Noting):
+    self._place, self._datasets, self._noting = place, datasets, noting
+
+  def __call__(self, config: ConfigDict) -> stages.Content:
+    images = weights = ""
+    with self._noting():
+      images = self._datasets.fingerprint(config.dataset)
+    given = assembly.weights_of(config)
+    with self._noting():
+      weights = self._digest(given)
+    where = config.dataset.path or config.dataset.name
+    return stages.Content(images, weights, {"images": where, "weights": given})
+
+  def _digest(self, given: str | None) -> str | None:
+    if given is None:
+      return None
+    try:
+      return port.content_digest(given)
+    except (errors.UsageError, errors.Missing):
+      # A finished stage needs the file no longer.
+      if known := stages.weights_of_old(self._place, given):
+        return known
+      raise
 
 
 @contextlib.contextmanager
@@ -89,19 +198,6 @@ def _staying(directory: pathlib.Path) -> Iterator[None]:
     os.close(held)
 
 
-def _ensemble_config(config: ConfigDict) -> ConfigDict:
-  """Returns the config of the ensemble phase of a calibration experiment."""
-  ensemble = ConfigDict(
-    {k: v for k, v in config.items() if k not in ("model", "parents")}
-  )
-  ensemble.kind = "ensemble"
-  own = {k: v for k, v in config.ensemble.items() if k not in ("enabled", "weights")}
-  ensemble.update(own)
-  ensemble.model = {"ratio": config.model.ratio, "weights": config.ensemble.weights}
-  ensemble.parents = ConfigDict({"calibration": config})
-  return ensemble
-
-
 def _describe(stage: stages.Stage) -> str:
   record = stage.finished()
   return f"`{stage.name}`: validation {record.metric} {record.score:.4g}"
@@ -123,109 +219,74 @@ class Datasets:
   def fingerprint(self, config: ConfigDict) -> str:
     """Returns the fingerprint of what a stage is trained and selected on."""
     splits = [self.load(config, split) for split in ("train", "validation")]
-    return "-".join(dataset.fingerprint[:16] for dataset in splits)
+    return "-".join(dataset.fingerprint[:32] for dataset in splits)
 
 
 def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
-  """Fails now on what would fail after hours: data or weights that are missing or do
-  not fit, batch sizes, stages in the workdir that were made of something else.
+  """Fails now on what would fail after hours: weights that are missing or do not fit,
+  batch sizes, stages in the workdir that were made of something else.
 
   Raises:
-    UsageError: if something does not fit.
+    UsageError: something does not fit.
     RunError: names everything that is missing.
   """
-  missing = {}
-
-  @contextlib.contextmanager
-  def noting():
-    try:
-      yield
-    except errors.Missing as error:
-      missing[str(error)] = None
-
-  for stage in plan:
-    record = given = None
-    with noting():
-      record = stage.check(datasets.fingerprint(stage.config.dataset))
-    with noting():
-      given = None if record else networks.given_part(stage.config)
-    with noting():
-      _check_fit(stage, given, datasets)
-  if missing:
-    raise errors.RunError(
-      f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
-      "photographs: write ':demo' after the config's path."
-    )
+  with _missing_together() as noting:
+    for stage in plan:
+      if stage.check():
+        _check_data(stage, datasets)
+        continue
+      given = None
+      with noting():
+        given = assembly.given_part(stage.config)
+      classes = _check_data(stage, datasets)
+      mesh = sharding.make_mesh(stage.config.batch_size)
+      sharding.check_batch(mesh, stage.config.batch_size, stage.kind.name)
+      assembly.check(stage, classes, given)
 
 
-def _check_fit(
-  stage: stages.Stage, given: port.Part | None, datasets: Datasets
-) -> None:
-  """Raises UsageError unless a stage's batch and networks fit its data and each other.
+def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
+  """Checks that a stage's batch and parents fit its images.
 
-  Args:
-    stage: what is to be trained or used.
-    given: the weights it starts from, None for random ones.
-    datasets: gives splits.
+  Returns:
+    The number of classes.
+
+  Raises:
+    UsageError: they do not.
   """
-  config = stage.config
+  config, kind = stage.config, stage.kind.name
   dataset = datasets.load(config.dataset, "train")
   if dataset.num_classes < 2:
     raise errors.UsageError(
       f"dataset '{dataset.name}' has one class only, '{dataset.class_names[0]}': name "
       "one with several (dataset.path: the folder above the class folders)."
     )
-  images = images_per_step(config)
+  images = tasks.base.images_per_step(config)
   if images > len(dataset):
     raise errors.UsageError(
-      f"{stage.kind}: a batch of {images} images is larger than the training set "
+      f"{kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."
     )
   if (len(dataset) // images) * config.epochs >= 2**31:
-    raise errors.UsageError(f"{stage.kind}: more than 2^31 steps: lower epochs.")
-  if stage.kind == "classifier" and given and not config.model.new_head:
-    data.check_num_classes(dataset, networks.num_classes(given.variables))
-  for parent in stage.lineage():
-    if parent.kind == "classifier" and parent is not stage:
+    raise errors.UsageError(f"{kind}: more than 2^31 steps: lower epochs.")
+  for parent in stage.networks().values():
+    if parent.kind.name == "classifier":
       trained_on = datasets.load(parent.config.dataset, "train")
       data.check_num_classes(dataset, trained_on.num_classes)
-  if not stage.finished():
-    sharding.check_batch(sharding.make_mesh(images), images, stage.kind)
-    networks.check(stage, dataset.num_classes, given)
-
-
-def images_per_step(config: ConfigDict) -> int:
-  """Returns how many images a step of a stage takes; batch_size may count patches.
-
-  Raises:
-    UsageError: if batch_size is not a whole number of images.
-  """
-  if "patch_size" not in config:
-    return config.batch_size
-  count = patch_count(config)
-  if config.batch_size % count:
-    raise errors.UsageError(
-      f"{config.kind}: batch_size {config.batch_size} counts patches, and an image "
-      f"gives {count}: use a multiple of {count}."
-    )
-  return config.batch_size // count
-
-
-def patch_count(config: ConfigDict) -> int:
-  """Returns how many patches an image gives."""
-  size = config.dataset.image_size
-  return len(patches.starts(size, config.patch_size, config.patch_stride)) ** 2
+  return dataset.num_classes
 
 
 def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   """Trains a stage whose parents are finished, unless it is finished itself."""
   config = stage.config
-  if record := stage.finished():
+  # Parents may have been trained again since it was checked.
+  if record := stage.check():
     progress.say(f"{prefix}{stage.name}: finished ({record.metric} {record.score:.4g})")
     return
-  stage.begin(datasets.fingerprint(config.dataset))
+  stage.begin()
   train_data = datasets.load(config.dataset, "train")
-  task = make_task(stage, train_data.num_classes)
+  mesh = sharding.make_mesh(config.batch_size)
+  patches = sharding.batch(mesh)
+  task = assembly.loaded_task(stage, train_data.num_classes, patches)
   trainer = train.Trainer(
     title=f"{prefix}{stage.name}",
     task=task,
@@ -233,7 +294,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
       seed=config.seed,
       purpose=config.kind,
       image_size=config.dataset.image_size,
-      images_per_step=images_per_step(config),
+      images_per_step=tasks.base.images_per_step(config),
       epochs=config.epochs,
       warmup_epochs=config.warmup_epochs,
       validation_rounds=config.validation_rounds,
@@ -248,63 +309,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     train_data=train_data,
     validation_data=datasets.load(config.dataset, "validation"),
     directory=stage.directory,
+    mesh=mesh,
   )
   result = trainer.run()
-  stage.finish(result.step, task.score, result.score)
-
-
-def make_task(stage: stages.Stage, num_classes: int) -> tasks.Task:
-  """Returns what a stage trains, with its parents' networks loaded and frozen."""
-  config = stage.config
-  inputs = tasks.Inputs(
-    degradation=degradations.from_config(config.degradation),
-    seed=config.seed,
-    purpose=config.kind,
-    patch_size=config.get("patch_size"),
-    patch_stride=config.get("patch_stride"),
-  )
-  if config.kind in ("calibration", "ensemble"):
-    method = networks.untrained_method(stage, num_classes)
-    make = tasks.EnsembleTask if config.kind == "ensemble" else tasks.CalibrationTask
-    return make(
-      method=method.pipeline,
-      inputs=inputs,
-      image_size=config.dataset.image_size,
-      label_smoothing=config.label_smoothing,
-      frozen=method.frozen,
-      initial=method.initial,
-    )
-  restorer, frozen = None, {}
-  if "restorer" in stage.parents:
-    restorer, variables = networks.load_frozen(stage.parents["restorer"], num_classes)
-    frozen = {"restorer": variables}
-  initial = networks.initial_weights(config)
-  if config.kind == "classifier":
-    return tasks.ClassificationTask(
-      classifier=networks.classifier(config, num_classes),
-      inputs=inputs,
-      source=config.source,
-      image_size=config.dataset.image_size,
-      label_smoothing=config.label_smoothing,
-      initial=initial,
-      new_head=config.model.new_head,
-      restorer=restorer,
-      frozen=frozen,
-    )
-  if config.kind == "restorer":
-    return tasks.RestorationTask(
-      restorer=networks.dncnn(config),
-      inputs=inputs,
-      patches_per_image=patch_count(config),
-      initial=initial,
-    )
-  return tasks.EstimationTask(
-    estimator=networks.dncnn(config),
-    restorer=restorer,
-    inputs=inputs,
-    patches_per_image=patch_count(config),
-    map_kind=config.fidelity.map,
-    estimator_input=config.fidelity.estimator_input,
-    frozen=frozen,
-    initial=initial,
-  )
+  stage.finish(result.step, task.score, result.score, result.product)

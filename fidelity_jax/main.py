@@ -3,8 +3,9 @@ r"""Runs an experiment.
   python -m fidelity_jax.main --config=configs/oracle.py:demo --workdir=DIR \
     [--config.any.field=value ...]
 
---config=FILE[:VARIANT]: an experiment's config. Any field of it can be set, in parents
-too (--config.parents.restorer.epochs=3); None unsets a field that may be unset.
+--config=FILE[:VARIANT]: an experiment's config; those of configs/ are also found where
+the package is installed. Any field can be set, in parents too
+(--config.parents.restorer.epochs=3); None unsets a field that may be unset.
 --workdir=DIR: for stages, results and pictures; made where absent.
 
 Exit status: 0 if all is done, 1 if something failed, 2 if the command, a config or an
@@ -60,12 +61,12 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
   from ml_collections.config_flags import config_path
 
   arguments, settings = _settings(arguments)
+  arguments, file = _find_config(arguments)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config", None, "experiment's config", flag_values=values, sys_argv=arguments
   )
   flags.DEFINE_string("workdir", None, "directory to work in", flag_values=values)
-  file = _config_file(arguments)
   try:
     rest = values(arguments)
     config = values["config"].value
@@ -115,21 +116,38 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
   return config, values["workdir"].value
 
 
-def _config_file(arguments: list[str]) -> str:
-  """Returns the path of the config file that a command line names, "" if none.
+def _find_config(arguments: list[str]) -> tuple[list[str], str]:
+  """Finds the config file that a command line names, here or in the package.
+
+  Returns:
+    The arguments with the file's path as it was found, and that path, "" if none.
 
   Raises:
     UsageError: there is no such file.
   """
-  value = ""
-  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-    if argument in ("--config", "-config"):
-      value = following
-    elif match := re.match("--?config=(.*)", argument, re.DOTALL):
-      value = match[1]
-  path = value.partition(":")[0]
-  if not path:
-    return ""
+  kept, found, waiting = [], "", list(arguments)
+  while waiting:
+    argument = waiting.pop(0)
+    match = re.fullmatch("(--?config)(?:=(.*))?", argument, re.DOTALL)
+    if match is not None and (match[2] is not None or waiting):
+      value = waiting.pop(0) if match[2] is None else match[2]
+      path, colon, variant = value.partition(":")
+      found = _existing(path) if path else ""
+      argument = f"{match[1]}={found}{colon}{variant}"
+    kept.append(argument)
+  return kept, found
+
+
+def _existing(path: str) -> str:
+  """Returns where a config file is.
+
+  Raises:
+    UsageError: nowhere.
+  """
+  folder, _, name = path.rpartition("/")
+  installed = os.path.join(os.path.dirname(__file__), "configs", name)
+  if folder in ("", "configs") and not os.path.exists(path):
+    path = installed if os.path.isfile(installed) else path
   if "\0" in path or not os.path.exists(path):
     raise errors.UsageError(f"config file {path!r} does not exist.")
   if not os.path.isfile(path):

@@ -29,6 +29,18 @@ def set_up() -> None:
     ) from error
 
 
+def precision(name: str) -> str:
+  """Returns what a config's `precision` means on this platform.
+
+  Args:
+    name: "auto" is "bfloat16" on accelerators and "float32" on CPUs; others are
+      themselves.
+  """
+  if name != "auto":
+    return name
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def host_memory() -> int:
   """Returns the memory of this machine, in bytes."""
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

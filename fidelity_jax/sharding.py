@@ -10,7 +10,7 @@ def make_mesh(size: int) -> jax.sharding.Mesh:
   """Returns a mesh over all devices of all hosts with the axis "data".
 
   Args:
-    size: images in the batches to be split over it. The devices of a CPU are all the
+    size: examples in the batches to be split over it. The devices of a CPU are all the
       same cores: of these, one alone is taken if the batch does not split evenly.
   """
   devices = jax.devices()
@@ -25,13 +25,29 @@ def batch(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
+def images(mesh: jax.sharding.Mesh, count: int) -> jax.sharding.NamedSharding:
+  """Returns the sharding of a batch's images: split, or where that is uneven, copied.
+
+  Args:
+    mesh: the devices.
+    count: images in the batch.
+  """
+  return replicated(mesh) if count % mesh.size else batch(mesh)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """Returns the sharding of arrays that every device holds whole."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def host_shard() -> dict[str, int]:
-  """Returns the part of each global batch that this host reads."""
+def host_shard(batch: jax.sharding.NamedSharding) -> dict[str, int]:
+  """Returns the part of each global batch that this host reads.
+
+  Args:
+    batch: the batch's sharding.
+  """
+  if batch.is_fully_replicated:
+    return {"shard_index": 0, "shard_count": 1}
   return {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
 
 
@@ -41,9 +57,9 @@ def round_up(mesh: jax.sharding.Mesh, size: int) -> int:
 
 
 def check_batch(mesh: jax.sharding.Mesh, size: int, where: str) -> None:
-  """Raises UsageError unless a batch of `size` images splits over the devices."""
+  """Raises UsageError unless a batch of `size` examples splits over the devices."""
   if size % mesh.size:
     raise errors.UsageError(
-      f"{where}: a batch of {size} images does not split evenly over {mesh.size} "
-      f"devices: use a multiple, such as {round_up(mesh, size)}."
+      f"{where}: batch_size {size} does not split evenly over {mesh.size} devices: "
+      f"use a multiple, such as {round_up(mesh, size)}."
     )

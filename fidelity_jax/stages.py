@@ -1,28 +1,68 @@
-"""Stages: a config's directory, whether it is finished, and the network it gave.
+"""Stages: what identifies them, their directories, and whether they are finished.
 
-A stage's directory is named by what it is and by a digest of its resolved config, in
-which each parent counts by its own digest. Experiments that share a parent share its
-training, and a changed config can never be mistaken for a finished stage.
+A stage is what it was made of: its config, with the precision resolved and without
+fields that change nothing; the content of the weights it starts from; the images it is
+trained and selected on; and its parents. Of these its directory's name holds a digest,
+so that experiments which share a stage share its training, and nothing can be mistaken
+for a stage made of something else. Where weights and images lie is no part of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import msgspec
 from ml_collections import ConfigDict
 
-from fidelity_jax import checkpoints, errors, files
+from fidelity_jax import checkpoints, errors, files, tasks
 
 PyTree = Any
 
+# Changes with what config.json holds or what the digest is made of.
+FORMAT = 2
 # Fields that change how a stage runs or what is done with it, not what it gives.
-_IMMATERIAL = ("checkpoint_seconds", "ensemble", "evaluation", "experiment", "parents")
-_IMMATERIAL_DATASET = ("cache", "max_pixels", "strict", "workers")
+_IMMATERIAL = ("checkpoint_seconds", "evaluation", "experiment", "parents")
+# Fields of `dataset` that say more than which images there are.
+_DATASET = ("crop_area", "crop_aspect", "image_size", "reduced_decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+  """What a stage is made of besides its config.
+
+  Attributes:
+    images: fingerprint of the images that it is trained and selected on.
+    weights: digest of the weights that it starts from, None for none.
+    places: where these are, for the record.
+  """
+
+  images: str
+  weights: str | None
+  places: dict[str, str | None]
+
+
+class Begun(msgspec.Struct, forbid_unknown_fields=True):
+  """What config.json holds, from a stage's first moment.
+
+  Attributes:
+    kind: the stage's kind.
+    made_of: what its digest is made of.
+    parents: names of the parents' directories, by role.
+    products: digests of the parents' products, by role.
+    places: where its images and weights were.
+    format: `FORMAT` of the version that wrote it.
+  """
+
+  kind: str
+  made_of: dict[str, Any]
+  parents: dict[str, str]
+  products: dict[str, str]
+  places: dict[str, str | None]
+  format: int = FORMAT
 
 
 class Finished(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,12 +72,14 @@ class Finished(msgspec.Struct, forbid_unknown_fields=True):
     best_step: the step of the checkpoint that is the stage's product.
     metric: name of the validation metric that selected it.
     score: its value.
+    product: digest of the product's arrays.
     files: SHA-256 of the product's files, by path.
   """
 
   best_step: int
   metric: str
   score: float
+  product: str
   files: dict[str, str]
 
 
@@ -47,38 +89,48 @@ class Stage:
 
   Attributes:
     config: its resolved config.
-    parents: the stages it builds on, by role ("classifier", "restorer", ...).
-    digest: eight hexadecimal digits of the config's digest.
+    parents: the stages it is trained from, by role ("classifier", "restorer", ...).
+    content: its images and weights.
+    made_of: all that identifies it, JSON-able.
     directory: where it lives.
   """
 
   config: ConfigDict
   parents: dict[str, "Stage"]
-  digest: str
+  content: Content
+  made_of: dict[str, Any]
   directory: pathlib.Path
 
   @property
-  def kind(self) -> str:
-    """What is trained: "classifier", "restorer", "estimator", ..."""
-    return self.config.kind
+  def kind(self) -> tasks.Kind:
+    """What kind of stage it is."""
+    return tasks.KINDS[self.config.kind]
 
   @property
   def name(self) -> str:
     """The directory's name."""
     return self.directory.name
 
-  def record(self) -> dict[str, Any]:
-    """Returns what config.json holds: all that the result depends on."""
-    parents = {role: parent.name for role, parent in self.parents.items()}
-    return _material(self.config) | {"parents": parents}
+  @property
+  def digest(self) -> str:
+    """Eight hexadecimal digits of the digest of what it is made of."""
+    return _digest(self.made_of)
 
   def lineage(self) -> Iterator["Stage"]:
     """Yields the stages to complete, parents first, each once, then this one."""
     seen = set()
     for stage in [s for p in self.parents.values() for s in p.lineage()] + [self]:
-      if stage.digest not in seen:
-        seen.add(stage.digest)
+      if stage.name not in seen:
+        seen.add(stage.name)
         yield stage
+
+  def networks(self) -> dict[str, "Stage"]:
+    """Returns the stages whose networks the stage's own network has in it, by role."""
+    found = {}
+    if self.kind.whole:
+      for parent in self.parents.values():
+        found |= parent.networks()
+    return found | {self.kind.name: self}
 
   @property
   def _marker(self) -> pathlib.Path:
@@ -92,67 +144,80 @@ class Stage:
   def _again(self) -> str:
     return f"delete the directory {self.directory} to train that stage again."
 
-  def check(self, fingerprint: str) -> Finished | None:
+  def check(self) -> Finished | None:
     """Checks what there is of the stage against what it should be now.
-
-    Args:
-      fingerprint: of the data it would be trained on now.
 
     Returns:
       The record of the finished stage, or None if it is not finished.
 
     Raises:
-      RunError: if the directory is damaged or cannot be used, or if the stage was begun
-        with another config or on other data.
+      RunError: the directory is damaged or cannot be used; the stage, or one like it
+        that is not finished, was begun on other images, weights or parents.
     """
     files.check_directory(self.directory)
     files.check_directory(self._checkpoints)
     files.check_file(self.directory / "metrics.jsonl")
     files.check_file(self._marker)
-    if self._marker.exists():
-      content = files.read_json(self._marker, self._again)
-      if isinstance(content, dict) and content.get("files") == {}:
-        raise errors.RunError(
-          f"{self.directory} is called finished, but its best checkpoint was lost by "
-          f"an earlier version of fidelity_jax: {self._again}"
-        )
     path = self.directory / "config.json"
     files.check_file(path)
     if not path.exists():
       if self._marker.exists() or self._checkpoints.exists():
         raise errors.RunError(f"{path} is missing: {self._again}")
+      self._check_half_trained()
       return None
-    begun = files.read_json(path, self._again)
-    if begun == self.record():
-      raise errors.RunError(
-        f"{self.directory} was begun by an earlier version of fidelity_jax, which did "
-        f"not note on which images: {self._again}"
-      )
-    begun = files.unseal(begun, dict[str, Any], path, self._again)
-    if begun | {"data": ""} != self.record() | {"data": ""}:
+    begun = files.read_record(path, Begun, self._again)
+    if begun.made_of != self.made_of:
       raise errors.RunError(
         f"{path} is not the config that the directory's name stands for: {self._again}"
       )
-    if begun["data"] != fingerprint:
-      raise errors.RunError(
-        f"{self.name} was trained on other images than the dataset holds now: bring "
-        f"those back, or {self._again}"
-      )
+    for role, parent in self.parents.items():
+      record = parent.finished()
+      if record and begun.products[role] != record.product:
+        raise errors.RunError(
+          f"{self.name} was trained on another {role} than {parent.name} holds now "
+          f"(that was trained again since): {self._again}"
+        )
     if record := self.finished():
       return record
     files.check_directory(self.directory, write=True)
     return None
 
+  def _check_half_trained(self) -> None:
+    """Raises RunError if a stage like this one was begun on something else.
+
+    That would never be finished, and whoever exchanged images or weights in between
+    may not know it.
+    """
+    changing = ("images", "weights", "parents")
+    own = {k: v for k, v in self.made_of.items() if k not in changing}
+    for path in sorted(self.directory.parent.glob(f"{self.kind.name}-*/config.json")):
+      if (path.parent / "finished.json").exists():
+        continue
+      try:
+        begun = files.read_record(path, Begun, "")
+      except errors.RunError:
+        # Whatever that is, it is not used.
+        continue
+      if {k: v for k, v in begun.made_of.items() if k not in changing} != own:
+        continue
+      for name in ("images", "weights"):
+        if begun.made_of[name] != self.made_of[name]:
+          raise errors.RunError(
+            f"{path.parent.name} is half trained on other {name} than there are now "
+            f"({begun.places[name]}): bring those back and finish it, or delete the "
+            f"directory {path.parent} to begin anew."
+          )
+
   def finished(self) -> Finished | None:
     """Returns the record of the finished stage, or None if it is not finished.
 
     Raises:
-      RunError: if its product is damaged or lost.
+      RunError: its product is damaged or lost.
     """
     if not self._marker.exists():
       return None
     record = files.read_record(self._marker, Finished, self._again)
-    variables = self._variables(record)
+    variables = self._variables(record.best_step)
     found = files.digest_tree(variables) if variables.is_dir() else {}
     for name, digest in record.files.items():
       if found.get(name) != digest:
@@ -160,39 +225,44 @@ class Stage:
         raise errors.RunError(f"{variables / name} {state}: {self._again}")
     return record
 
-  def begin(self, fingerprint: str) -> None:
+  def begin(self) -> None:
     """Makes the directory and writes what the stage is made of, to be checked later.
 
-    Args:
-      fingerprint: of the data it is trained on.
+    The parents are finished.
     """
     with errors.while_doing(f"making the directory {self.directory}"):
       self.directory.mkdir(exist_ok=True)
-    begun = self.record() | {"data": fingerprint}
-    files.write_json(self.directory / "config.json", files.seal(begun))
+    begun = Begun(
+      kind=self.kind.name,
+      made_of=self.made_of,
+      parents={role: parent.name for role, parent in self.parents.items()},
+      products={role: p.finished().product for role, p in self.parents.items()},
+      places=self.content.places,
+    )
+    files.write_record(self.directory / "config.json", begun)
 
-  def finish(self, step: int, metric: str, score: float) -> None:
+  def finish(self, step: int, metric: str, score: float, product: str) -> None:
     """Marks the stage finished, with digests of its product.
 
     Args:
       step: the best checkpoint's step.
       metric: name of the validation metric that selected it.
       score: its value.
+      product: digest of the best variables; see `checkpoints.Checkpoints`.
 
     Raises:
-      RunError: if there is no product to be finished with.
+      RunError: there is no product to be finished with.
     """
-    record = Finished(step, metric, score, {})
-    record.files = files.digest_tree(self._variables(record))
-    if not record.files or not (self.directory / "config.json").is_file():
+    found = files.digest_tree(self._variables(step))
+    if not found or not (self.directory / "config.json").is_file():
       raise errors.RunError(
-        f"{self.name} is trained, but {self._variables(record)} or its config.json is "
+        f"{self.name} is trained, but {self._variables(step)} or its config.json is "
         f"missing: {self._again}"
       )
-    files.write_record(self._marker, record)
+    files.write_record(self._marker, Finished(step, metric, score, product, found))
 
-  def _variables(self, record: Finished) -> pathlib.Path:
-    return checkpoints.variables_directory(self._checkpoints, record.best_step)
+  def _variables(self, step: int) -> pathlib.Path:
+    return checkpoints.variables_directory(self._checkpoints, step)
 
   def load(self, like: PyTree) -> PyTree:
     """Returns the variables that the finished stage trained.
@@ -200,60 +270,87 @@ class Stage:
     Args:
       like: arrays or shapes of the same structure.
     """
-    return checkpoints.load_variables(self._variables(self.finished()), like)
-
-  def load_module(self, module: Any, *inputs: jax.Array) -> PyTree:
-    """Returns the variables of a Linen module that this stage trained.
-
-    Args:
-      module: the module as it was trained.
-      *inputs: inputs that `module.init` takes; only shapes matter.
-    """
-    return self.load(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    return checkpoints.load_variables(self._variables(self.finished().best_step), like)
 
 
-def resolve(config: ConfigDict, workdir: pathlib.Path) -> Stage:
-  """Returns the stage of a resolved config, with its parents'."""
+def resolve(
+  config: ConfigDict, workdir: pathlib.Path, content: Callable[[ConfigDict], Content]
+) -> Stage:
+  """Returns the stage of a config, with its parents'.
+
+  Args:
+    config: resolved, its precision included.
+    workdir: the directory of all stages.
+    content: finds the content of a stage's images and weights.
+  """
+  kind = tasks.KINDS[config.kind]
   parents = {
-    role: resolve(parent, workdir)
-    for role, parent in config.get("parents", ConfigDict()).items()
+    role: resolve(config.parents[role], workdir, content)
+    for role in kind.trained_from(config)
   }
-  digests = {role: parent.digest for role, parent in parents.items()}
-  material = _material(config) | {"parents": digests}
-  text = json.dumps(material, sort_keys=True)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-  name = "-".join([config.kind, *_labels(config), digest])
-  return Stage(config, parents, digest, workdir / name)
-
-
-def _labels(config: ConfigDict) -> list[str]:
-  """Returns what tells a stage from its kin at a glance."""
-  if config.kind == "classifier":
-    return [config.model.name, config.source]
-  if config.kind in ("restorer", "estimator"):
-    return [f"dncnn{config.model.depth}"]
-  return [config.fidelity.source]
-
-
-def as_json(config: ConfigDict) -> dict[str, Any]:
-  """Returns a config as JSON-able values, in which tuples stay apart from lists."""
-
-  def convert(value):
-    if isinstance(value, ConfigDict | dict):
-      return {name: convert(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-      return {"tuple": [convert(item) for item in value]}
-    if isinstance(value, list):
-      return [convert(item) for item in value]
-    return value
-
-  return convert(config)
-
-
-def _material(config: ConfigDict) -> dict[str, Any]:
-  """Returns the fields of a config that its result depends on."""
-  material = {k: v for k, v in as_json(config).items() if k not in _IMMATERIAL}
-  material["dataset"] = {
-    k: v for k, v in material["dataset"].items() if k not in _IMMATERIAL_DATASET
+  found = content(config)
+  material = {k: v for k, v in config.items() if k not in _IMMATERIAL}
+  material |= kind.material(config)
+  material["dataset"] = {name: config.dataset[name] for name in _DATASET}
+  material["model"] = {k: v for k, v in material["model"].items() if k != "weights"}
+  made_of = {
+    **{k: as_json(v) for k, v in material.items() if v is not None},
+    "images": found.images,
+    "weights": found.weights,
+    "parents": {role: parent.digest for role, parent in parents.items()},
   }
-  return material
+  name = f"{config.kind}-{kind.label(config)}-{_digest(made_of)}"
+  return Stage(config, parents, found, made_of, workdir / name)
+
+
+def _digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def as_json(value: Any) -> Any:
+  """Returns a config, or a part of one, with tuples kept apart from lists."""
+  if isinstance(value, ConfigDict | dict):
+    return {name: as_json(item) for name, item in value.items()}
+  if isinstance(value, tuple):
+    return {"tuple": [as_json(item) for item in value]}
+  if isinstance(value, list):
+    return [as_json(item) for item in value]
+  return value
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Refuses a workdir that an earlier version of this package wrote.
+
+  Raises:
+    RunError: it is one.
+  """
+  for path in sorted(workdir.glob("*/config.json")):
+    try:
+      content = json.loads(files.read_bytes(path))
+    except (OSError, ValueError, RecursionError):
+      # Damage is named when the stage is needed.
+      continue
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+      raise errors.RunError(
+        f"{path.parent} is a stage of another version of fidelity_jax, which this one "
+        "cannot use: name another directory with --workdir, or delete that one."
+      )
+
+
+def weights_of_old(workdir: pathlib.Path, place: str) -> str | None:
+  """Returns the digest that weights had when a stage in the workdir was begun.
+
+  A finished stage needs the file no longer.
+
+  Args:
+    workdir: the directory of all stages.
+    place: where the weights were.
+  """
+  found = {}
+  for path in workdir.glob("*/config.json"):
+    with contextlib.suppress(errors.RunError, OSError):
+      begun = files.read_record(path, Begun, "")
+      if begun.places["weights"] == place:
+        found[path.stat().st_mtime_ns] = begun.made_of["weights"]
+  return found[max(found)] if found else None

@@ -35,13 +35,13 @@ from fidelity_jax.tasks import Task
 PyTree = Any
 
 # Validation keeps nothing for a backward pass, so that small training steps need not
-# make for small batches here.
-_VALIDATION_BATCH = 32
+# make for small batches here: as many images, or patches, as this at least.
+_VALIDATION_IMAGES, _VALIDATION_PATCHES = 32, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to train, whatever the task (METHOD section 6).
+  """How to train, whatever the task (docs/method.md, section 6).
 
   Attributes:
     seed: the experiment's seed.
@@ -78,10 +78,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What training gave: the best step and its validation score."""
+  """What training gave.
+
+  Attributes:
+    step: the best step.
+    score: its validation score.
+    product: digest of its variables.
+  """
 
   step: int
   score: float
+  product: str
 
 
 @flax.struct.dataclass
@@ -169,16 +176,18 @@ class Trainer:
     train_data: data.Dataset,
     validation_data: data.Dataset,
     directory: pathlib.Path,
+    mesh: jax.sharding.Mesh,
   ):
     """Prepares to train.
 
     Args:
       title: what to call it in progress lines.
       task: what to train.
-      settings: how; a batch fits the data and the devices.
+      settings: how; a batch fits the data.
       train_data: training examples.
       validation_data: validation examples.
       directory: the stage's directory, which exists.
+      mesh: the devices, over which a batch's examples (images or patches) are split.
     """
     self.title, self.task, self.settings = title, task, settings
     self.train_data, self.validation_data = train_data, validation_data
@@ -192,8 +201,9 @@ class Trainer:
       settings.warmup_epochs,
     )
     self.tx = optimizer.create(settings.optimizer, self.schedule)
-    self.mesh = sharding.make_mesh(settings.images_per_step)
-    self.batch_sharding = sharding.batch(self.mesh)
+    self.mesh = mesh
+    # Where examples are patches, a few images need not split over many devices.
+    self.batch_sharding = sharding.images(mesh, settings.images_per_step)
     self.frozen = jax.device_put(task.frozen, sharding.replicated(self.mesh))
     dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")
     step = make_train_step(task, self.tx, dropout)
@@ -246,18 +256,25 @@ class Trainer:
       crop_area=settings.crop_area,
       crop_aspect=settings.crop_aspect,
       reduced_decode=settings.reduced_decode,
-      **sharding.host_shard(),
+      **sharding.host_shard(self.batch_sharding),
     )
+
+  @functools.cached_property
+  def _validation_size(self) -> int:
+    """Images in a validation batch: as many training batches, which split evenly."""
+    patches = self.task.patches_per_image
+    least = _VALIDATION_IMAGES if patches == 1 else _VALIDATION_PATCHES // patches
+    size = self.settings.images_per_step
+    return size * max(1, least // size)
 
   def validate(self, state: TrainState) -> dict[str, float]:
     """Returns the validation metrics; every epoch draws the same degradations."""
-    size = max(self.settings.images_per_step, _VALIDATION_BATCH)
     batches = data.eval_iterator(
       self.validation_data,
       image_size=self.settings.image_size,
-      batch_size=sharding.round_up(self.mesh, size),
+      batch_size=self._validation_size,
       num_workers=0,
-      **sharding.host_shard(),
+      **sharding.host_shard(self.batch_sharding),
     )
     total = None
     for batch in data.prefetch_to_device(batches, self.batch_sharding):
@@ -278,14 +295,15 @@ class Trainer:
     try:
       state, progress_ = self._run(saved)
       saved.wait()
-      saved.check_product(progress_.best_step, state.variables())
+      product = saved.check_product(progress_.best_step, state.variables())
     except BaseException:
       # A failed write behind another failure must not hide it.
       with contextlib.suppress(Exception):
         saved.close()
       raise
     saved.close()
-    return Result(progress_.best_step, progress_.best_score * self.task.score_sign)
+    score = progress_.best_score * self.task.score_sign
+    return Result(progress_.best_step, score, product)
 
   def _run(
     self, saved: checkpoints.Checkpoints

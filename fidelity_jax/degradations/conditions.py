@@ -1,4 +1,4 @@
-"""The conditions under which a kind of degradation is evaluated (METHOD section 7)."""
+"""The conditions of an evaluation (docs/method.md, section 7)."""
 
 import dataclasses
 from typing import Any
@@ -24,6 +24,27 @@ class Condition:
   def random(self) -> bool:
     """Whether rounds with different keys differ at all."""
     return self.degradation.random
+
+  @property
+  def kind(self) -> str:
+    """Name of the kind of degradation; those of a sequence are joined by "+"."""
+    return "+".join(step.kind for step in self.degradation.steps)
+
+  @property
+  def level(self) -> float | list[float] | None:
+    """The level, the two ends of one that varies, or None for a sequence."""
+    if len(self.degradation.steps) > 1:
+      return None
+    (step,) = self.degradation.steps
+    return step.levels[0] if self.vary is None else list(step.levels)
+
+  @property
+  def vary(self) -> str | None:
+    """How the level varies: "1d", "2d", "mixture" (a sequence's own), or None."""
+    if len(self.degradation.steps) > 1:
+      return "mixture"
+    (step,) = self.degradation.steps
+    return None if step.variation == "uniform" else step.variation
 
   def rounds_needed(self, rounds: int) -> int:
     """Returns `rounds`, or 1 where every round would be the same."""

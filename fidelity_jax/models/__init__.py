@@ -1,11 +1,12 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
-from fidelity_jax.models import dncnn, layers
+from fidelity_jax.models import dncnn, layers, restorers
 from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
 from fidelity_jax.models.folding import fold
 from fidelity_jax.models.registry import create
+from fidelity_jax.models.restorer import Restorer
 from fidelity_jax.models.transfer import transfer
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
   "Classifier",
   "DnCNN",
   "Ensemble",
+  "Restorer",
   "create",
   "dncnn",
   "fold",
   "layers",
+  "restorers",
   "transfer",
 ]

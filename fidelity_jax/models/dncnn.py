@@ -1,4 +1,4 @@
-"""DnCNN (Zhang et al., 2017): the restorer's and the fidelity estimator's stack."""
+"""DnCNN (Zhang et al., 2017): a restorer, and the fidelity estimator's stack."""
 
 import functools
 from collections.abc import Callable
@@ -8,15 +8,24 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fidelity_jax import rules
 from fidelity_jax.models import layers
+from fidelity_jax.models.restorer import Restorer
+
+# Fields of a config.
+FIELDS: rules.Table = {
+  "depth": rules.whole(2, 200),
+  "width": rules.whole(1, 65_536),
+  "batch_norm": rules.FLAG,
+}
 
 
-class DnCNN(nn.Module):
+class DnCNN(Restorer):
   """3x3 convolutions with ReLU between them; the output is the predicted residual.
 
-  A restorer subtracts the output from its input; a fidelity estimator uses the output
-  itself. Children are `layer0` ... `layer{depth - 1}`, each with a `conv` and, in the
-  middle layers of a network with batch norm, a `bn`.
+  As a restorer it subtracts the output from its input; a fidelity estimator uses the
+  output itself. Children are `layer0` ... `layer{depth - 1}`, each with a `conv` and,
+  in the middle layers of a network with batch norm, a `bn`.
 
   Attributes:
     depth: number of convolutions, at least 2.
@@ -48,6 +57,10 @@ class DnCNN(nn.Module):
       raise ValueError(f"DnCNN takes {self.channels} channels, got shape {x.shape}")
     x = self.some_layers(x, range(self.depth), train)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+  def estimate(self, degraded: jax.Array, train: bool = False) -> jax.Array:
+    """Returns d - R(d), float32 [N, H, W, channels]; see `Restorer`."""
+    return degraded - self(degraded, train)
 
   @nn.compact
   def some_layers(self, x: jax.Array, which: range, train: bool = False) -> jax.Array:

@@ -1,20 +1,49 @@
-"""The interface between tasks and the training loop, and the input side they share."""
+"""What tasks are to the training loop, kinds of stages, and the inputs they share."""
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from fidelity_jax import randomness
+from fidelity_jax import data, degradations, errors, fidelity, randomness, rules
 from fidelity_jax.data import patches
 
 PyTree = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+_EPOCHS = rules.whole(0, 1_000_000)
+# Fields that every kind of stage has.
+TRAINING: rules.Table = {
+  "seed": rules.whole(0, 2**32 - 1),
+  "dataset": data.FIELDS,
+  "degradation": rules.ANYTHING,
+  "precision": rules.choice("auto", "float32", "bfloat16"),
+  "checkpoint_seconds": rules.number(0, 1e9),
+  "optimizer": rules.choice("sgd", "adam"),
+  "learning_rate": rules.number(0, 1e30),
+  "batch_size": rules.whole(1, 1_000_000),
+  "epochs": _EPOCHS,
+  "warmup_epochs": _EPOCHS,
+  "validation_rounds": rules.whole(1, 10_000),
+}
+# Fields that several have.
+WEIGHTS = rules.optional(rules.NAME)
+MAP: rules.Table = {
+  "map": rules.choice(*fidelity.MAPS),
+  "estimator_input": rules.choice("degraded", "restored"),
+}
+PATCHES: rules.Table = {
+  "patch_size": rules.whole(1, 4096),
+  "patch_stride": rules.whole(1, 4096),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +53,10 @@ class Inputs:
   Attributes:
     degradation: function of (keys [N], images [N, H, W, C]) to degraded images.
     seed: the experiment's seed.
-    purpose: names the stage, so that stages draw independently.
+    purpose: names the stage's kind, so that stages draw independently.
     patch_size: side of the square patches to cut, or None for whole images.
     patch_stride: stride of the patches.
+    sharding: of the patches over devices, which images need not fill; None for none.
   """
 
   degradation: Any
@@ -34,6 +64,7 @@ class Inputs:
   purpose: str
   patch_size: int | None = None
   patch_stride: int | None = None
+  sharding: jax.sharding.Sharding | None = None
 
   def __call__(self, batch: Batch, train: bool) -> tuple[jax.Array, jax.Array]:
     """Returns (clean, degraded), both float32 [N, H, W, 3] in [0, 1].
@@ -58,6 +89,8 @@ class Inputs:
       clean = patches.extract_patches(clean, self.patch_size, self.patch_stride)
       count = len(clean) // len(index)
       keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
+      if self.sharding is not None:
+        clean, keys = jax.lax.with_sharding_constraint((clean, keys), self.sharding)
     return clean, self.degradation(keys, clean)
 
   def _keys(self, purpose: str, epoch: jax.Array, index: jax.Array) -> jax.Array:
@@ -75,6 +108,7 @@ class Task(abc.ABC):
     score: name of the validation metric that selects the checkpoint.
     score_sign: 1 if a higher score is better, else -1.
     patches_per_image: examples that one image of a batch stands for.
+    trained_parents: roles of the parents whose networks train on.
   """
 
   frozen: PyTree = ()
@@ -82,6 +116,12 @@ class Task(abc.ABC):
   score: str = "accuracy"
   score_sign: int = 1
   patches_per_image: int = 1
+  trained_parents: tuple[str, ...] = ()
+
+  @property
+  @abc.abstractmethod
+  def network(self) -> Any:
+    """What the stage gives: a Linen module, or the whole `Method`."""
 
   @abc.abstractmethod
   def init(self, key: jax.Array, initial: PyTree) -> tuple[PyTree, PyTree]:
@@ -94,6 +134,9 @@ class Task(abc.ABC):
     Returns:
       The parameters that train, and what training changes without gradients (batch
       statistics).
+
+    Raises:
+      UsageError: `initial` is of another network.
     """
 
   @abc.abstractmethod
@@ -122,6 +165,119 @@ class Task(abc.ABC):
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """All that sets a kind of stage apart from the others.
+
+  Attributes:
+    name: as in `config.kind`, and of the stage's network where others build on it.
+    fields: config -> the table of its fields beside those that every stage has.
+    make: (config, networks of the parents by role, number of classes, inputs) -> task,
+      without any arrays. Parents' networks are as they are when frozen.
+    label: config -> what tells a stage from its kin at a glance.
+    trained_from: config -> roles of the parents that it is trained from.
+    evaluated_with: roles of further parents, which serve its evaluation alone.
+    whole: whether its network is the whole method, with its parents' networks in it.
+    evaluated: whether an experiment that ends in it is evaluated on test images.
+    material: config -> fields that stand for others in the stage's identity; None for
+      those that change nothing.
+    check: (config, where) -> None; raises UsageError for what no single field shows.
+  """
+
+  name: str
+  fields: Callable[[ConfigDict], rules.Table]
+  make: Callable[[ConfigDict, Mapping[str, Any], int, Inputs], Task]
+  label: Callable[[ConfigDict], str]
+  trained_from: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
+  evaluated_with: tuple[str, ...] = ()
+  whole: bool = False
+  evaluated: bool = True
+  material: Callable[[ConfigDict], dict[str, Any]] = lambda config: {}
+  check: Callable[[ConfigDict, str], None] = lambda config, where: None
+
+
+def make_inputs(
+  config: ConfigDict, sharding: jax.sharding.Sharding | None = None
+) -> Inputs:
+  """Returns how a stage sees its images.
+
+  Args:
+    config: the stage's.
+    sharding: see `Inputs`.
+  """
+  return Inputs(
+    degradation=degradations.from_config(config.degradation),
+    seed=config.seed,
+    purpose=config.kind,
+    patch_size=config.get("patch_size"),
+    patch_stride=config.get("patch_stride"),
+    sharding=sharding,
+  )
+
+
+def patches_per_image(config: ConfigDict) -> int:
+  """Returns how many examples an image of a stage's batch gives."""
+  if "patch_size" not in config:
+    return 1
+  size = config.dataset.image_size
+  return len(patches.starts(size, config.patch_size, config.patch_stride)) ** 2
+
+
+def images_per_step(config: ConfigDict) -> int:
+  """Returns how many images a step of a stage takes; `batch_size` may count patches.
+
+  Raises:
+    UsageError: batch_size is not a whole number of images.
+  """
+  count = patches_per_image(config)
+  if config.batch_size % count:
+    raise errors.UsageError(
+      f"{config.kind}: batch_size {config.batch_size} counts patches, and an image "
+      f"gives {count}: use a multiple of {count}."
+    )
+  return config.batch_size // count
+
+
+def take_over(fresh: PyTree, given: PyTree | None) -> PyTree:
+  """Returns given variables, or fresh ones if there are none.
+
+  Raises:
+    UsageError: the given ones are of another network.
+  """
+  if given is None:
+    return fresh
+  shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), dict(tree))
+  if shapes(fresh) != shapes(given):
+    raise errors.UsageError("the weights are of another network")
+  return given
+
+
+def start_stack(
+  module: nn.Module, key: jax.Array, given: PyTree | None
+) -> tuple[PyTree, PyTree]:
+  """Returns (params, model_state) of a network that takes images of any size.
+
+  Args:
+    module: the network.
+    key: for whatever starts random.
+    given: variables to start from, or None for the network's own.
+
+  Raises:
+    UsageError: they are of another network.
+  """
+  variables = take_over(module.init(key, jnp.zeros((1, 8, 8, 3))), given)
+  return variables["params"], variables.get("batch_stats", {})
+
+
+def check_norm(config: ConfigDict, where: str) -> None:
+  """Raises UsageError for batch norm with given weights, which are read without."""
+  if config.model.weights is not None and config.model.get("batch_norm"):
+    raise errors.UsageError(
+      f"{where}: set model.batch_norm=False with given weights: batch norm is folded "
+      "when they are read."
+    )
+
+
 def apply_trained(
   module: nn.Module,
   params: PyTree,
@@ -129,6 +285,7 @@ def apply_trained(
   x: jax.Array,
   train: bool,
   key: jax.Array,
+  method: str = "__call__",
 ) -> tuple[Any, PyTree]:
   """Applies the network under training.
 
@@ -139,16 +296,16 @@ def apply_trained(
     x: its input.
     train: whether batch statistics and dropout act as in training.
     key: for dropout.
+    method: the network's method to call.
 
   Returns:
     (the network's output, the new batch statistics).
   """
   variables = {"params": params, "batch_stats": model_state}
+  apply = functools.partial(module.apply, variables, x, method=method)
   if not train:
-    return module.apply(variables, x, train=False), model_state
-  output, updates = module.apply(
-    variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-  )
+    return apply(train=False), model_state
+  output, updates = apply(train=True, mutable=["batch_stats"], rngs={"dropout": key})
   return output, updates.get("batch_stats", {})
 
 
@@ -158,7 +315,8 @@ def smoothed_cross_entropy(
   """Returns the cross-entropy of each example, float32 [N].
 
   The target gives the right class 1 - smoothing and each of the K - 1 wrong ones
-  smoothing / (K - 1) (METHOD section 6; Szegedy et al. 2016 spread it over all K).
+  smoothing / (K - 1) (docs/method.md, section 6; Szegedy et al.
+  2016 spread it over all K).
 
   Args:
     logits: float [N, K].

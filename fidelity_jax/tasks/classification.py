@@ -1,4 +1,4 @@
-"""Train a classifier on clean, degraded or restored images (report section 3.2)."""
+"""Train a classifier on clean, degraded or restored images (paper, 3.2)."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fidelity_jax import models, pipeline
+from fidelity_jax import data, models, rules
+from fidelity_jax.models import registry
 from fidelity_jax.tasks import base
 
 
@@ -33,13 +34,20 @@ class ClassificationTask(base.Task):
   label_smoothing: float = 0.1
   initial: Any = None
   new_head: bool = True
-  restorer: models.DnCNN | None = None
+  restorer: models.Restorer | None = None
   frozen: Any = dataclasses.field(default_factory=dict)
+
+  @property
+  def network(self):
+    return self.classifier
 
   def init(self, key, initial):
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     variables = self.classifier.init(key, images)
     if initial:
+      if not self.new_head:
+        given = initial["params"]["head"]["logits"]["bias"].shape[0]
+        data.check_num_classes(self.classifier.num_classes, given)
       variables = models.transfer(variables, initial, self.new_head)
     return variables["params"], variables.get("batch_stats", {})
 
@@ -50,15 +58,67 @@ class ClassificationTask(base.Task):
     elif self.source == "degraded":
       images = degraded
     else:
-      images = pipeline.restore(self.restorer, frozen["restorer"], degraded)
-    images = models.layers.normalize(jax.lax.stop_gradient(images))
+      images = self.restorer.apply(frozen["restorer"], degraded, method="restore")
+    images = self.classifier.normalize(jax.lax.stop_gradient(images))
     (logits, aux_logits), model_state = base.apply_trained(
       self.classifier, params, model_state, images, train, key
     )
     entropy = lambda x: base.smoothed_cross_entropy(
       x, batch["label"], self.label_smoothing
     )
-    # GoogLeNet's auxiliary heads count 0.3 each (METHOD section 2).
+    # GoogLeNet's auxiliary heads count 0.3 each (docs/method.md, section 2).
     losses = entropy(logits) + sum(0.3 * entropy(aux) for aux in aux_logits)
     metrics = {"loss": losses, "accuracy": base.correct(logits, batch["label"])}
     return jnp.mean(losses), (model_state, metrics)
+
+
+_FIELDS: rules.Table = {
+  "source": rules.choice("clean", "degraded", "restored"),
+  "label_smoothing": rules.SMOOTHING,
+  "model": {
+    "name": rules.choice(*registry.NAMES),
+    "stage_sizes": rules.optional(rules.several(rules.whole(1, 200), 1, 8)),
+    "width": rules.optional(rules.whole(1, 65_536)),
+    "block": rules.optional(rules.choice("basic", "bottleneck")),
+    "transform_input": rules.optional(rules.FLAG),
+    "transform_steered": rules.optional(rules.FLAG),
+    "weights": base.WEIGHTS,
+    "new_head": rules.FLAG,
+  },
+}
+
+
+def _make(config, parents, num_classes, inputs):
+  dtype = jnp.dtype(config.precision)
+  return ClassificationTask(
+    classifier=models.create(config.model, num_classes, dtype),
+    inputs=inputs,
+    source=config.source,
+    image_size=config.dataset.image_size,
+    label_smoothing=config.label_smoothing,
+    new_head=config.model.new_head,
+    restorer=parents.get("restorer"),
+  )
+
+
+def _material(config) -> dict[str, Any]:
+  model = registry.complete(config.model)
+  # A network that nobody steers is the same whatever these say.
+  for name in registry.steering_fields(config.model.name):
+    del model[name]
+  if config.model.weights is not None:
+    model["new_head"] = config.model.new_head
+  clean = {"degradation": None, "validation_rounds": None}
+  return {"model": model} | (clean if config.source == "clean" else {})
+
+
+KIND = base.Kind(
+  name="classifier",
+  fields=lambda config: _FIELDS,
+  make=_make,
+  label=lambda config: f"{config.model.name}-{config.source}",
+  trained_from=lambda config: ("restorer",) if config.source == "restored" else (),
+  evaluated_with=("restorer",),
+  material=_material,
+  check=lambda config, where: models.create(config.model, 2),
+)

@@ -1,11 +1,11 @@
-"""Train the restorer: DnCNN on noisy patches (report section 3.2.1)."""
+"""Train a restorer on degraded patches (paper, 3.2.1)."""
 
 import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
-from fidelity_jax import models
+from fidelity_jax import models, rules
 from fidelity_jax.tasks import base
 
 
@@ -14,33 +14,60 @@ class RestorationTask(base.Task):
   """The l1 distance between the restored and the clean patch.
 
   Attributes:
-    restorer: the network, which predicts the residual.
+    restorer: the network.
     inputs: gives clean and degraded patches.
     patches_per_image: patches that `inputs` cuts from one image.
-    initial: variables to start from, or None for He-normal ones.
+    initial: variables to start from, or None for the network's own.
   """
 
-  restorer: models.DnCNN
+  restorer: models.Restorer
   inputs: base.Inputs
   patches_per_image: int
   initial: Any = None
   score = "psnr_gain"
 
+  @property
+  def network(self):
+    return self.restorer
+
   def init(self, key, initial):
-    patch = jnp.zeros((1, 8, 8, self.restorer.channels))
-    variables = initial or self.restorer.init(key, patch)
-    return variables["params"], variables.get("batch_stats", {})
+    return base.start_stack(self.restorer, key, initial)
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)
-    # The loss sees the restored image before clipping, so that gradients reach pixels
-    # that overshoot; PSNR sees it after, as everybody downstream does.
-    residual, model_state = base.apply_trained(
-      self.restorer, params, model_state, degraded, train, key
+    # The loss sees the restored image before clipping; PSNR sees it after, as
+    # everybody downstream does.
+    restored, model_state = base.apply_trained(
+      self.restorer, params, model_state, degraded, train, key, "estimate"
     )
-    restored = degraded - residual
     losses = base.mean_absolute_error(restored, clean)
     psnr = base.psnr(jnp.clip(restored, 0, 1), clean)
     gain = psnr - base.psnr(degraded, clean)
     metrics = {"loss": losses, "psnr": psnr, "psnr_gain": gain}
     return jnp.mean(losses), (model_state, metrics)
+
+
+def _fields(config) -> rules.Table:
+  name = config.get("model", {}).get("name")
+  known = models.restorers.NAMES
+  own = models.restorers.fields(name) if name in known else {}
+  model = {"name": rules.choice(*known), "weights": base.WEIGHTS, **own}
+  return {"model": model, **base.PATCHES}
+
+
+def _make(config, parents, num_classes, inputs):
+  del parents, num_classes
+  return RestorationTask(
+    restorer=models.restorers.create(config.model, jnp.dtype(config.precision)),
+    inputs=inputs,
+    patches_per_image=base.patches_per_image(config),
+  )
+
+
+KIND = base.Kind(
+  name="restorer",
+  fields=_fields,
+  make=_make,
+  label=lambda config: f"{config.model.name}{config.model.get('depth', '')}",
+  check=base.check_norm,
+)

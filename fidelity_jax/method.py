@@ -1,4 +1,4 @@
-"""METHOD section 1: from degraded image to logits, through the fidelity map."""
+"""From degraded image to logits (docs/method.md, section 1)."""
 
 import dataclasses
 import functools
@@ -12,14 +12,6 @@ from fidelity_jax import fidelity, models
 PyTree = Any
 
 
-def restore(
-  restorer: models.DnCNN, variables: PyTree, degraded: jax.Array
-) -> jax.Array:
-  """Returns the restored image r = clip(d - R(d)), float32 [N, H, W, 3] in [0, 1]."""
-  residual = restorer.apply(variables, degraded)
-  return jnp.clip(degraded - residual.astype(jnp.float32), 0, 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
   """The proposed method's networks and how they are wired.
@@ -31,27 +23,34 @@ class Method:
   Attributes:
     classifier: the frozen classifier, batch norm folded.
     restorer: the frozen restorer, batch norm folded.
-    calibration: the trainable modules.
+    calibration: the trainable modules, or None for the classifier as it is.
     ensemble: the ensemble module, or None for the calibrated feature alone.
     estimator: the fidelity map estimator, or None for the oracle map.
-    map_kind: "l1", "l2" or "cosine".
+    map_name: "l1", "l2" or "cosine".
     estimator_input: "degraded" or "restored".
     rematerialize: recompute the estimator's activations in the backward pass instead
       of keeping them; saves memory in end-to-end training.
   """
 
   classifier: models.Classifier
-  restorer: models.DnCNN
-  calibration: models.Calibration
+  restorer: models.Restorer
+  calibration: models.Calibration | None = None
   ensemble: models.Ensemble | None = None
   estimator: models.DnCNN | None = None
-  map_kind: str = "l1"
+  map_name: str = "l1"
   estimator_input: str = "degraded"
   rematerialize: bool = False
 
   def restore(self, variables: PyTree, degraded: jax.Array) -> jax.Array:
-    """Returns the restored image; see `restore`. No gradient flows into it."""
-    restored = restore(self.restorer, variables["restorer"], degraded)
+    """Returns the restored image, float32 [N, H, W, 3] in [0, 1].
+
+    No gradient flows into it.
+
+    Args:
+      variables: see the class.
+      degraded: float32 [N, H, W, 3] in [0, 1].
+    """
+    restored = self.restorer.apply(variables["restorer"], degraded, method="restore")
     return jax.lax.stop_gradient(restored)
 
   def fidelity_map(
@@ -75,7 +74,7 @@ class Method:
     if self.estimator is None:
       if clean is None:
         raise ValueError("the oracle map needs the clean images")
-      return fidelity.oracle_map(restored, clean, self.map_kind)
+      return fidelity.oracle_map(restored, clean, self.map_name)
     seen = degraded if self.estimator_input == "degraded" else restored
     if self.rematerialize:
       params = variables["estimator"]["params"]
@@ -97,7 +96,7 @@ class Method:
     maps = calibrate(confidence, sizes, method="spatial_maps")
     features = self.classifier.apply(
       variables["classifier"],
-      models.layers.normalize(restored),
+      self.classifier.normalize(restored),
       tap=self.calibration.steer(maps),
       method="features",
     )
@@ -105,7 +104,7 @@ class Method:
 
   def plain(self, variables: PyTree, images: jax.Array) -> jax.Array:
     """Returns the frozen backbone's own feature of `images`, [N, F]."""
-    images = models.layers.normalize(images)
+    images = self.classifier.normalize(images)
     return self.classifier.apply(variables["classifier"], images, method="features")
 
   def classify(self, variables: PyTree, features: jax.Array) -> jax.Array:
@@ -124,7 +123,7 @@ class Method:
     """
     restored = self.restore(variables, degraded)
     confidence = fidelity.confidence(
-      self.fidelity_map(variables, degraded, restored, clean), self.map_kind
+      self.fidelity_map(variables, degraded, restored, clean), self.map_name
     )
     features = self.calibrated(variables, restored, confidence)
     if self.ensemble is not None:

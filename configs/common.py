@@ -1,0 +1,276 @@
+"""The values that the experiments share: the paper's, and those of their demo size.
+
+An experiment is the config of its last stage; its parents' configs are nested in it.
+What an experiment's stages have in common (seed, dataset, image size, degradation) is
+set at the top and inherited: a parent follows it until it is overridden itself.
+
+Every function that fills in a stage takes a size: "" for the paper's own experiment
+(Caltech-256, 224 px; docs/method.md, section 6), "demo" for the embedded photographs,
+in which everything but size stays as it is: the same networks with fewer and narrower
+layers, the same training with fewer epochs and, to make up for them, higher rates.
+
+`precision="auto"` is bfloat16 on accelerators and float32 on CPUs.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from fidelity_jax import data, errors
+
+
+def experiment(name: str, kind: str, size: str) -> ConfigDict:
+  """Returns what every experiment's top level has.
+
+  Args:
+    name: the experiment's, which begins its directory's name.
+    kind: of its last stage: "calibration", "classifier", ...
+    size: "" or "demo".
+
+  Raises:
+    UsageError: there is no such size.
+  """
+  if size not in ("", "demo"):
+    raise errors.UsageError(
+      f"a config has no variant {size!r}: write ':demo' after its path for the "
+      "embedded photographs, or nothing for the paper's own experiment."
+    )
+  config = ConfigDict()
+  config.kind = kind
+  config.experiment = name
+  config.seed = 0
+  config.dataset = data.default_config("demo" if size else "caltech256")
+  if size:
+    config.dataset.cache = "ram"
+  config.precision = "auto"
+  # Longest time between two checkpoints.
+  config.checkpoint_seconds = 60.0
+  config.degradation = ConfigDict(
+    {
+      "kind": "awgn",
+      # None: the kind's own levels; docs/degradations.md has them and the other fields.
+      "level": config_dict.placeholder(object),
+      "mixture": "discrete",
+      "vary": config_dict.placeholder(str),
+      "orientation": config_dict.placeholder(float),
+      "kernel_size": config_dict.placeholder(int),
+    }
+  )
+  config.parents = ConfigDict()
+  return config
+
+
+def evaluation(config: ConfigDict, size: str) -> None:
+  """Adds how an experiment is evaluated."""
+  config.evaluation = ConfigDict(
+    {
+      # Draws of noise per test image.
+      "rounds": 3 if size else 10,
+      "batch_size": 64,
+      # Images drawn per condition in the picture of examples.
+      "examples": 2,
+    }
+  )
+
+
+def inherit(config: ConfigDict) -> ConfigDict:
+  """Returns a config whose fields follow those of `config` until overridden."""
+  return ConfigDict(
+    {
+      name: inherit(config[name])
+      if isinstance(config[name], ConfigDict)
+      else config.get_oneway_ref(name)
+      for name in config
+    }
+  )
+
+
+def parent(root: ConfigDict, kind: str) -> ConfigDict:
+  """Returns the beginnings of a parent stage of the experiment `root`."""
+  config = ConfigDict()
+  config.kind = kind
+  for name in ("seed", "precision", "checkpoint_seconds"):
+    config[name] = root.get_oneway_ref(name)
+  config.dataset = inherit(root.dataset)
+  config.degradation = inherit(root.degradation)
+  config.parents = ConfigDict()
+  return config
+
+
+def _training(config: ConfigDict, **values) -> None:
+  """Adds the fields of the training loop; `batch_size` may count patches."""
+  # How often each validation image is degraded, differently, for the metric that
+  # selects the checkpoint; the same way in every epoch.
+  config.update({"warmup_epochs": 5, "validation_rounds": 1} | values)
+
+
+def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDict:
+  """Fills in a classifier stage: ResNet-50, fine-tuned from torchvision's weights.
+
+  Args:
+    config: from `experiment` or `parent`.
+    size: "" or "demo".
+    source: what it is trained on: "clean", "degraded" or "restored" (the paper's setups
+      1 to 3). "restored" needs the parent "restorer".
+  """
+  config.source = source
+  config.model = ConfigDict(
+    {
+      # A network of docs/backbones.md and its fields; None: the network's own value.
+      # "resnet" is small.
+      "name": "resnet" if size else "resnet50",
+      "stage_sizes": config_dict.placeholder(tuple),
+      "width": config_dict.placeholder(int),
+      "block": config_dict.placeholder(str),
+      "transform_input": config_dict.placeholder(bool),
+      "transform_steered": config_dict.placeholder(bool),
+      # A path, a name such as "torchvision/resnet50", "torchvision" for the network's
+      # own ImageNet weights, or None for random ones.
+      "weights": config_dict.placeholder(str),
+      # Replace the last layers of given weights; False keeps a classifier's own.
+      "new_head": True,
+    }
+  )
+  config.label_smoothing = 0.1
+  config.optimizer = "sgd"
+  if size:
+    _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
+  else:
+    config.model.weights = "torchvision"
+    _training(config, learning_rate=1e-3, batch_size=64, epochs=120)
+  return config
+
+
+def _stack(config: ConfigDict, size: str) -> None:
+  """Fills in what restorer and estimator share; `batch_size` counts patches."""
+  # Each patch has a level of its own.
+  config.degradation.level = None
+  config.degradation.mixture = "continuous"
+  config.patch_size, config.patch_stride = (32, 32) if size else (50, 25)
+  config.model = ConfigDict(
+    {
+      "depth": 5 if size else 20,
+      "width": 32 if size else 64,
+      "batch_norm": False,
+      "weights": config_dict.placeholder(str),
+    }
+  )
+  config.optimizer = "adam"
+  if size:
+    _training(config, learning_rate=4e-3, batch_size=32, warmup_epochs=1)
+  else:
+    _training(config, learning_rate=1e-4, batch_size=128, epochs=120)
+
+
+def restorer(config: ConfigDict, size: str) -> ConfigDict:
+  """Fills in a restorer stage: DnCNN-20 from scratch, on patches."""
+  _stack(config, size)
+  config.model.name = "dncnn"
+  if size:
+    # After more, restored tiles leave the map little to tell about them.
+    config.epochs = 7
+  return config
+
+
+def estimator(config: ConfigDict, size: str) -> ConfigDict:
+  """Fills in a fidelity map estimator stage: as the restorer, which is its parent."""
+  _stack(config, size)
+  config.fidelity = ConfigDict({"map": "l1", "estimator_input": "degraded"})
+  if size:
+    config.epochs = 9
+  return config
+
+
+def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
+  """Fills in a calibration stage and its ensemble phase.
+
+  Args:
+    config: from `experiment`.
+    size: "" or "demo".
+    source: where the fidelity map comes from: "oracle", "pretrained" or "end_to_end".
+  """
+  config.fidelity = ConfigDict(
+    {"source": source, "map": "l1", "estimator_input": "degraded"}
+  )
+  config.model = ConfigDict(
+    {
+      # Hidden units per feature; many in the demo, whose features are few.
+      "ratio": 4.0 if size else 0.5,
+      # Two convolutions, as in the demo, are what the released code has.
+      "num_convs": 2 if size else 3,
+      "channels": 4 if size else 16,
+      "resize": "bilinear",
+      "spatial_multiplication": True,
+      "spatial_addition": True,
+      "residual": True,
+      "channel_multiplication": True,
+      "channel_concatenation": True,
+      "weights": config_dict.placeholder(str),
+    }
+  )
+  # Recompute the estimator's activations in end-to-end training, to save memory.
+  config.rematerialize = False
+  config.label_smoothing = 0.1
+  config.optimizer = "sgd"
+  config.ensemble = ConfigDict(
+    {
+      "enabled": True,
+      "learning_rate": 0.02 if size else 1e-3,
+      "epochs": 6 if size else 25,
+      "warmup_epochs": 1 if size else 5,
+      "weights": config_dict.placeholder(str),
+    }
+  )
+  if size:
+    # One draw for each of 139 validation tiles is too noisy to tell epochs apart.
+    _training(
+      config,
+      learning_rate=5e-3,
+      batch_size=8,
+      epochs=80,
+      warmup_epochs=4,
+      validation_rounds=3,
+    )
+  else:
+    _training(config, learning_rate=1e-3, batch_size=64, epochs=50)
+  return config
+
+
+def one_classifier(source: str, size: str) -> ConfigDict:
+  """Returns the experiment on a classifier alone, with and without restoration.
+
+  Args:
+    source: what the classifier is trained on, which names the experiment.
+    size: "" or "demo".
+
+  Raises:
+    UsageError: there is no such size.
+  """
+  config = classifier(experiment(source, "classifier", size), size, source)
+  config.parents.restorer = restorer(parent(config, "restorer"), size)
+  evaluation(config, size)
+  return config
+
+
+def method(source: str, size: str) -> ConfigDict:
+  """Returns the experiment on the proposed method.
+
+  Args:
+    source: where the fidelity map comes from, which names the experiment.
+    size: "" or "demo".
+
+  Raises:
+    UsageError: there is no such size.
+  """
+  config = calibration(experiment(source, "calibration", size), size, source)
+  parents = config.parents
+  parents.classifier = classifier(parent(config, "classifier"), size)
+  parents.restorer = restorer(parent(config, "restorer"), size)
+  # For `parents.classifier.source=restored`.
+  parents.classifier.parents.restorer = inherit(parents.restorer)
+  if source != "oracle":
+    parents.estimator = estimator(parent(config, "estimator"), size)
+    for name in ("map", "estimator_input"):
+      parents.estimator.fidelity[name] = config.fidelity.get_oneway_ref(name)
+    # The same config, hence the same stage, as the method's own restorer.
+    parents.estimator.parents.restorer = inherit(parents.restorer)
+  evaluation(config, size)
+  return config

@@ -1,0 +1,18 @@
+r"""The restorer alone: DnCNN, trained on noisy patches (paper, 3.2.1).
+
+  python -m fidelity_jax.main --config=configs/restorer.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/restorer.py --workdir=runs/paper \
+    --config.dataset.path=DIR
+
+It is the stage that all other experiments build on. The result is the PSNR of the test
+images with and without restoration.
+TIME_RESTORER
+"""
+
+from fidelity_jax.configs import common
+
+
+def get_config(size: str = ""):
+  config = common.restorer(common.experiment("restorer", "restorer", size), size)
+  common.evaluation(config, size)
+  return config

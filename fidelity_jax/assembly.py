@@ -1,0 +1,251 @@
+"""From stages to networks: made to be trained, or loaded, folded and frozen."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from fidelity_jax import errors, files, models, platform, port, stages, tasks
+from fidelity_jax.method import Method
+
+PyTree = Any
+
+
+class Frozen(NamedTuple):
+  """A network that nobody trains any more: a module, or a whole `Method`.
+
+  Attributes:
+    network: the network, batch norm folded.
+    variables: for its `apply`; a method's are a dictionary by role.
+  """
+
+  network: Any
+  variables: PyTree
+
+
+def task_of(stage: stages.Stage, num_classes: int) -> tasks.Task:
+  """Returns what a stage trains, without any arrays: parents need not be finished."""
+  parents = {
+    role: _folded(task_of(parent, num_classes).network)
+    for role, parent in stage.parents.items()
+  }
+  return _make(stage, parents, num_classes)
+
+
+def _folded(network: Any) -> Any:
+  return network.folded() if isinstance(network, nn.Module) else network
+
+
+def _make(
+  stage: stages.Stage,
+  parents: dict[str, Any],
+  num_classes: int,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tasks.Task:
+  inputs = tasks.base.make_inputs(stage.config, sharding)
+  return stage.kind.make(stage.config, parents, num_classes, inputs)
+
+
+def loaded_task(
+  stage: stages.Stage,
+  num_classes: int,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tasks.Task:
+  """Returns what a stage trains, with its finished parents' networks and weights.
+
+  Args:
+    stage: the stage.
+    num_classes: of its dataset.
+    sharding: of the patches over devices.
+  """
+  task, initial = _with_parents(stage, num_classes, sharding)
+  if part := given_part(stage.config):
+    own = isinstance(task.network, nn.Module)
+    initial = part.variables if own else initial | {stage.kind.name: part.variables}
+  return dataclasses.replace(task, initial=initial or None)
+
+
+def _with_parents(
+  stage: stages.Stage, num_classes: int, sharding: jax.sharding.Sharding | None = None
+) -> tuple[tasks.Task, PyTree]:
+  """Returns a stage's task with its parents, and variables of those that train on."""
+  trained = task_of(stage, num_classes).trained_parents
+  # What trains starts in full precision, whatever it computes in.
+  parents = {
+    role: load(parent, num_classes, jnp.float32 if role in trained else None)
+    for role, parent in stage.parents.items()
+  }
+  networks = {role: parent.network for role, parent in parents.items()}
+  frozen, initial = {}, {}
+  for role, parent in parents.items():
+    if isinstance(parent.network, Method):
+      frozen |= parent.variables
+    else:
+      (initial if role in trained else frozen)[role] = parent.variables
+  task = _make(stage, networks, num_classes, sharding)
+  return dataclasses.replace(task, frozen=frozen), initial
+
+
+def _start(task: tasks.Task, initial: PyTree) -> PyTree:
+  """Returns the shapes of the variables that a stage trains, by collection.
+
+  Raises:
+    UsageError: such a network cannot be made, or `initial` is of another.
+  """
+  params, state = jax.eval_shape(task.init, jax.random.key(0), initial)
+  return {"params": params} | ({"batch_stats": state} if state else {})
+
+
+def load(stage: stages.Stage, num_classes: int, dtype: Any = None) -> Frozen:
+  """Returns the network that a finished stage gave, frozen.
+
+  Args:
+    stage: a finished stage.
+    num_classes: of its dataset.
+    dtype: of the variables; by default the stage's compute dtype.
+  """
+  dtype = dtype or jnp.dtype(stage.config.precision)
+  task = task_of(stage, num_classes)
+  variables = stage.load(_start(task, None))
+  if isinstance(task.network, Method):
+    task, _ = _with_parents(stage, num_classes)
+    cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
+    trained = {role: {"params": params} for role, params in cast.items()}
+    return Frozen(task.network, task.frozen | trained)
+  fold = lambda v: jax.tree.map(
+    lambda x: x.astype(dtype), models.fold(task.network, v)[1]
+  )
+  return Frozen(task.network.folded(), jax.jit(fold)(variables))
+
+
+def load_method(
+  stage: stages.Stage, further: dict[str, stages.Stage], num_classes: int
+) -> Frozen:
+  """Returns the method that an experiment evaluates, as far as it has networks for it.
+
+  Args:
+    stage: the experiment's finished last stage.
+    further: finished stages that serve its evaluation alone, by role.
+    num_classes: of the dataset.
+  """
+  own = load(stage, num_classes)
+  if isinstance(own.network, Method):
+    return own
+  parts = {stage.kind.name: own}
+  parts |= {role: load(parent, num_classes) for role, parent in further.items()}
+  networks = {"classifier": None, "restorer": None}
+  networks |= {role: part.network for role, part in parts.items()}
+  variables = {role: part.variables for role, part in parts.items()}
+  return Frozen(Method(**networks), variables)
+
+
+def weights_of(config: ConfigDict) -> str | None:
+  """Returns the path or name of the weights that a stage starts from, None for none.
+
+  Raises:
+    UsageError: there are none of that name for it.
+  """
+  place = config.model.weights
+  if place == "torchvision":
+    if "name" not in config.model or config.kind != "classifier":
+      raise errors.UsageError(
+        f"{config.kind}: torchvision has no weights for it: set model.weights to a "
+        "checkpoint's path."
+      )
+    return f"torchvision/{config.model.name}"
+  if place is not None and files.expand(place).exists():
+    return str(files.expand(place).absolute())
+  return place
+
+
+def given_part(config: ConfigDict) -> port.Part | None:
+  """Returns the weights that a stage starts from, or None for its own.
+
+  Args:
+    config: a stage's config; `model.weights` names a path, a name such as
+      "torchvision/resnet50", or "torchvision" for a classifier's own ImageNet weights.
+
+  Raises:
+    UsageError: they are not there or do not hold such a network.
+    RunError: they cannot be downloaded or read.
+  """
+  place = weights_of(config)
+  if place is None:
+    return None
+  part = port.load_part(place, config.kind)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(part.variables):
+    if not np.isfinite(leaf).all():
+      raise errors.UsageError(
+        f"{config.kind}: {place} holds numbers that are not finite, in "
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: get the file again."
+      )
+  return part
+
+
+def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> None:
+  """Checks what a stage is to train, without computing anything.
+
+  Args:
+    stage: the stage.
+    num_classes: of its dataset.
+    given: weights to start from, if any.
+
+  Raises:
+    UsageError: such a network cannot be made or does not fit the memory, or the weights
+      are of another.
+  """
+  task = task_of(stage, num_classes)
+  expected = _start(task, None)
+  _check_memory(stage.kind.name, expected)
+  if given is None:
+    return
+  initial = given.variables
+  if isinstance(task.network, Method):
+    initial = {stage.kind.name: initial}
+  try:
+    _start(task, initial)
+  except errors.UsageError as error:
+    differing = _differing(stage.config, task.network, given.config)
+    what = f"{stage.kind.name}: {stage.config.model.weights}"
+    if not differing:
+      raise errors.UsageError(f"{what}: {error}") from error
+    raise errors.UsageError(
+      f"{what} holds another network than the config describes, with "
+      f"{', '.join(differing)}."
+    ) from error
+
+
+def _differing(
+  config: ConfigDict, network: Any, described: dict[str, Any]
+) -> list[str]:
+  """Returns where the description of weights differs from a stage's network."""
+  if "model" in described:
+    # A classifier's own error names tensors.
+    return []
+  differing = []
+  for name, value in described.items():
+    wanted = config.model.get(name, getattr(network, name, None))
+    if wanted is not None and wanted != value:
+      differing.append(f"model.{name} {value!r} (the config's is {wanted!r})")
+  if "feature_size" in described:
+    differing.append(f"features of {described['feature_size']}")
+  return differing
+
+
+def _check_memory(kind: str, shapes: PyTree) -> None:
+  """Raises UsageError if training a network cannot fit the memory.
+
+  A parameter, its gradient and its momentum are the least that there has to be.
+  """
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  needed, there = 12 * count, platform.memory()
+  if needed > there:
+    raise errors.UsageError(
+      f"{kind}: its {count:,} parameters need at least {needed / 2**30:.3g} GiB to "
+      f"train, more than the {there / 2**30:.3g} GiB of this machine: make the network "
+      "smaller (model.width, model.ratio)."
+    )
