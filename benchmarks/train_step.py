@@ -36,11 +36,11 @@ from fidelity_jax import (
   metrics,
   models,
   optimizer,
-  pipeline,
   platform,
   tasks,
   train,
 )
+from fidelity_jax.method import Method
 
 MODES = ("oracle", "pretrained", "end_to_end")
 SIDES = ("jax", "torch")
@@ -74,7 +74,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   estimator = side_by_side.variables_of(dncnn, images)
   if mode == "pretrained":
     frozen["estimator"] = estimator
-  method = pipeline.Method(
+  method = Method(
     classifier=classifier,
     restorer=dncnn,
     calibration=models.Calibration(
@@ -92,6 +92,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
     label_smoothing=0.1,
     frozen=jax.tree.map(lambda x: x.astype(dtype), frozen),
     initial={"estimator": estimator} if mode == "end_to_end" else {},
+    trained_parents=("estimator",) if mode == "end_to_end" else (),
   )
   tx = optimizer.create("sgd", lambda step: 1e-3)
   params, model_state = jax.jit(task.init)(jax.random.key(0), task.initial)

@@ -65,6 +65,9 @@ def run(config: ConfigDict, directory: str) -> None:
     if evaluation:
       with errors.while_doing(f"making the directory {where}"):
         where.mkdir(exist_ok=True)
+      # All that it takes to load its networks, or to run it again.
+      record = {"format": stages.FORMAT, "config": stages.as_json(config)}
+      files.write_json(where / "experiment.json", files.seal(record))
       results = evaluation.run()
       report.write(where, config, results, [_describe(s) for s in plan.stages])
       workdir.write_index(place)

@@ -43,6 +43,17 @@ TOY_ESTIMATOR = {
 }
 
 
+def experiment(workdir: pathlib.Path, name: str = "oracle") -> pathlib.Path:
+  """Returns the directory of the one experiment of a name in a workdir."""
+  (marker,) = workdir.glob(f"{name}-*/experiment.json")
+  return marker.parent
+
+
+def results(workdir: pathlib.Path, name: str = "oracle") -> pathlib.Path:
+  """Returns where the results of the one experiment of a name are."""
+  return experiment(workdir, name) / "results.json"
+
+
 def overrides(fields: dict) -> list[str]:
   """Returns command-line flags that set config fields."""
   return [f"--config.{name}={value}" for name, value in fields.items()]
@@ -193,7 +204,7 @@ def toy_run(command, shared) -> pathlib.Path:
   # The first process that comes here makes it.
   with open(shared / "toy.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    if not (workdir / "report.md").exists():
+    if not list(workdir.glob("*/report.md")):
       command(*arguments, *overrides(TOY), check=0)
   return workdir
 

@@ -122,5 +122,5 @@ def test_a_folder_of_photographs(tmp_path, command):
   env = {"FIDELITY_JAX_CACHE": str(tmp_path / "cache")}
   workdir = tmp_path / "run"
   command(DEMO, f"--workdir={workdir}", *overrides(fields), env=env, check=0)
-  results = json.loads((workdir / "results.json").read_text())
+  results = json.loads(next(workdir.glob("*/results.json")).read_text())
   assert results["dataset"] == "folder" and len(results["rows"]) == 24

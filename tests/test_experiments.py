@@ -1,6 +1,7 @@
 """Every kind of experiment, whole, at toy size, through the command."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 import torch_reference
-from conftest import TOY, TOY_ESTIMATOR, overrides
+from conftest import TOY, TOY_ESTIMATOR, experiment, overrides, results
 from test_parity import TinyResNet, reference
 
 _ORACLE = "--config=configs/oracle.py:demo"
@@ -24,9 +25,12 @@ _QUICK = TOY | {
 }
 
 
-def _methods(workdir):
-  results = json.loads((workdir / "results.json").read_text())
-  return {(row["method"], row["ensemble"]) for row in results["rows"]}
+def _rows(workdir, name="oracle"):
+  return json.loads(results(workdir, name).read_text())["rows"]
+
+
+def _methods(workdir, name="oracle"):
+  return {(row["method"], row["ensemble"]) for row in _rows(workdir, name)}
 
 
 def _variables(stage):
@@ -60,7 +64,10 @@ def test_estimated_maps(toy_copy, command):
     result = command(config, workdir, *overrides(fields), check=0)
     finished = 2 if source == "pretrained" else 3
     assert result.stderr.count(": finished (") == finished
-    assert _methods(toy_copy) == {("setup1", None), (source, False), (source, True)}
+    expected = {("classifier", None), (source, False), (source, True)}
+    assert _methods(toy_copy, source) == expected
+    # What another experiment has measured of the classifier is not measured again.
+    assert len(list(toy_copy.glob("measurements/classifier-*"))) == 2
   estimator = _variables(next(toy_copy.glob("estimator-*")))
   before = estimator["params"]
   (stage,) = toy_copy.glob("calibration-end_to_end-*")
@@ -87,6 +94,52 @@ def test_estimated_maps(toy_copy, command):
   assert result.stderr.count(": finished (") == 2
 
 
+def test_the_papers_setups(command, tmp_path):
+  """Classifiers on clean, degraded and restored images, and the restorer, together."""
+  shared = ("dataset", "evaluation", "parents.restorer")
+  fields = {k: v for k, v in _QUICK.items() if k.startswith(shared)}
+  own = {k: v for k, v in _QUICK.items() if k.startswith("parents.classifier.")}
+  fields |= {k.removeprefix("parents.classifier."): v for k, v in own.items()}
+  workdir = f"--workdir={tmp_path}"
+  run = lambda name, fields: command(
+    f"--config=configs/{name}.py:demo", workdir, *overrides(fields), check=0
+  )
+  for name in ("clean", "degraded", "restored"):
+    result = run(name, fields)
+    # The restorer is trained once.
+    assert result.stderr.count(": finished (") == (0 if name == "clean" else 1)
+    rows = _rows(tmp_path, name)
+    assert {row["trained_on"] for row in rows} == {name}
+    assert {row["restorer"] for row in rows} == {None, "dncnn"}
+    assert {row["method"] for row in rows} == {"classifier"}
+  (stage,) = tmp_path.glob("classifier-resnet-restored-*")
+  begun = json.loads((stage / "config.json").read_text())
+  assert list(begun["parents"]) == ["restorer"]
+  (stage,) = tmp_path.glob("classifier-resnet-clean-*")
+  assert json.loads((stage / "config.json").read_text())["parents"] == {}
+  # Of another level only what is new is measured: 0.25, and two that end there.
+  before = {p: p.read_bytes() for p in tmp_path.glob("measurements/*/*.json")}
+  result = run("clean", fields | {"degradation.level": 0.25})
+  assert result.stderr.count(": finished (") == 2
+  assert "3/3 rounds" in result.stderr
+  assert {p: p.read_bytes() for p in before} == before
+  # The restorer alone: PSNR with and without it.
+  fields = {k: v for k, v in fields.items() if k.startswith(("dataset", "evaluation"))}
+  own = {k: v for k, v in _QUICK.items() if k.startswith("parents.restorer.")}
+  fields |= {k.removeprefix("parents.restorer."): v for k, v in own.items()}
+  assert run("restorer", fields).stderr.count(": finished (") == 1
+  psnr = {
+    (row["restorer"], row["condition"]["name"]): row["psnr"]
+    for row in _rows(tmp_path, "restorer")
+  }
+  # Noise of 0.1 has 20 dB, and more where clipping takes some of it.
+  assert 20 < psnr[None, "awgn-0.1"] < 21
+  assert psnr[None, "clean"] == pytest.approx(100)
+  assert psnr["dncnn", "awgn-0.1"] != psnr[None, "awgn-0.1"]
+  index = (tmp_path / "index.md").read_text()
+  assert all(f"[{name}-" in index for name in ("clean", "restored", "restorer"))
+
+
 def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   """All networks from one file, nothing trained: predictions are the reference's."""
   options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True)
@@ -111,10 +164,9 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   assert "model.depth 3 (the config's is 4)" in refused.stderr.splitlines()[-1]
   assert not list((tmp_path / "refused").glob("*/"))
   run("run", fields, 0)
-  (arrays,) = (tmp_path / "run").glob("evaluation-*/examples.npz")
-  with np.load(arrays) as examples:
+  with np.load(experiment(tmp_path / "run") / "examples.npz") as examples:
     clean, degraded = (_nchw(examples[name]) for name in ("clean", "degraded"))
-    predicted = examples["prediction/oracle/True/True"].ravel()
+    predicted = examples["value/oracle-restored-ensemble"].ravel()
   with torch.no_grad():
     logits = theirs(degraded, clean)
   assert len(set(predicted)) > 1
@@ -139,7 +191,10 @@ def test_bfloat16(toy_copy, command):
   (stage,) = toy_copy.glob("calibration-end_to_end-*")
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(_variables(stage)["params"])}
   assert dtypes == {np.dtype("float32")}
-  assert _methods(toy_copy) >= {("end_to_end", False), ("end_to_end", True)}
+  assert _methods(toy_copy, "end_to_end") >= {
+    ("end_to_end", False),
+    ("end_to_end", True),
+  }
 
 
 @pytest.mark.slow
@@ -156,9 +211,10 @@ def test_bfloat16(toy_copy, command):
 def test_each_module_can_be_left_out(toy_copy, command, module):
   fields = TOY | {f"model.{module}": False, "epochs": 1, "warmup_epochs": 0}
   fields["ensemble.enabled"] = False
+  shutil.rmtree(experiment(toy_copy))
   result = command(_ORACLE, f"--workdir={toy_copy}", *overrides(fields), check=0)
   assert result.stderr.count(": finished (") == 2
-  assert _methods(toy_copy) == {("setup1", None), ("oracle", False)}
+  assert _methods(toy_copy) == {("classifier", None), ("oracle", False)}
 
 
 @pytest.mark.slow
@@ -200,8 +256,7 @@ def test_an_estimator_of_the_cosine_map_on_restored_images(toy_copy, command):
 def test_every_degradation(tmp_path, command, kind):
   fields = _QUICK | {"degradation.kind": kind}
   command(_ORACLE, f"--workdir={tmp_path}", *overrides(fields), check=0)
-  results = json.loads((tmp_path / "results.json").read_text())
-  conditions = {row["condition"] for row in results["rows"]}
+  conditions = {row["condition"]["name"] for row in _rows(tmp_path)}
   if "+" in kind:
     assert conditions == {"clean", "gaussian_blur-mixture+awgn-mixture"}
   else:
@@ -228,4 +283,8 @@ def test_every_backbone(tmp_path, command, name):
     "model.ratio": 0.002 if name == "vgg16" else 0.02,
   }
   command(_ORACLE, f"--workdir={tmp_path}", *overrides(fields), check=0)
-  assert _methods(tmp_path) == {("setup1", None), ("oracle", False), ("oracle", True)}
+  assert _methods(tmp_path) == {
+    ("classifier", None),
+    ("oracle", False),
+    ("oracle", True),
+  }

@@ -41,7 +41,7 @@ def test_cosine_matches_torch():
   np.testing.assert_array_equal(fidelity.confidence(ours, "cosine"), ours)
 
 
-@pytest.mark.parametrize("kind", fidelity.KINDS)
+@pytest.mark.parametrize("kind", fidelity.MAPS)
 def test_gradients_are_finite_at_equal_and_black_pixels(kind):
   clean = jnp.zeros((1, 2, 2, 3)).at[0, 0].set(0.5)
   gradient = jax.grad(lambda r: jnp.sum(fidelity.oracle_map(r, clean, kind)))(clean)
@@ -100,7 +100,7 @@ def test_confidence_is_the_formula(kind):
 
 
 def test_channels_and_unknown_kinds():
-  assert [fidelity.map_channels(kind) for kind in fidelity.KINDS] == [3, 3, 1]
+  assert [fidelity.map_channels(kind) for kind in fidelity.MAPS] == [3, 3, 1]
   assert fidelity.map_channels("l1", 1) == 1
   with pytest.raises(errors.UsageError, match="did you mean 'cosine'"):
     fidelity.map_channels("cosin")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import TOY, overrides
+from conftest import TOY, overrides, results
 
 # Rates that rise to the end and ruin what was learned: the best epoch comes early, so
 # that its checkpoint has to outlive every later one, and every stop.
@@ -52,7 +52,7 @@ def _product(workdir):
     with ocp.StandardCheckpointer() as checkpointer:
       restored = checkpointer.restore(variables)
     arrays[marker.parent.name, step] = jax.tree.map(np.asarray, restored)
-  return arrays, json.loads((workdir / "results.json").read_text())
+  return arrays, json.loads(results(workdir).read_text())
 
 
 def _curves(workdir):
@@ -67,13 +67,13 @@ def _curves(workdir):
 
 
 def _assert_same(workdir, undisturbed):
-  arrays, results = _product(workdir)
-  expected_arrays, expected_results = _product(undisturbed)
+  arrays, rows = _product(workdir)
+  expected_arrays, expected_rows = _product(undisturbed)
   assert len(arrays) == 4
   assert arrays.keys() == expected_arrays.keys()
   for name in arrays:
     np.testing.assert_equal(arrays[name], expected_arrays[name], err_msg=name)
-  assert results == expected_results
+  assert rows == expected_rows
   assert _curves(workdir) == _curves(undisturbed)
 
 
@@ -106,7 +106,7 @@ def test_killed_at_chosen_moments(undisturbed, command, tmp_path):
       assert "run the same command again" in last
       _assert_it_said_the_truth(last, tmp_path)
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "results.json").exists()
+    assert not list(tmp_path.glob("*/results.json"))
   command(*_flags(tmp_path), check=0)
   _assert_same(tmp_path, undisturbed)
 

@@ -2,22 +2,28 @@
 
 import json
 import os
+import shutil
 import time
 
-from conftest import TOY, one_line, overrides
+from conftest import TOY, experiment, one_line, overrides, results
 
 DEMO = "--config=configs/oracle.py:demo"
 
 
 def test_it_leaves_what_it_promises(toy_run):
   kinds = []
+  index = (toy_run / "index.md").read_text()
   for directory in sorted(p for p in toy_run.iterdir() if p.is_dir()):
     kind = directory.name.split("-")[0]
     kinds.append(kind)
-    if kind == "evaluation":
+    if kind == "measurements":
       continue
-    config = json.loads((directory / "config.json").read_text())
-    assert config["kind"] == kind
+    assert f"{directory.name}" in index
+    if kind == "oracle":
+      continue
+    begun = json.loads((directory / "config.json").read_text())
+    config = begun["made_of"]
+    assert begun["kind"] == config["kind"] == kind
     assert list(directory.glob("events.out.tfevents.*"))
     records = [
       json.loads(line)
@@ -27,42 +33,86 @@ def test_it_leaves_what_it_promises(toy_run):
     assert records[-1]["learning_rate"] >= 0
     assert any(name.startswith("validation/") for name in records[-1])
     assert json.loads((directory / "finished.json").read_text())["files"]
-  assert kinds == ["calibration", "classifier", "ensemble", "evaluation", "restorer"]
-  results = json.loads((toy_run / "results.json").read_text())
-  assert (results["experiment"], results["dataset"]) == ("oracle", "demo")
+  stages = ["calibration", "classifier", "ensemble", "restorer"]
+  assert sorted(kinds) == sorted([*stages, "measurements", "oracle"])
+  place = experiment(toy_run)
+  rows = json.loads((place / "results.json").read_text())["rows"]
   conditions = ["clean", *(f"awgn-0.{i}" for i in range(1, 6)), "awgn-1d", "awgn-2d"]
   expected = {
-    (method, restoration, ensemble, condition)
-    for method, restoration, ensemble in (
-      ("setup1", False, None),
-      ("setup1", True, None),
-      ("oracle", True, False),
-      ("oracle", True, True),
+    (method, restorer, the_map, ensemble, condition)
+    for method, restorer, the_map, ensemble in (
+      ("classifier", None, None, None),
+      ("classifier", "dncnn", None, None),
+      ("oracle", "dncnn", "l1", False),
+      ("oracle", "dncnn", "l1", True),
     )
     for condition in conditions
   }
-  names = ("method", "restoration", "ensemble", "condition")
-  assert {tuple(row[n] for n in names) for row in results["rows"]} == expected
-  for row in results["rows"]:
-    assert 0 <= row["accuracy"] <= 100
-    assert row["rounds"] == (1 if row["condition"] == "clean" else 2)
+  names = ("method", "restorer", "map", "ensemble")
+  found = {(*(row[n] for n in names), row["condition"]["name"]) for row in rows}
+  assert found == expected
+  behind = {"classifier": 1, "restorer": 1, "calibration": 1, "ensemble": 1}
+  for row in rows:
+    assert (row["experiment"], row["dataset"], row["seed"]) == ("oracle", "demo", 0)
+    assert (row["trained_on"], row["backbone"]) == ("clean", "resnet")
+    assert (row["image_size"], row["precision"]) == (32, "float32")
+    assert 0 <= row["accuracy"] <= 100 and row["psnr"] is None
+    # A share of the images, on average over rounds.
+    right = row["accuracy"] / 100 * row["images"] * row["rounds"]
+    assert abs(right - round(right)) < 1e-6
+    condition = row["condition"]
+    assert row["rounds"] == (1 if condition["name"] == "clean" else 2)
+    assert condition["kind"] == condition["name"].split("-")[0]
+    ends = {"awgn-1d": [0.5, 0.0], "awgn-2d": [0.5, 0.0], "awgn-0.3": 0.3}
+    if condition["name"] in ends:
+      assert condition["level"] == ends[condition["name"]]
     assert row["std"] >= 0
-  text = (toy_run / "report.md").read_text()
-  assert "not the report's own experiment" in text
+    for role, stage in row["stages"].items():
+      assert stage.startswith(f"{role}-") and (toy_run / stage).is_dir()
+      assert role in behind
+    assert ("ensemble" in row["stages"]) == bool(row["ensemble"])
+    assert ("restorer" in row["stages"]) == (row["restorer"] is not None)
+  text = (place / "report.md").read_text()
+  assert "not the paper's own experiment" in text
   assert "±" in text
   for picture in ("accuracy.png", "examples.png"):
-    assert (toy_run / picture).read_bytes().startswith(b"\x89PNG")
+    assert (place / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_run_only_reports(toy_copy, command):
-  before = json.loads((toy_copy / "results.json").read_text())
-  (toy_copy / "results.json").unlink()
+  path = results(toy_copy)
+  before = json.loads(path.read_text())
+  path.unlink()
   start = time.monotonic()
   result = command(DEMO, f"--workdir={toy_copy}", *overrides(TOY), check=0)
   assert time.monotonic() - start < 30
   assert result.stderr.count(": finished (") == 4
   assert "steps/s" not in result.stderr
-  assert json.loads((toy_copy / "results.json").read_text()) == before
+  assert "rounds/s" not in result.stderr
+  assert json.loads(path.read_text()) == before
+
+
+def test_only_what_is_new_is_measured(toy_copy, command):
+  run = lambda **fields: (
+    command(DEMO, f"--workdir={toy_copy}", *overrides(TOY | fields), check=0).stderr
+  )
+  rows = json.loads(results(toy_copy).read_text())["rows"]
+  # Another number of examples; then a third round of seven conditions.
+  stderr = run(**{"evaluation.examples": 1})
+  assert "rounds/s" not in stderr and "steps/s" not in stderr
+  assert json.loads(results(toy_copy).read_text())["rows"] == rows
+  assert "7/7 rounds" in run(**{"evaluation.rounds": 3})
+  again = json.loads(results(toy_copy).read_text())["rows"]
+  assert {row["rounds"] for row in again} == {1, 3}
+  assert "rounds/s" not in run()
+  assert json.loads(results(toy_copy).read_text())["rows"] == rows
+  # One more method: what was measured of the others is not measured again.
+  for path in toy_copy.glob("measurements/oracle-restored-????????"):
+    shutil.rmtree(path)
+  before = {p: p.stat().st_mtime_ns for p in toy_copy.glob("measurements/*/*")}
+  assert "15/15 rounds" in run()
+  assert {p: p.stat().st_mtime_ns for p in before} == before
+  assert json.loads(results(toy_copy).read_text())["rows"] == rows
 
 
 def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_copy, command):
@@ -71,7 +121,7 @@ def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_copy, comman
   before = {p.name for p in toy_copy.iterdir()}
   result = command(DEMO, f"--workdir={toy_copy}", *overrides(fields), check=0)
   new = {p.name.split("-")[0] for p in toy_copy.iterdir() if p.name not in before}
-  assert new == {"restorer", "calibration", "ensemble", "evaluation"}
+  assert new == {"restorer", "calibration", "ensemble", "oracle"}
   assert result.stderr.count(": finished (") == 1
 
 

@@ -17,7 +17,8 @@ import torch_method
 import torch_reference
 from torch import nn
 
-from fidelity_jax import fidelity, models, pipeline, port
+from fidelity_jax import fidelity, models, port
+from fidelity_jax.method import Method
 
 NUM_CLASSES = 7
 PARITY = pathlib.Path(__file__).parents[2] / "shared" / "parity"
@@ -67,7 +68,7 @@ def reference(network, feature_size, **options):
 
 
 def from_file(path, transform_input=False, transform_steered=None, **options):
-  """(pipeline.Method, variables); of `options`, what tensors do not tell matters."""
+  """(Method, variables); of `options`, what tensors do not tell matters."""
   kind, source = options.get("kind", "l1"), options.get("source", "oracle")
   parts = port.load(path, transform_input=transform_input)
   config = parts["classifier"].config
@@ -81,7 +82,7 @@ def from_file(path, transform_input=False, transform_steered=None, **options):
     resize=options.get("resize", "bilinear"),
     residual=options.get("residual", True),
   )
-  method = pipeline.Method(
+  method = Method(
     classifier=classifier,
     restorer=dncnn("restorer"),
     calibration=calibration,
@@ -89,7 +90,7 @@ def from_file(path, transform_input=False, transform_steered=None, **options):
     if "ensemble" in parts
     else None,
     estimator=dncnn("estimator") if source != "oracle" else None,
-    map_kind=kind,
+    map_name=kind,
     estimator_input="degraded" if source == "oracle" else source,
   )
   names = ("restorer", "estimator", "calibration", "ensemble")
@@ -119,7 +120,7 @@ def relative_error(value, expected):
 def single_and_blended(method, variables, degraded, clean):
   """Restored image, plain feature, logits of the calibrated and the blended one.
 
-  `method` is a pipeline.Method with an ensemble and the oracle l1 map.
+  `method` is a Method with an ensemble and the oracle l1 map.
   """
   restored = method.restore(variables, degraded)
   confidence = fidelity.confidence(fidelity.oracle_map(restored, clean))

@@ -11,7 +11,7 @@ import tempfile
 import time
 
 import pytest
-from conftest import ROOT, TOY, one_line, overrides, without_privileges
+from conftest import ROOT, TOY, one_line, overrides, results, without_privileges
 from test_data_images import encoded, photograph
 
 from fidelity_jax import main
@@ -46,22 +46,23 @@ def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
 
 def test_nobody_need_read_what_it_says(background, toy_copy):
   """As with `2>&1 | head -1`, and with standard error closed."""
-  before = (toy_copy / "results.json").read_text()
+  path = results(toy_copy)
+  before = path.read_text()
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
-  for stage in ("ensemble", "evaluation"):
-    shutil.rmtree(next(toy_copy.glob(f"{stage}-*")))
-  (toy_copy / "results.json").unlink()
+  shutil.rmtree(next(toy_copy.glob("ensemble-*")))
+  shutil.rmtree(toy_copy / "measurements")
+  path.unlink()
   process = background(*arguments)
   assert "finished" in process.stderr.readline()
   process.stderr.close()
   assert process.wait(300) == 0
-  assert (toy_copy / "results.json").read_text() == before
-  (toy_copy / "results.json").unlink()
+  assert path.read_text() == before
+  path.unlink()
   shell = 'exec "$@" >&- 2>&-'
   command = ["sh", "-c", shell, "sh", sys.executable, "-m", "fidelity_jax.main"]
   result = subprocess.run([*command, *arguments], cwd=ROOT, timeout=300)
   assert result.returncode == 0
-  assert (toy_copy / "results.json").read_text() == before
+  assert path.read_text() == before
 
 
 def _limited(limit, *arguments):
@@ -125,9 +126,10 @@ def test_a_full_disk(command, small_disk, toy_run):
   """It fills while the last stage is trained, and while it is evaluated."""
   place = small_disk("100m") / "w"
   shutil.copytree(toy_run, place)
-  for stage in ("ensemble", "evaluation"):
-    shutil.rmtree(next(place.glob(f"{stage}-*")))
-  (place / "results.json").unlink()
+  shutil.rmtree(next(place.glob("ensemble-*")))
+  shutil.rmtree(place / "measurements")
+  path = results(place)
+  path.unlink()
   flags = [DEMO, f"--workdir={place}", *overrides(TOY)]
   flags.append("--config.checkpoint_seconds=0.05")
   for room in (60_000, 400_000):
@@ -140,11 +142,11 @@ def test_a_full_disk(command, small_disk, toy_run):
     # The line names a log file that is there.
     log = line.rpartition("The traceback is in ")[2].rstrip(".")
     assert "Traceback" in pathlib.Path(log).read_text()
-    assert not (place / "results.json").exists()
+    assert not path.exists()
   small_disk("100m")
   command(*flags, check=0)
-  ours = json.loads((place / "results.json").read_text())
-  assert ours == json.loads((toy_run / "results.json").read_text())
+  ours = json.loads(path.read_text())
+  assert ours == json.loads(results(toy_run).read_text())
 
 
 def test_a_workdir_that_is_removed(background, tmp_path):
@@ -200,7 +202,7 @@ def _pictures(root, seed):
       (root / name / f"{i:02d}.bmp").write_bytes(encoded(picture, format="BMP"))
 
 
-def test_other_images_are_noticed(command, tmp_path, capsys):
+def test_other_images_are_noticed(command, tmp_path):
   """Of equal size, before a stage is finished, after it, and in the test set."""
   _pictures(tmp_path / "pets", seed=0)
   fields = TOY | {"dataset.name": "folder", "dataset.path": tmp_path / "pets"}
@@ -219,26 +221,28 @@ def test_other_images_are_noticed(command, tmp_path, capsys):
   result = command(*flags, env=env)
   assert result.returncode == 1
   line = one_line(result.stderr)
-  assert "was trained on other images" in line and "classifier-" in line
-  # The same images again, though written anew: it goes on.
-  _pictures(tmp_path / "pets", seed=0)
-  command(*flags, env=env, check=0)
-  (evaluation,) = workdir.glob("evaluation-*")
-  results = json.loads((workdir / "results.json").read_text())
-  # A finished stage is not used for other training images either.
+  assert "half trained on other images" in line and "classifier-" in line
+  # The same images again, written anew and elsewhere: it goes on.
+  _pictures(tmp_path / "moved", seed=0)
+  moved = f"--config.dataset.path={tmp_path / 'moved'}"
+  done = command(*flags, moved, env=env, check=0)
+  assert "resuming at step" in done.stderr or "classifier" in done.stderr
+  measured = json.loads(results(workdir).read_text())
+  stages = {path.parent for path in workdir.glob("*/finished.json")}
+  assert len(stages) == 3
+  # Other training images make other stages; those finished stay.
   _pictures(tmp_path / "pets", seed=7)
-  result = command(*flags, env=env)
-  assert result.returncode == 1 and "other images" in one_line(result.stderr)
+  command(*flags, env=env, check=0)
+  assert len(list(workdir.glob("*/finished.json"))) == 6
+  assert len(list(workdir.glob("oracle-*/results.json"))) == 2
   # Other test images are measured anew.
-  _pictures(tmp_path / "pets", seed=0)
-  test = _test_images(tmp_path / "pets", tmp_path / "cache")
-  for i, key in enumerate(test):
+  for i, key in enumerate(_test_images(tmp_path / "moved", tmp_path / "cache")):
     picture = photograph(16, 16, seed=900 + i)
-    (tmp_path / "pets" / key).write_bytes(encoded(picture, format="BMP"))
-  again = command(*flags, env=env, check=0)
-  assert again.stderr.count(": finished (") == 3
-  assert len(list(workdir.glob("evaluation-*"))) == 2 and evaluation.is_dir()
-  assert json.loads((workdir / "results.json").read_text()) != results
+    (tmp_path / "moved" / key).write_bytes(encoded(picture, format="BMP"))
+  again = command(*flags, moved, env=env, check=0)
+  assert again.stderr.count(": finished (") == 3 and "rounds/s" in again.stderr
+  found = [json.loads(p.read_text()) for p in workdir.glob("oracle-*/results.json")]
+  assert measured not in found
 
 
 def _test_images(root, cache):

@@ -63,6 +63,8 @@ FIELDS = [
   ("kind", None, "config.kind = None is not possible"),
   ("kind", "restorer", "there is no such field"),
   ("rematerialize", 2, "rematerialize"),
+  *(("experiment", v, "a name of letters") for v in ("", "a/b", "..", "ä")),
+  ("parents.restorer.model.name", "dnccn", "did you mean 'dncnn'"),
   ("model", None, "it has fields; set those"),
   ("model", 3, "config.model"),
   ("parents", None, "it has fields"),
@@ -112,7 +114,6 @@ FIELDS = [
   ("parents.classifier.model.width", 60_000, "GiB"),
   ("parents.classifier.model.block", "thick", "block"),
   ("parents.classifier.model.transform_input", True, "has no such field"),
-  ("parents.classifier.source", "restored", "parents.restorer is missing"),
   ("parents.classifier.source", "noisy", "source"),
   ("parents.classifier.model.weights", "/no/such.pth", "there is no file"),
   ("parents.classifier.model.weights", "", "None or a text that is not empty"),
@@ -191,8 +192,8 @@ def test_workdirs(refused, workdir, words):
   refused([DEMO, f"--workdir={workdir}"], 2, words)
 
 
-_ORACLE = "from fidelity_jax import defaults\ndef get_config(size=''):\n"
-_DEMO = f"{_ORACLE}  c = defaults.method('oracle', 'demo')\n  c.unlock()\n"
+_ORACLE = "from fidelity_jax.configs import common\ndef get_config(size=''):\n"
+_DEMO = f"{_ORACLE}  c = common.method('oracle', 'demo')\n  c.unlock()\n"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ _DEMO = f"{_ORACLE}  c = defaults.method('oracle', 'demo')\n  c.unlock()\n"
     ("import sys; sys.exit('no')\n", "ends the program (no)"),
     ("def get_config(): return {}\n", "returned dict"),
     (f"{_ORACLE}  raise ValueError('dear\\nme')\n", ("line 3", "me")),
-    (f"{_ORACLE}  return defaults.method('oracle').x\n", "line 3"),
+    (f"{_ORACLE}  return common.method('oracle', '').x\n", "line 3"),
     (f"{_DEMO}  del c.seed\n  return c\n", "config.seed is missing"),
     (f"{_DEMO}  del c.dataset\n  return c\n", "config.dataset is missing"),
     (f"{_DEMO}  del c.dataset.path\n  return c\n", "config.dataset.path is missing"),

@@ -1,74 +1,129 @@
-"""The report's own numbers, beside ours where the experiment is the same."""
+"""The paper's own numbers, beside ours where the experiment is the same."""
 
-import importlib.util
+import importlib
 
+import msgspec
 import numpy as np
-from conftest import ROOT
+import pytest
 
-from fidelity_jax import evaluate, report
+from fidelity_jax import evaluate, paper, report
+from fidelity_jax.results import Compared, Condition, Row
 
-_CONDITIONS = ["clean", *(f"awgn-0.{i}" for i in range(1, 6)), "awgn-1d", "awgn-2d"]
+_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def _config(size):
-  spec = importlib.util.spec_from_file_location("c", ROOT / "configs" / "oracle.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+def _config(name="oracle", size="demo"):
+  module = importlib.import_module(f"fidelity_jax.configs.{name}")
   return module.get_config(size).copy_and_resolve_references()
 
 
-def _results():
+def _conditions():
+  for level in _LEVELS:
+    kind = "awgn" if level else "clean"
+    yield Condition(f"awgn-{level}" if level else "clean", kind, level, None)
+  for vary in ("1d", "2d"):
+    yield Condition(f"awgn-{vary}", "awgn", [0.5, 0.0], vary)
+
+
+def _row(condition, **changes):
+  row = Row(
+    experiment="oracle",
+    method="classifier",
+    trained_on="clean",
+    backbone="resnet50",
+    restorer="dncnn",
+    map=None,
+    ensemble=None,
+    dataset="caltech256",
+    image_size=224,
+    condition=condition,
+    seed=0,
+    precision="float32",
+    accuracy=80.0,
+    std=0.5,
+    rounds=10,
+    images=100,
+    stages={},
+  )
+  return msgspec.structs.replace(row, **changes)
+
+
+def _results(**changes):
   rows = []
-  for i, condition in enumerate(_CONDITIONS):
-    for restoration in (False, True):
-      accuracy, std = 80.0 - i + 5 * restoration, 0.5 * (i > 0)
-      row = ("setup1", restoration, None, condition, accuracy, std, 10 if i else 1)
-      rows.append(evaluate.Row(*row))
+  for i, condition in enumerate(_conditions()):
+    for restorer in (None, "dncnn"):
+      accuracy = 80.0 - i + 5 * (restorer is not None)
+      facts = {"accuracy": accuracy, "std": 0.5 * (i > 0), "rounds": 10 if i else 1}
+      rows.append(_row(condition, restorer=restorer, **facts | changes))
+  keys = [Compared("oracle", True, False), *map(_plain, (False, True))]
+  predicted = ([[0, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 1], [0, 0]])
   examples = {
     "condition": np.array(["awgn-0.3", "awgn-2d"]),
     "label": np.array([[0, 1], [0, 1]]),
     "map": np.full((2, 2, 8, 8, 3), 0.1, np.float32),
-    "prediction/oracle/True/False": np.array([[0, 1], [1, 1]]),
-    "prediction/setup1/False/None": np.array([[1, 1], [1, 1]]),
-    "prediction/setup1/True/None": np.array([[0, 1], [0, 0]]),
+    **{f"value/{k.key}": np.array(p) for k, p in zip(keys, predicted, strict=True)},
   }
   image = np.random.default_rng(0).uniform(size=(2, 2, 8, 8, 3))
   examples |= {name: image for name in ("clean", "degraded", "restored")}
   return evaluate.Results(rows, examples, ["cat", "dog"])
 
 
-def test_the_reports_numbers_stand_beside_the_same_experiment():
-  paper = report.paper_accuracies(_config(""))
-  setup1 = evaluate.Compared("setup1", True, None)
-  oracle = evaluate.Compared("oracle", True, True)
-  assert len(paper) == 12 * 8
-  assert paper[setup1, "awgn-0.3"] == 56.05
-  assert paper[oracle, "awgn-2d"] == 78.25
-  text = report.markdown(_config(""), _results(), [])
-  assert "(report: 56.05)" in text
+def _plain(restored):
+  return Compared("classifier", restored)
 
 
-def test_and_not_beside_another():
-  assert report.paper_accuracies(_config("demo")) == {}
-  config = _config("")
-  config.fidelity.map = "l2"
-  assert report.paper_accuracies(config) == {}
-  text = report.markdown(_config("demo"), _results(), ["`stage`: ok"])
-  assert "(report:" not in text
+def test_the_papers_numbers_stand_beside_the_same_experiment():
+  noise = Condition("awgn-0.3", "awgn", 0.3, None)
+  varying = Condition("awgn-2d", "awgn", [0.5, 0.0], "2d")
+  proposed = {"method": "oracle", "map": "l1", "ensemble": True}
+  known = paper.accuracies(
+    [
+      _row(noise),
+      _row(noise, trained_on="degraded", restorer=None),
+      _row(noise, trained_on="restored"),
+      _row(varying, **proposed),
+    ]
+  )
+  assert known == [56.05, 72.23, 73.97, 78.25]
+  text = report.markdown(_config(size=""), _results(), [])
+  assert "(paper: 56.05)" in text and "(paper: 10.44)" in text
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"dataset": "demo"},
+    {"image_size": 64},
+    {"backbone": "resnet18"},
+    {"restorer": "another"},
+    {"trained_on": "given"},
+    {"method": "oracle", "map": "l2", "ensemble": True},
+    {"method": "oracle", "map": "l1", "ensemble": True, "trained_on": "degraded"},
+    {"condition": Condition("awgn-0.35", "awgn", 0.35, None)},
+  ],
+  ids=str,
+)
+def test_and_not_beside_another(changes):
+  row = _row(**{"condition": Condition("awgn-0.3", "awgn", 0.3, None)} | changes)
+  assert paper.accuracies([row]) == [None]
+
+
+def test_a_table_without_them():
+  text = report.markdown(_config(), _results(dataset="demo"), ["`stage`: ok"])
+  assert "(paper:" not in text
   assert "- `stage`: ok" in text
   # Mean and standard deviation, and the best of each column in bold.
   assert "**84.00** ± 0.50" in text
 
 
 def test_it_writes_everything(tmp_path):
-  report.write(tmp_path, _config("demo"), _results(), [])
-  names = {p.name for p in tmp_path.iterdir()}
-  assert names == {"accuracy.png", "examples.png", "report.md", "results.json"}
+  report.write(tmp_path, _config(), _results(), [])
+  assert {p.name for p in tmp_path.iterdir()} == set(report.NAMES)
 
 
-def test_names_are_no_formulas(tmp_path):
+def test_names_are_no_formulas():
   """A class may be called anything."""
   results = _results()
   names = ["$x_{$", "a$b$\\frac{", "\\udce9"]
   results = evaluate.Results(results.rows, results.examples, names)
-  assert report.draw_examples(_config("demo"), results).startswith(b"\x89PNG")
+  assert report.draw_examples(_config(), results).startswith(b"\x89PNG")

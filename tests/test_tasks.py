@@ -18,10 +18,10 @@ from fidelity_jax import (
   metrics,
   models,
   optimizer,
-  pipeline,
   tasks,
   train,
 )
+from fidelity_jax.method import Method
 from fidelity_jax.tasks import base
 
 SIZE = 32
@@ -54,7 +54,7 @@ def networks():
   key = jax.random.key(0)
   folded, frozen = models.fold(classifier, _jit(classifier.init)(key, images))
   stack = models.DnCNN(depth=3, width=4)
-  method = pipeline.Method(
+  method = Method(
     classifier=folded,
     restorer=stack,
     calibration=models.Calibration(
@@ -115,6 +115,7 @@ def _task(networks, mode, **changes):
     label_smoothing=0.1,
     frozen=frozen,
     initial=estimator if mode == "end_to_end" else {},
+    trained_parents=("estimator",) if mode == "end_to_end" else (),
   )
 
 
@@ -170,7 +171,7 @@ def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
   assert size < 12 * count + 4096 * (10 + 3 * len(jax.tree.leaves(params)))
 
 
-@pytest.mark.parametrize("kind", fidelity.KINDS)
+@pytest.mark.parametrize("kind", fidelity.MAPS)
 def test_bfloat16_agrees_with_float32(networks, kind):
   """Logits and gradients of the whole method, for accelerators' default dtype."""
   _, method, variables = networks
@@ -189,7 +190,7 @@ def test_bfloat16_agrees_with_float32(networks, kind):
       estimator=small(dtype),
       calibration=method.calibration.clone(dtype=dtype),
       ensemble=method.ensemble.clone(dtype=dtype),
-      map_kind=kind,
+      map_name=kind,
     )
     trained = {"calibration": variables["calibration"], "estimator": estimator}
     rest = {k: v for k, v in variables.items() if k not in trained}
@@ -275,7 +276,7 @@ def test_restoration_and_estimation_work_on_patches(networks):
     restorer=method.restorer,
     inputs=inputs,
     patches_per_image=9,
-    map_kind="l1",
+    map_name="l1",
     estimator_input="degraded",
     frozen={"restorer": variables["restorer"]},
   )
@@ -290,7 +291,7 @@ def test_the_estimators_target_is_the_oracle_map(networks):
     restorer=method.restorer,
     inputs=_inputs(),
     patches_per_image=1,
-    map_kind="l2",
+    map_name="l2",
     estimator_input="restored",
     frozen={"restorer": variables["restorer"]},
   )
@@ -300,7 +301,7 @@ def test_the_estimators_target_is_the_oracle_map(networks):
     params, {}, task.frozen, batch, train=False, key=jax.random.key(0)
   )
   clean, degraded = task.inputs(batch, train=False)
-  restored = pipeline.restore(method.restorer, variables["restorer"], degraded)
+  restored = method.restorer.apply(variables["restorer"], degraded, method="restore")
   estimate = method.restorer.apply({"params": params}, restored)
   target = fidelity.oracle_map(restored, clean, "l2")
   expected = np.abs(np.asarray(estimate - target)).mean((1, 2, 3))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fidelity_jax import data, degradations, models, tasks, train
+from fidelity_jax import data, degradations, models, sharding, tasks, train
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def make_trainer(tmp_path_factory):
       train_data=some,
       validation_data=some,
       directory=tmp_path_factory.mktemp("stage"),
+      mesh=sharding.make_mesh(160),
     )
 
   return make

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 
 import pytest
-from conftest import ROOT, TOY, flip, overrides
+from conftest import ROOT, TOY, experiment, flip, overrides, results
 
 from fidelity_jax import main
 
@@ -58,20 +58,23 @@ def _change_json(pattern, **changes):
 
 
 _MARKER = "restorer-*/finished.json"
-_CONDITION = "evaluation-*/awgn-0.3.json"
-_EXAMPLES = "evaluation-*/examples.npz"
+_CONDITION = "measurements/oracle-restored-ensemble-*/awgn-0.3-*.json"
+_EXAMPLES = "oracle-*/examples.npz"
 DAMAGES = [
   *((_write(_MARKER, c), "finished.json is damaged") for c in (b"", b"{", b"\xff")),
   *((_write(_MARKER, c), "finished.json is damaged") for c in (b"{}", b"[]", b"null")),
   (_change_json(_MARKER, score="good"), "finished.json is damaged"),
   (_change_json(_MARKER, score=99.0), "finished.json is damaged"),
   (_change_json(_MARKER, best_step=1), "finished.json is damaged"),
-  (_change_json(_MARKER, files={}), "was lost by an earlier version"),
+  (_change_json(_MARKER, files={}), "finished.json is damaged"),
   (_swap(_MARKER), "finished.json is no regular file"),
   (_write("restorer-*/config.json", b"{"), "config.json is damaged"),
   (_write("restorer-*/config.json", b"[]"), "config.json is damaged"),
-  (_change_json("restorer-*/config.json", seed=1), "config.json is damaged"),
-  (_change_json("restorer-*/config.json", data="x"), "config.json is damaged"),
+  (
+    _change_json("restorer-*/config.json", parents={"a": "b"}),
+    "config.json is damaged",
+  ),
+  (_change_json("restorer-*/config.json", places={}), "config.json is damaged"),
   (lambda w: next(w.glob("restorer-*/config.json")).unlink(), "config.json is missing"),
   (_swap("restorer-*/config.json"), "config.json is no regular file"),
   (_swap("restorer-*/metrics.jsonl"), "metrics.jsonl is no regular file"),
@@ -82,22 +85,32 @@ DAMAGES = [
   (lambda w: flip(_product(w, "ensemble"), 50), "is damaged"),
   (lambda w: os.truncate(_product(w, "classifier"), 10), "is damaged"),
   (lambda w: _product(w, "calibration").unlink(), "is missing"),
-  *((_write(_CONDITION, c), "awgn-0.3.json is damaged") for c in (b"", b"[]", b"{}")),
-  *((_write(_CONDITION, c), "awgn-0.3.json is damaged") for c in (b"null", b"[" * 9)),
-  (_change_json(_CONDITION, rows=[]), "awgn-0.3.json is damaged"),
+  *((_write(_CONDITION, c), ".json is damaged") for c in (b"", b"[]", b"{}")),
+  *((_write(_CONDITION, c), ".json is damaged") for c in (b"null", b"[" * 9)),
+  (_change_json(_CONDITION, rounds={}), ".json is damaged"),
   (
     lambda w: shutil.copy(
-      next(w.glob("evaluation-*/awgn-0.2.json")), next(w.glob(_CONDITION))
+      next(w.glob(_CONDITION.replace("0.3", "0.2"))), next(w.glob(_CONDITION))
     ),
-    "is of another condition",
+    "is of something else",
+  ),
+  (
+    lambda w: shutil.copy(
+      next(w.glob(_CONDITION.replace("-ensemble", "").replace("d-*/", "d-????????/"))),
+      next(w.glob(_CONDITION)),
+    ),
+    "is of something else",
   ),
   (_swap(_CONDITION), "is no regular file"),
-  (_swap("evaluation-*"), "is a file, where a directory belongs"),
+  (_swap("measurements"), "is a file, where a directory belongs"),
+  (_swap("measurements/classifier-restored-*"), "is a file, where a directory"),
+  (_swap("oracle-*"), "is a file, where a directory belongs"),
+  (_swap("index.md"), "index.md is no regular file"),
   *((_write(_EXAMPLES, c), "examples.npz is damaged") for c in (b"", b"PK\3\4", b"x")),
   (lambda w: flip(next(w.glob(_EXAMPLES)), 3000), "examples.npz is damaged"),
   (_swap(_EXAMPLES), "is no regular file"),
   *(
-    (_swap(name), f"{name} is no regular file")
+    (_swap(f"oracle-*/{name}"), f"{name} is no regular file")
     for name in ("report.md", "accuracy.png", "examples.png")
   ),
 ]
@@ -105,28 +118,26 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_damaged_workdirs(refused, toy_copy, damage, words):
-  (toy_copy / "results.json").unlink()
+  path = results(toy_copy)
+  path.unlink()
   damage(toy_copy)
   markers = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   line = refused(arguments, 1, words)
   assert str(toy_copy) in line
-  assert not (toy_copy / "results.json").exists()
+  assert not path.exists()
   # Nothing new is called finished, nothing finished is gone.
   after = {p: p.read_bytes() for p in toy_copy.glob("*/finished.json") if p.is_file()}
   assert after == markers
 
 
 def test_a_bit_flipped_in_a_half_trained_checkpoint(refused, toy_copy):
-  for stage in ("ensemble", "evaluation"):
-    place = _stage(toy_copy, stage)
-    (place / "finished.json").unlink(missing_ok=True)
+  (_stage(toy_copy, "ensemble") / "finished.json").unlink()
   path = max(
     (p for p in _stage(toy_copy, "ensemble").glob("checkpoints/*/training/d/*")),
     key=lambda p: p.stat().st_size,
   )
   flip(path, path.stat().st_size // 2)
-  (toy_copy / "results.json").unlink()
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   refused(arguments, 1, ("is damaged", "ensemble-", "delete the directory"))
   assert not (_stage(toy_copy, "ensemble") / "finished.json").exists()
@@ -161,14 +172,16 @@ def test_few_test_images_make_a_picture(toy_copy, monkeypatch):
   fields |= {f"{k}warmup_epochs": 0 for k in ("", "parents.classifier.")}
   fields["ensemble.enabled"] = False
   monkeypatch.chdir(ROOT)
-  (toy_copy / "examples.png").unlink()
+  before = experiment(toy_copy)
+  shutil.rmtree(before)
   arguments = ["", DEMO, f"--workdir={toy_copy}", *overrides(fields)]
   assert main.main(arguments) == 0
-  assert (toy_copy / "examples.png").read_bytes().startswith(b"\x89PNG")
+  assert (experiment(toy_copy) / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_json_that_is_a_directory(refused, toy_copy):
-  (toy_copy / "results.json").unlink()
-  (toy_copy / "results.json").mkdir()
+  path = results(toy_copy)
+  path.unlink()
+  path.mkdir()
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   refused(arguments, 1, "results.json is no regular file")

@@ -17,12 +17,14 @@ class RestorationTask(base.Task):
     restorer: the network.
     inputs: gives clean and degraded patches.
     patches_per_image: patches that `inputs` cuts from one image.
+    frozen: {}: nothing is.
     initial: variables to start from, or None for the network's own.
   """
 
   restorer: models.Restorer
   inputs: base.Inputs
   patches_per_image: int
+  frozen: Any = dataclasses.field(default_factory=dict)
   initial: Any = None
   score = "psnr_gain"
 
