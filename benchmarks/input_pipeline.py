@@ -41,7 +41,7 @@ from PIL import Image
 from torch_reference import torchvision
 
 from fidelity_jax import data
-from fidelity_jax.data import crops, images, pipeline
+from fidelity_jax.data import crops, images
 
 transforms = torchvision().transforms
 BATCH = 64
@@ -136,7 +136,7 @@ def parts(datasets: dict[str, data.Dataset], size: int) -> dict[str, float]:
   encoded = [dataset.records[i] for i in chosen]
   pictures = [images.decode(record) for record in encoded]
   boxes = [
-    crops.random_box(*picture.shape[:2], pipeline.generator(0, 2, 0, i))
+    crops.random_box(*picture.shape[:2], np.random.default_rng(i))
     for i, picture in enumerate(pictures)
   ]
   cuts = [

@@ -141,7 +141,7 @@ def check(config: ConfigDict, where: str = "config") -> None:
   _check_warmup(config, where)
   if "ensemble" in config:
     _check_warmup(config.ensemble, f"{where}.ensemble")
-  data.validate(config.dataset)
+  data.check(config.dataset)
   side = _check_patches(config, where)
   _check_degradation(config, side, where)
   if kind == "classifier":

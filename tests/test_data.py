@@ -1,4 +1,4 @@
-"""The pipeline: order, crops, resumption, sharding, padding, worker processes."""
+"""Batches: order, crops, resumption, sharding, padding, worker processes."""
 
 import itertools
 import json
@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_data_images import encoded, photograph
 
 from fidelity_jax import data
+from fidelity_jax.data import batches as batching
 from fidelity_jax.data import dataset as datasets
-from fidelity_jax.data import patches, pipeline
+from fidelity_jax.data import patches
 from fidelity_jax.errors import RunError, UsageError
 
 
@@ -309,7 +310,7 @@ def test_prefetch_runs_ahead():
     next(data.prefetch_to_device(source(), depth=0))
 
 
-def test_patches_of_the_report():
+def test_patches_of_the_paper():
   assert patches.starts(224, 50, 25) == (0, 25, 50, 75, 100, 125, 150, 174)
   assert patches.starts(64, 50, 25) == (0, 14)
   assert patches.starts(50, 50, 25) == (0,)
@@ -326,10 +327,10 @@ def test_patches_of_the_report():
 
 
 def test_crop_draws_are_addressed():
-  first = pipeline.generator(0, 2, epoch=1, index=5).uniform()
-  assert first == pipeline.generator(0, 2, epoch=1, index=5).uniform()
+  first = batching.generator(0, 2, epoch=1, index=5).uniform()
+  assert first == batching.generator(0, 2, epoch=1, index=5).uniform()
   others = [(1, 2, 1, 5), (0, 1, 1, 5), (0, 2, 2, 5), (0, 2, 1, 6), (-1, 2, 1, 5)]
-  assert len({first, *(pipeline.generator(*o).uniform() for o in others)}) == 6
+  assert len({first, *(batching.generator(*o).uniform() for o in others)}) == 6
 
 
 RUNNER = textwrap.dedent(

@@ -153,7 +153,7 @@ def test_caltech256_redrawn_by_seed(tmp_path, monkeypatch):
   assert len(set(keys)) == 15
   drawn.split_seed = 5
   assert data.load(drawn, "train").keys != parts[0].keys
-  # As many per class as the report has, unless told otherwise: all of these.
+  # As many per class as the paper has, unless told otherwise: all of these.
   assert len(data.load(config(folder, split_file=""), "train")) == 15
   fractions = config(folder, split_file="", counts=())
   assert len(data.load(fractions, "train")) == 9

@@ -12,8 +12,8 @@ from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
 
 _CALTECH = splits.AUTHORS
-# The report's numbers of train, validation and test per class; -1: all that remain.
-_REPORT_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
+# The paper's numbers of train, validation and test per class; -1: all that remain.
+_PAPER_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
 
 # Every field of `config.dataset` and what it may hold.
 FIELDS: rules.Table = {
@@ -57,7 +57,7 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   # Shares of train, validation and test, per class.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)
   # Numbers per class in place of fractions, -1: all that remain; (): fractions; None:
-  # the report's numbers if the dataset is one of the two, else fractions.
+  # the paper's numbers if the dataset is one of the two, else fractions.
   config.counts = config_dict.placeholder(tuple) if name in _CALTECH else ()
   # TFDS split expressions of train, validation and test, for datasets from TFDS.
   config.tfds_splits = ("train[:80%]", "train[80%:]", "test")
@@ -100,7 +100,7 @@ def load(
   Raises:
     UsageError: an impossible field, a missing path, or (strict) an unusable image.
   """
-  validate(config)
+  check(config)
   if split not in SPLITS:
     raise UsageError(f"no split '{split}'; there are {', '.join(SPLITS)}")
   cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
@@ -132,7 +132,7 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
   else:
     counts = config.counts
     if counts is None:
-      counts = _REPORT_COUNTS.get(config.name, ())
+      counts = _PAPER_COUNTS.get(config.name, ())
     chosen = splits.draw(
       whole.class_names,
       whole.labels,
@@ -144,7 +144,7 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
   return dataclasses.replace(whole.select(chosen[split]), split=split)
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
   """Refuses impossible values.
 
   Raises:

@@ -26,7 +26,7 @@ def starts(length: int, size: int, stride: int) -> tuple[int, ...]:
 def extract_patches(images: jax.Array, size: int = 50, stride: int = 25) -> jax.Array:
   """Cuts every image into overlapping square patches.
 
-  A 224x224 image gives 8x8 = 64 patches of 50 at stride 25 (METHOD section 6).
+  A 224x224 image gives 8x8 = 64 patches of 50 at stride 25 (docs/method.md, section 6).
 
   Args:
     images: [N, H, W, C], any dtype.

@@ -96,7 +96,7 @@ Lists = Mapping[str, tuple[frozenset[int], frozenset[int]]]
 
 @functools.cache
 def authors_lists(name: str) -> Lists:
-  """Returns the split that the report's authors used.
+  """Returns the split that the paper's authors used.
 
   Args:
     name: one of `AUTHORS`.

@@ -1,4 +1,4 @@
-"""Grain pipelines: which example comes when, decoded into uint8 batches.
+"""Which example comes when, decoded into uint8 batches by Grain.
 
 Every batch is a pure function of its number, so a run can start at any step and any
 worker can make any batch.
