@@ -95,6 +95,7 @@ def our_batches(dataset: data.Dataset, size: int, workers: int, **options):
     image_size=size,
     batch_size=BATCH,
     seed=0,
+    purpose="classifier",
     epochs=10**6,
     num_workers=workers,
     **options,
@@ -248,6 +249,7 @@ def all_waits(options, datasets: dict[str, dict[str, data.Dataset]]) -> dict:
         image_size=steps.size,
         batch_size=steps.batch,
         seed=0,
+        purpose="classifier",
         epochs=10**6,
         num_workers=options.workers if options.processes else 0,
       )

@@ -157,7 +157,7 @@ def test_caltech256_redrawn_by_seed(tmp_path, monkeypatch):
   assert len(data.load(config(folder, split_file=""), "train")) == 15
   fractions = config(folder, split_file="", counts=())
   assert len(data.load(fractions, "train")) == 9
-  options = {"image_size": 16, "batch_size": 3, "seed": 0, "epochs": 1}
+  options = {"image_size": 16, "batch_size": 3, "seed": 0, "purpose": "x", "epochs": 1}
   with data.train_iterator(parts[0], num_workers=1, **options) as batches:
     assert sum(len(batch["label"]) for batch in batches) == 6
 

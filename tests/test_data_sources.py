@@ -238,6 +238,6 @@ def test_caltech101_with_the_authors_split():
   assert set(np.bincount(parts["validation"].labels)) == {6}
   assert not any(part.skipped for part in parts.values())
   with data.train_iterator(
-    parts["train"], image_size=224, batch_size=64, seed=0, epochs=1
+    parts["train"], image_size=224, batch_size=64, seed=0, purpose="x", epochs=1
   ) as batches:
     assert next(batches)["image"].shape == (64, 224, 224, 3)

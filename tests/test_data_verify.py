@@ -83,7 +83,7 @@ def test_usable_odd_images_are_used(folder):
   assert len(train) == 26 and not train.skipped
   for batch in data.eval_iterator(train, image_size=16, batch_size=8):
     assert batch["image"].dtype == np.uint8
-  options = {"image_size": 16, "batch_size": 26, "seed": 0, "epochs": 1}
+  options = {"image_size": 16, "batch_size": 26, "seed": 0, "purpose": "x", "epochs": 1}
   with data.train_iterator(train, **options) as batches:
     assert next(batches)["image"].shape == (26, 16, 16, 3)
 
@@ -210,7 +210,7 @@ def test_the_decoded_cache_changes_nothing(folder, kind, num_workers):
   plain = data.load(config(folder), "train")
   cached = data.load(config(folder, cache=kind), "train")
   assert cached.fingerprint == plain.fingerprint and cached.keys == plain.keys
-  options = {"image_size": 16, "batch_size": 4, "seed": 0, "epochs": 2}
+  options = {"image_size": 16, "batch_size": 4, "seed": 0, "purpose": "x", "epochs": 2}
   with data.train_iterator(plain, **options) as expected:
     with data.train_iterator(cached, num_workers=num_workers, **options) as actual:
       for one, other in zip(actual, expected, strict=True):
