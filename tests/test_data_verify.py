@@ -239,3 +239,27 @@ def test_a_cache_that_does_not_fit_is_refused(folder, monkeypatch):
   monkeypatch.setattr(platform, "host_memory", lambda: 1000)
   with pytest.raises(UsageError, match=r"more than half of the memory.*cache=disk"):
     data.load(config(folder, cache="ram"), "train")
+
+
+def test_all_that_is_held_in_memory_counts(folder, monkeypatch):
+  settings = config(folder, cache="ram", counts=(5, 5, 0))
+  size = {}
+  for split in ("train", "validation"):
+    part = data.load(config(folder, counts=(5, 5, 0)), split)
+    size[split] = sum(part.picture(i).pixels().size for i in range(len(part)))
+  # Each fits alone, and both together only to the byte.
+  memory = 2 * sum(size.values())
+  monkeypatch.setattr(platform, "host_memory", lambda: memory - 2)
+  train = data.load(settings, "train")
+  with pytest.raises(UsageError, match=r"beside .* of other splits, are more than"):
+    data.load(settings, "validation")
+  few = train.select([0])
+  del train
+  with pytest.raises(UsageError, match="beside"):
+    data.load(settings, "validation")
+  monkeypatch.setattr(platform, "host_memory", lambda: memory)
+  data.load(settings, "validation")
+  monkeypatch.setattr(platform, "host_memory", lambda: memory - 2)
+  assert few.records[0].shape[2] == 3
+  del few
+  data.load(settings, "validation")
