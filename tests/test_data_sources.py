@@ -223,11 +223,6 @@ def test_a_folder_in_the_place_of_caltech256_needs_its_path_alone(folder):
   assert len(data.load(settings, "train")) == 6
 
 
-def test_unknown_split(folder):
-  with pytest.raises(UsageError, match="no split 'training'; there are train"):
-    data.load(config(folder), "training")
-
-
 @pytest.mark.skipif(not CALTECH101.exists(), reason="needs ../shared/caltech101")
 def test_caltech101_with_the_authors_split():
   settings = config(CALTECH101, split_file="caltech101")

@@ -6,7 +6,7 @@ The encoded JPEGs go into ArrayRecord files as they are; TensorFlow is not neede
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
@@ -62,8 +62,12 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def extracted(self) -> Path | None:
     """Returns the folder of class folders, if the archive is extracted already."""
     classes = {self.class_key(name) for name in self.lists()}
-    is_class = lambda name: self.class_key(name) in classes
-    return extracted(self.SOURCE, self.source_dir, is_class)
+    for place in (self.source_dir / self.SOURCE.folder, self.source_dir):
+      if place.is_dir() and any(
+        self.class_key(entry.name) in classes for entry in place.iterdir()
+      ):
+        return place
+    return None
 
   @functools.cached_property
   def source(self) -> Path:
@@ -210,13 +214,3 @@ class Caltech101(_Caltech, skip_registration=True):
     folder="101_ObjectCategories",
     left_out=("BACKGROUND_Google",),
   )
-
-
-def extracted(
-  source: Source, folder: Path, is_class: Callable[[str], bool]
-) -> Path | None:
-  """Returns the folder of class folders in `folder`, or `folder` itself, if any."""
-  for place in (folder / source.folder, folder):
-    if place.is_dir() and any(is_class(entry.name) for entry in place.iterdir()):
-      return place
-  return None

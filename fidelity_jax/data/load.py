@@ -101,8 +101,6 @@ def load(
     UsageError: an impossible field, a missing path, or (strict) an unusable image.
   """
   check(config)
-  if split not in SPLITS:
-    raise UsageError(f"no split '{split}'; there are {', '.join(SPLITS)}")
   cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
   part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
   dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)

@@ -46,7 +46,7 @@ def sizes(
 
 def class_generator(seed: int, class_name: str) -> np.random.Generator:
   """Returns the generator of a class's draws under a split seed."""
-  key = np.array([seed % 2**64, zlib.crc32(class_name.encode())], np.uint64)
+  key = np.array([seed, zlib.crc32(class_name.encode())], np.uint64)
   return np.random.Generator(np.random.Philox(key=key))
 
 
