@@ -162,7 +162,7 @@ def test_caltech256_redrawn_by_seed(tmp_path, monkeypatch):
     assert sum(len(batch["label"]) for batch in batches) == 6
 
 
-def test_caltech256_from_an_extracted_folder(tmp_path):
+def test_caltech256_from_an_extracted_folder(tmp_path, monkeypatch):
   for name, content in caltech256_files().items():
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +173,14 @@ def test_caltech256_from_an_extracted_folder(tmp_path):
   inner = tmp_path / "mine" / "256_ObjectCategories"
   check_256(lambda split: data.load(config(inner), split))
   assert sorted(inner.iterdir()) == before
+  # The same images, wherever they are and whatever they come from.
+  archived = tmp_path / "archived"
+  put_archive(monkeypatch, archived, tar(caltech256_files()))
+  prints = {
+    data.load(config(path), "train").fingerprint
+    for path in (inner, inner.parent, archived)
+  }
+  assert len(prints) == 1
 
 
 def test_caltech101_from_a_zip_of_a_tar(tmp_path, monkeypatch):

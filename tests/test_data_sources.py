@@ -223,6 +223,27 @@ def test_a_folder_in_the_place_of_caltech256_needs_its_path_alone(folder):
   assert len(data.load(settings, "train")) == 6
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_the_fingerprint_does_not_depend_on_the_place(
+  folder, tmp_path, monkeypatch, kind
+):
+  root, name = folder, ""
+  if kind == "csv":
+    name = "table.csv"
+    paths = [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.jpg")]
+    (root / name).write_text("".join(f"{p},{p[:3]}\n" for p in paths))
+  elsewhere = tmp_path / "far" / "away"
+  shutil.copytree(root, elsewhere)
+  (tmp_path / "link").symlink_to(elsewhere)
+  monkeypatch.chdir(tmp_path / "far")
+  places = (root, elsewhere, tmp_path / "link", pathlib.Path("away"))
+  prints = [
+    {s: part.fingerprint for s, part in load_all(config(place / name)).items()}
+    for place in places
+  ]
+  assert prints[1:] == prints[:1] * 3 and len(set(prints[0].values())) == 3
+
+
 @pytest.mark.skipif(not CALTECH101.exists(), reason="needs ../shared/caltech101")
 def test_caltech101_with_the_authors_split():
   settings = config(CALTECH101, split_file="caltech101")

@@ -51,10 +51,12 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   # Independent of the training seed: every training run sees the same splits.
   config.split_seed = 0
   # JSON file of splits, or "caltech256" or "caltech101" for the authors' own lists;
-  # "": drawn by split_seed from fractions or counts; None: the dataset's own lists if
-  # it is one of the two, else drawn.
+  # "": drawn from all images by split_seed, from fractions or counts; None: the
+  # dataset's own splits (those lists, or a folder's sub-folders train, val and test),
+  # drawn if it has none.
   config.split_file = config_dict.placeholder(str)
-  # Shares of train, validation and test, per class.
+  # Shares of train, validation and test, per class. Of a folder that comes with train
+  # and one more split: the third one's share of train; the rest is trained on.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)
   # Numbers per class in place of fractions, -1: all that remain; (): fractions; None:
   # the paper's numbers if the dataset is one of the two, else fractions.
@@ -110,10 +112,11 @@ def load(
 
 
 def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
+  own = {}
   if config.name == "demo":
     whole = demo.build(config.per_class, config.split_seed)
   elif config.name == "folder":
-    whole = folder.build(config.path)
+    whole, own = folder.build(config.path)
   else:
     # TFDS takes seconds to import; most runs do not need it.
     from fidelity_jax.data import tfds_source
@@ -127,6 +130,8 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
     chosen = splits.from_file(
       config.split_file, whole.class_names, whole.keys, whole.labels
     )
+  elif own and config.split_file is None:
+    chosen = _own_splits(config, whole, own)
   else:
     counts = config.counts
     if counts is None:
@@ -140,6 +145,49 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
       counts=tuple(counts),
     )
   return dataclasses.replace(whole.select(chosen[split]), split=split)
+
+
+def _own_splits(
+  config: ml_collections.ConfigDict, whole: Dataset, own: splits.Chosen
+) -> splits.Chosen:
+  """Returns the splits that a folder comes with, the missing one drawn from train.
+
+  Raises:
+    UsageError: counts ask for other splits, or a class is not to be trained on.
+  """
+  if config.counts:
+    raise rules.refusal(
+      "config.dataset",
+      "counts",
+      config.counts,
+      f"draws splits, but {config.path} comes with its own: leave it (), or draw from "
+      "all of its images with --config.dataset.split_file=",
+    )
+  trained = set(whole.labels[own["train"]].tolist())
+  untrained = [i for i, n in enumerate(whole.labels.tolist()) if n not in trained]
+  if untrained:
+    key, name = whole.keys[untrained[0]], whole.class_names[whole.labels[untrained[0]]]
+    raise UsageError(
+      f"dataset.path: {config.path} has {len(untrained)} images of classes that are "
+      f"not in train, the first is {key} of class '{name}'; add images of these "
+      "classes to train, or move these away"
+    )
+  present = " and ".join(split for split in SPLITS if split in own)
+  message = f"{config.path}: {present} are its sub-folders"
+  if missing := next((split for split in SPLITS if split not in own), None):
+    share = config.fractions[SPLITS.index(missing)]
+    message += f"; {missing} is drawn from train, {share:.0%} of each class"
+    own = splits.draw_missing(
+      own,
+      missing,
+      share,
+      whole.class_names,
+      whole.labels,
+      whole.keys,
+      seed=config.split_seed,
+    )
+  folder.say_once(message)
+  return own
 
 
 def check(config: ml_collections.ConfigDict) -> None:
