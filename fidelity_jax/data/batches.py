@@ -181,7 +181,7 @@ def _grain_dataset(make, start: int, stop: int, num_workers: int) -> grain.IterD
   )
   if num_workers:
     # Grain reads flags before it starts processes; outside of absl's app.run, as in a
-    # test or a notebook, nobody has parsed them.
+    # test or a notebook, they have not been parsed.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(

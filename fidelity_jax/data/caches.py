@@ -1,4 +1,4 @@
-"""What is worth keeping between epochs and runs: decoded images, checked files."""
+"""Decoded images, kept in memory for this run or on disk for later ones."""
 
 import concurrent.futures
 import contextlib
@@ -250,7 +250,7 @@ def _in_threads(work, count: int) -> None:
     for future in [pool.submit(work, start) for start in range(0, count, _CHUNK)]:
       future.result()
   finally:
-    # Where one fails, or a signal strikes, the others need not be done.
+    # After a failure or a signal, what has not started is not needed any more.
     pool.shutdown(cancel_futures=True)
 
 

@@ -24,8 +24,8 @@ class Source:
   """Where a dataset comes from.
 
   Attributes:
-    url: of the archive, at the dataset's home.
-    md5: of the archive, as its home states it (and torchvision's source).
+    url: of the archive, on the dataset's site.
+    md5: of the archive, as the site states it (and torchvision's source).
     size: of the archive, for messages.
     folder: name of the folder of class folders inside of it.
     left_out: class folders that are no classes.
@@ -56,7 +56,7 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return splits.authors_lists(self.LIST)
 
   def class_key(self, folder: str) -> str:
-    """Returns what identifies a class among folder names that differ in writing."""
+    """Returns what identifies a class, however its folder's name is written."""
     return re.sub(r"[^a-z0-9]", "", folder.casefold())
 
   def extracted(self) -> Path | None:
@@ -99,7 +99,7 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
-    # Its download folders are no place to drop a file into by hand.
+    # It names downloads by digests, so a user could not put an archive there.
     del dl_manager
     self._check_complete(self.source)
     return {split: self._generate_examples(self.source, split) for split in SPLITS}

@@ -176,7 +176,7 @@ def _own_splits(
   message = f"{config.path}: {present} are its sub-folders"
   if missing := next((split for split in SPLITS if split not in own), None):
     share = config.fractions[SPLITS.index(missing)]
-    message += f"; {missing} is drawn from train, {share:.0%} of each class"
+    message += f"; {missing} is drawn from train, {100 * share:g}% of each class"
     own = splits.draw_missing(
       own,
       missing,

@@ -65,7 +65,7 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path) -> Dataset:
     absent = sorted(set(range(dataset.num_classes)) - set(usable.labels.tolist()))
     for label in absent[:_NAMED]:
       progress.say(f"class '{dataset.class_names[label]}' has no image to train on")
-  # What is not of one split is named with the first.
+  # What was left out before the images were split is named once, with train.
   _report(usable, [*(dataset.skipped if dataset.split == "train" else ()), *skipped])
   return usable.with_skipped(skipped)
 
@@ -89,7 +89,7 @@ def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
       if strict and any(f.reason for f in found.values()):
         return
   finally:
-    # What is known when something goes wrong, or a signal strikes, stays known.
+    # After a failure or a signal, what has been found until then is kept.
     try:
       pool.shutdown(cancel_futures=True)
       bar.close()
