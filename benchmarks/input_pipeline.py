@@ -41,7 +41,7 @@ from PIL import Image
 from torch_reference import torchvision
 
 from fidelity_jax import data
-from fidelity_jax.data import crops, images, pipeline
+from fidelity_jax.data import crops, images
 
 transforms = torchvision().transforms
 BATCH = 64
@@ -95,6 +95,7 @@ def our_batches(dataset: data.Dataset, size: int, workers: int, **options):
     image_size=size,
     batch_size=BATCH,
     seed=0,
+    purpose="classifier",
     epochs=10**6,
     num_workers=workers,
     **options,
@@ -136,7 +137,7 @@ def parts(datasets: dict[str, data.Dataset], size: int) -> dict[str, float]:
   encoded = [dataset.records[i] for i in chosen]
   pictures = [images.decode(record) for record in encoded]
   boxes = [
-    crops.random_box(*picture.shape[:2], pipeline.generator(0, 2, 0, i))
+    crops.random_box(*picture.shape[:2], np.random.default_rng(i))
     for i, picture in enumerate(pictures)
   ]
   cuts = [
@@ -248,6 +249,7 @@ def all_waits(options, datasets: dict[str, dict[str, data.Dataset]]) -> dict:
         image_size=steps.size,
         batch_size=steps.batch,
         seed=0,
+        purpose="classifier",
         epochs=10**6,
         num_workers=options.workers if options.processes else 0,
       )

@@ -250,6 +250,7 @@ class Trainer:
       image_size=settings.image_size,
       batch_size=settings.images_per_step,
       seed=settings.seed,
+      purpose=settings.purpose,
       epochs=settings.epochs,
       start_step=start_step,
       num_workers=settings.workers,

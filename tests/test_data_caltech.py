@@ -153,16 +153,16 @@ def test_caltech256_redrawn_by_seed(tmp_path, monkeypatch):
   assert len(set(keys)) == 15
   drawn.split_seed = 5
   assert data.load(drawn, "train").keys != parts[0].keys
-  # As many per class as the report has, unless told otherwise: all of these.
+  # As many per class as the paper has, unless told otherwise: all of these.
   assert len(data.load(config(folder, split_file=""), "train")) == 15
   fractions = config(folder, split_file="", counts=())
   assert len(data.load(fractions, "train")) == 9
-  options = {"image_size": 16, "batch_size": 3, "seed": 0, "epochs": 1}
+  options = {"image_size": 16, "batch_size": 3, "seed": 0, "purpose": "x", "epochs": 1}
   with data.train_iterator(parts[0], num_workers=1, **options) as batches:
     assert sum(len(batch["label"]) for batch in batches) == 6
 
 
-def test_caltech256_from_an_extracted_folder(tmp_path):
+def test_caltech256_from_an_extracted_folder(tmp_path, monkeypatch):
   for name, content in caltech256_files().items():
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +173,14 @@ def test_caltech256_from_an_extracted_folder(tmp_path):
   inner = tmp_path / "mine" / "256_ObjectCategories"
   check_256(lambda split: data.load(config(inner), split))
   assert sorted(inner.iterdir()) == before
+  # The same images, wherever they are and whatever they come from.
+  archived = tmp_path / "archived"
+  put_archive(monkeypatch, archived, tar(caltech256_files()))
+  prints = {
+    data.load(config(path), "train").fingerprint
+    for path in (inner, inner.parent, archived)
+  }
+  assert len(prints) == 1
 
 
 def test_caltech101_from_a_zip_of_a_tar(tmp_path, monkeypatch):

@@ -223,9 +223,25 @@ def test_a_folder_in_the_place_of_caltech256_needs_its_path_alone(folder):
   assert len(data.load(settings, "train")) == 6
 
 
-def test_unknown_split(folder):
-  with pytest.raises(UsageError, match="no split 'training'; there are train"):
-    data.load(config(folder), "training")
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_the_fingerprint_does_not_depend_on_the_place(
+  folder, tmp_path, monkeypatch, kind
+):
+  root, name = folder, ""
+  if kind == "csv":
+    name = "table.csv"
+    paths = [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.jpg")]
+    (root / name).write_text("".join(f"{p},{p[:3]}\n" for p in paths))
+  elsewhere = tmp_path / "far" / "away"
+  shutil.copytree(root, elsewhere)
+  (tmp_path / "link").symlink_to(elsewhere)
+  monkeypatch.chdir(tmp_path / "far")
+  places = (root, elsewhere, tmp_path / "link", pathlib.Path("away"))
+  prints = [
+    {s: part.fingerprint for s, part in load_all(config(place / name)).items()}
+    for place in places
+  ]
+  assert prints[1:] == prints[:1] * 3 and len(set(prints[0].values())) == 3
 
 
 @pytest.mark.skipif(not CALTECH101.exists(), reason="needs ../shared/caltech101")
@@ -238,6 +254,6 @@ def test_caltech101_with_the_authors_split():
   assert set(np.bincount(parts["validation"].labels)) == {6}
   assert not any(part.skipped for part in parts.values())
   with data.train_iterator(
-    parts["train"], image_size=224, batch_size=64, seed=0, epochs=1
+    parts["train"], image_size=224, batch_size=64, seed=0, purpose="x", epochs=1
   ) as batches:
     assert next(batches)["image"].shape == (64, 224, 224, 3)

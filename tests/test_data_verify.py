@@ -83,7 +83,7 @@ def test_usable_odd_images_are_used(folder):
   assert len(train) == 26 and not train.skipped
   for batch in data.eval_iterator(train, image_size=16, batch_size=8):
     assert batch["image"].dtype == np.uint8
-  options = {"image_size": 16, "batch_size": 26, "seed": 0, "epochs": 1}
+  options = {"image_size": 16, "batch_size": 26, "seed": 0, "purpose": "x", "epochs": 1}
   with data.train_iterator(train, **options) as batches:
     assert next(batches)["image"].shape == (26, 16, 16, 3)
 
@@ -121,7 +121,7 @@ def test_unreadable_files_and_folders_are_named(folder, monkeypatch):
     (root / "dog" / "private").chmod(0o700)
     (root / "dog").chmod(0)
     with without_privileges():
-      with pytest.raises(UsageError, match=r"cannot list the class folder .*dog"):
+      with pytest.raises(UsageError, match=r"cannot list the folder .*dog"):
         data.load(config(root), "train")
     (root / "dog").chmod(0o700)
     root.chmod(0)
@@ -133,7 +133,6 @@ def test_unreadable_files_and_folders_are_named(folder, monkeypatch):
     assert skipped == {
       "cat/image_0001.jpg": "Permission denied",
       "dog/private/": "Permission denied",
-      "lost+found/": "Permission denied",
     }
     assert len(train) == 19
 
@@ -210,7 +209,7 @@ def test_the_decoded_cache_changes_nothing(folder, kind, num_workers):
   plain = data.load(config(folder), "train")
   cached = data.load(config(folder, cache=kind), "train")
   assert cached.fingerprint == plain.fingerprint and cached.keys == plain.keys
-  options = {"image_size": 16, "batch_size": 4, "seed": 0, "epochs": 2}
+  options = {"image_size": 16, "batch_size": 4, "seed": 0, "purpose": "x", "epochs": 2}
   with data.train_iterator(plain, **options) as expected:
     with data.train_iterator(cached, num_workers=num_workers, **options) as actual:
       for one, other in zip(actual, expected, strict=True):
@@ -239,3 +238,27 @@ def test_a_cache_that_does_not_fit_is_refused(folder, monkeypatch):
   monkeypatch.setattr(platform, "host_memory", lambda: 1000)
   with pytest.raises(UsageError, match=r"more than half of the memory.*cache=disk"):
     data.load(config(folder, cache="ram"), "train")
+
+
+def test_all_that_is_held_in_memory_counts(folder, monkeypatch):
+  settings = config(folder, cache="ram", counts=(5, 5, 0))
+  size = {}
+  for split in ("train", "validation"):
+    part = data.load(config(folder, counts=(5, 5, 0)), split)
+    size[split] = sum(part.picture(i).pixels().size for i in range(len(part)))
+  # Each fits alone, and both together only to the byte.
+  memory = 2 * sum(size.values())
+  monkeypatch.setattr(platform, "host_memory", lambda: memory - 2)
+  train = data.load(settings, "train")
+  with pytest.raises(UsageError, match=r"beside .* of other splits, are more than"):
+    data.load(settings, "validation")
+  few = train.select([0])
+  del train
+  with pytest.raises(UsageError, match="beside"):
+    data.load(settings, "validation")
+  monkeypatch.setattr(platform, "host_memory", lambda: memory)
+  data.load(settings, "validation")
+  monkeypatch.setattr(platform, "host_memory", lambda: memory - 2)
+  assert few.records[0].shape[2] == 3
+  del few
+  data.load(settings, "validation")

@@ -373,7 +373,7 @@ def test_a_header_is_no_class(photographs, header):
 
   table = photographs / "table.csv"
   table.write_text(f"{header}\ncat/00.png,cat\ndog/00.png,dog\n")
-  assert folder.build(str(table)).class_names == ("cat", "dog")
+  assert folder.build(str(table))[0].class_names == ("cat", "dog")
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,6 @@ def _safe(name: str, where: str) -> str:
   if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
     raise RunError(
       f"{where} holds {name!r}, a path that leads out of the archive: it was made to "
-      "do harm and is refused; fetch the file from its home again"
+      "do harm and is refused; download the file again"
     )
   return str(path)

@@ -1,4 +1,4 @@
-"""What is worth keeping between epochs and runs: decoded images, checked files."""
+"""Decoded images, kept in memory for this run or on disk for later ones."""
 
 import concurrent.futures
 import contextlib
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ from fidelity_jax.data.dataset import Dataset
 from fidelity_jax.errors import RunError, UsageError
 
 _CHUNK = 32
-# Of the machine's memory, what a cache may take.
+# Of the machine's memory, what all caches of this process together may take.
 _MEMORY_SHARE = 0.5
 # After how many seconds an unfinished file is one that a killed run left behind.
 _STALE = 86_400
@@ -92,28 +92,28 @@ def decoded(dataset: Dataset, kind: str, cache_dir: Path) -> Dataset:
     The dataset with decoded records, fingerprint and batches unchanged.
 
   Raises:
-    UsageError: not enough memory or disk space; both numbers are named.
+    UsageError: not enough disk space, or all that this process holds in memory
+      would be more than half of the machine's; the numbers are named.
     RunError: the file cannot be written.
   """
   stem = cache_dir / f"decoded-{dataset.fingerprint[:32]}"
-  if kind == "disk" and (found := _reopen(stem, len(dataset))):
+  if kind == "disk" and (found := _reopen(stem)):
     return dataclasses.replace(dataset, records=found)
   shapes = _shapes(dataset)
   sizes = shapes.astype(np.int64).prod(axis=1) * 3
   offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
   total = int(sizes.sum())
+  owner = None
   try:
     if kind == "ram":
-      _check_room(
-        total, platform.host_memory() * _MEMORY_SHARE, "half of the memory", "disk"
-      )
-      path, owner = _memory_file(total)
+      _check_memory(total)
+      owner = _MemoryFile(total)
+      path = owner.path
       _fill(dataset, path, offsets, shapes)
     else:
       cache_dir.mkdir(parents=True, exist_ok=True)
-      free = shutil.disk_usage(cache_dir).free
-      _check_room(total, free, f"what is free in {cache_dir}", "ram")
-      path, owner = _write(dataset, stem, offsets, shapes, total), None
+      _check_disk(total, cache_dir)
+      path = _write(dataset, stem, offsets, shapes, total)
   except OSError as error:
     raise RunError(
       f"cannot cache {total / 2**20:.0f} MiB of decoded images (dataset.cache={kind}): "
@@ -131,12 +131,12 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
   shapes: list[tuple[int, int]]
 
 
-def _reopen(stem: Path, count: int) -> DecodedRecords | None:
+def _reopen(stem: Path) -> DecodedRecords | None:
   """Returns the records of an earlier run, None if absent or damaged."""
   pixels = stem.with_suffix(".u8")
   try:
     index = files.read_record(stem.with_suffix(".json"), _Index, "made again")
-    if files.version(pixels.stat()) != index.version or len(index.shapes) != count:
+    if files.version(pixels.stat()) != index.version:
       return None
   except (OSError, RunError):
     return None
@@ -183,60 +183,65 @@ def _allocate(handle: int, total: int) -> None:
         raise
 
 
-def _memory_file(total: int) -> tuple[str, object]:
-  """Returns the path of a file in memory and the object that keeps it."""
-  if hasattr(os, "memfd_create"):
-    # Anonymous: however this process ends, nothing is left behind. Its worker
-    # processes reach it through this path.
-    handle = os.memfd_create("fidelity_jax-decoded")
-    os.truncate(handle, total)
-    owner = _Owner()
-    weakref.finalize(owner, os.close, handle)
-    return f"/proc/{os.getpid()}/fd/{handle}", owner
-  file = tempfile.NamedTemporaryFile(prefix="fidelity_jax-")
-  file.truncate(total)
-  return file.name, file
+class _MemoryFile:
+  """A file in memory that goes with this object.
 
+  Attributes:
+    path: of the file, for this process and its worker processes.
+    size: in bytes.
+  """
 
-class _Owner:
-  """Something whose end can be waited for."""
+  # Those that there are in this process.
+  alive: "weakref.WeakSet[_MemoryFile]" = weakref.WeakSet()
+
+  def __init__(self, size: int):
+    self.size = size
+    if hasattr(os, "memfd_create"):
+      # Anonymous: however this process ends, nothing is left behind.
+      handle = os.memfd_create("fidelity_jax-decoded")
+      weakref.finalize(self, os.close, handle)
+      self.path = f"/proc/{os.getpid()}/fd/{handle}"
+    else:
+      self._file = tempfile.NamedTemporaryFile(prefix="fidelity_jax-")
+      self.path = self._file.name
+    os.truncate(self.path, size)
+    self.alive.add(self)
 
 
 def _fill(dataset: Dataset, path, offsets: np.ndarray, shapes: np.ndarray) -> None:
   pixels = np.memmap(path, np.uint8, mode="r+")
 
-  def decode(start: int) -> None:
-    for i in range(start, min(start + _CHUNK, len(dataset))):
-      image = _image(dataset, i)
-      if image.shape[:2] != tuple(shapes[i]):
-        raise RunError(f"{dataset.keys[i]}: changed while it was read")
-      begin = int(offsets[i])
-      pixels[begin : begin + image.size] = image.reshape(-1)
+  def decode(i: int) -> None:
+    image = dataset.picture(i).pixels()
+    begin = int(offsets[i])
+    pixels[begin : begin + image.size] = image.reshape(-1)
 
-  _in_threads(decode, len(dataset))
+  _for_each(dataset, decode)
   pixels.flush()
-
-
-def _image(dataset: Dataset, index: int) -> np.ndarray:
-  try:
-    return dataset.picture(index).pixels()
-  except images.BadImageError as error:
-    raise RunError(f"{dataset.keys[index]}: {error}") from error
 
 
 def _shapes(dataset: Dataset) -> np.ndarray:
   shapes = np.zeros((len(dataset), 2), np.int32)
 
-  def measure(start: int) -> None:
+  def measure(i: int) -> None:
+    picture = dataset.picture(i)
+    shapes[i] = picture.height, picture.width
+
+  _for_each(dataset, measure)
+  return shapes
+
+
+def _for_each(dataset: Dataset, work: Callable[[int], None]) -> None:
+  """Does something with every image, in threads."""
+
+  def chunk(start: int) -> None:
     for i in range(start, min(start + _CHUNK, len(dataset))):
       try:
-        picture = dataset.picture(i)
+        work(i)
       except images.BadImageError as error:
         raise RunError(f"{dataset.keys[i]}: {error}") from error
-      shapes[i] = picture.height, picture.width
 
-  _in_threads(measure, len(dataset))
-  return shapes
+  _in_threads(chunk, len(dataset))
 
 
 def _in_threads(work, count: int) -> None:
@@ -245,13 +250,29 @@ def _in_threads(work, count: int) -> None:
     for future in [pool.submit(work, start) for start in range(0, count, _CHUNK)]:
       future.result()
   finally:
-    # Where one fails, or a signal strikes, the others need not be done.
+    # After a failure or a signal, what has not started is not needed any more.
     pool.shutdown(cancel_futures=True)
 
 
-def _check_room(needed: int, room: float, what: str, other: str) -> None:
-  if needed > room:
+def _check_memory(needed: int) -> None:
+  room = platform.host_memory() * _MEMORY_SHARE
+  held = sum(file.size for file in _MemoryFile.alive)
+  if needed + held > room:
+    beside = f", beside {_gib(held)} of other splits," if held else ""
     raise UsageError(
-      f"dataset.cache: {needed / 2**30:.2f} GiB of decoded images are more than "
-      f"{what}, {room / 2**30:.2f} GiB; use dataset.cache={other} or None"
+      f"dataset.cache: {_gib(needed)} of decoded images{beside} are more than half of "
+      f"the memory, {_gib(room)}; use dataset.cache=disk or None"
     )
+
+
+def _check_disk(needed: int, folder: Path) -> None:
+  free = shutil.disk_usage(folder).free
+  if needed > free:
+    raise UsageError(
+      f"dataset.cache: {_gib(needed)} of decoded images are more than what is free in "
+      f"{folder}, {_gib(free)}; use dataset.cache=ram or None"
+    )
+
+
+def _gib(size: float) -> str:
+  return f"{size / 2**30:.2f} GiB"

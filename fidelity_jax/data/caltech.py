@@ -6,7 +6,7 @@ The encoded JPEGs go into ArrayRecord files as they are; TensorFlow is not neede
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
@@ -24,8 +24,8 @@ class Source:
   """Where a dataset comes from.
 
   Attributes:
-    url: of the archive, at the dataset's home.
-    md5: of the archive, as its home states it (and torchvision's source).
+    url: of the archive, on the dataset's site.
+    md5: of the archive, as the site states it (and torchvision's source).
     size: of the archive, for messages.
     folder: name of the folder of class folders inside of it.
     left_out: class folders that are no classes.
@@ -56,14 +56,18 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return splits.authors_lists(self.LIST)
 
   def class_key(self, folder: str) -> str:
-    """Returns what identifies a class among folder names that differ in writing."""
+    """Returns what identifies a class, however its folder's name is written."""
     return re.sub(r"[^a-z0-9]", "", folder.casefold())
 
   def extracted(self) -> Path | None:
     """Returns the folder of class folders, if the archive is extracted already."""
     classes = {self.class_key(name) for name in self.lists()}
-    is_class = lambda name: self.class_key(name) in classes
-    return extracted(self.SOURCE, self.source_dir, is_class)
+    for place in (self.source_dir / self.SOURCE.folder, self.source_dir):
+      if place.is_dir() and any(
+        self.class_key(entry.name) in classes for entry in place.iterdir()
+      ):
+        return place
+    return None
 
   @functools.cached_property
   def source(self) -> Path:
@@ -95,7 +99,7 @@ class _Caltech(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
-    # Its download folders are no place to drop a file into by hand.
+    # It names downloads by digests, so a user could not put an archive there.
     del dl_manager
     self._check_complete(self.source)
     return {split: self._generate_examples(self.source, split) for split in SPLITS}
@@ -210,13 +214,3 @@ class Caltech101(_Caltech, skip_registration=True):
     folder="101_ObjectCategories",
     left_out=("BACKGROUND_Google",),
   )
-
-
-def extracted(
-  source: Source, folder: Path, is_class: Callable[[str], bool]
-) -> Path | None:
-  """Returns the folder of class folders in `folder`, or `folder` itself, if any."""
-  for place in (folder / source.folder, folder):
-    if place.is_dir() and any(is_class(entry.name) for entry in place.iterdir()):
-      return place
-  return None

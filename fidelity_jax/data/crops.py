@@ -13,7 +13,7 @@ from PIL import Image
 
 from fidelity_jax.data import images
 
-# The pipeline has its own threads.
+# Batches are made by threads already.
 cv2.setNumThreads(0)
 
 DEFAULT_AREA = (0.08, 1.0)

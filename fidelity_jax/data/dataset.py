@@ -19,7 +19,8 @@ from fidelity_jax.errors import RunError, UsageError
 SPLITS = ("train", "validation", "test")
 # No image file is larger, in bytes.
 _LARGEST = 2**30
-# Errors that say something of a file, and not of the machine; None: `files.read_bytes`.
+# Errors that are about a file, not the machine; `files.read_bytes` raises some without
+# a number.
 _OF_THE_FILE = (
   None,
   errno.EACCES,
@@ -33,9 +34,9 @@ _OF_THE_FILE = (
 
 
 def check_of_the_file(error: OSError, what: str) -> None:
-  """Raises RunError if an error says nothing of a file, but of the machine.
+  """Raises RunError unless an error is about the file itself.
 
-  The file may be as good as any, in a moment.
+  With too many files open, for example, a good file cannot be read either.
   """
   if error.errno not in _OF_THE_FILE:
     reason = errors.circumstance(error) or error.strerror
@@ -64,7 +65,7 @@ class Records(Protocol):
   def versions(self) -> list[str]:
     """Returns per record a cheap text that changes even when it is only replaced.
 
-    "" for a record of which nothing can or need be remembered.
+    "" for a record that is to be checked in every run.
     """
 
   def select(self, indices: Sequence[int]) -> "Records":

@@ -1,4 +1,4 @@
-"""A folder of class folders, or a CSV file of paths and labels, as a dataset."""
+"""A folder of class folders, or of splits of them, or a CSV file, as a dataset."""
 
 import csv
 import functools
@@ -6,37 +6,40 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fidelity_jax import files, progress
-from fidelity_jax.data import images
+from fidelity_jax.data import images, splits
 from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped, check_of_the_file
 from fidelity_jax.errors import UsageError
 
-# What file systems put beside the folders of their users.
+# What file systems put beside their users' folders.
 _OF_THE_DISK = ("lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
-def build(path: str) -> Dataset:
+def build(path: str) -> tuple[Dataset, splits.Chosen]:
   """Lists the images below a folder, or those that a CSV file names.
 
-  Folder: every sub-folder is a class; its images are searched recursively. CSV: the
-  columns are path (relative to the CSV file) and label, with or without a header line
-  that names them. Class names are sorted; hidden files and files without an
-  image's suffix are ignored.
+  Folder: every sub-folder is a class; its images are searched recursively. If the
+  sub-folders are named as splits are (see `splits.NAMES`), those below them are the
+  classes. CSV: the columns are path (relative to the CSV file) and label, with or
+  without a header line that names them. Class names are sorted; hidden files and files
+  without an image's suffix are ignored.
 
   Args:
     path: a folder or a .csv file.
 
   Returns:
-    All images, not yet split and not yet opened. Keys are the paths relative to the
+    All images, not yet split and not yet opened, and the splits that the folder comes
+    with: at least train and another one, or {}. Keys are the paths relative to the
     folder, with forward slashes.
 
   Raises:
-    UsageError: the path does not exist, holds no images, or two class folders have
-      names that differ in letter case or Unicode form alone.
+    UsageError: the path does not exist, holds no images, has splits that cannot be
+      used, or two class folders have names that differ in letter case or Unicode form
+      alone.
   """
   root = files.expand(path)
   if not os.path.exists(root):
@@ -47,46 +50,110 @@ def build(path: str) -> Dataset:
         f"dataset.path: {root} is a file; give a folder with one sub-folder per "
         "class, or a .csv file of paths and labels"
       )
-    return _from_csv(root)
+    return _from_csv(root), {}
   return _from_folder(root)
 
 
-def _from_folder(root: Path) -> Dataset:
-  try:
-    folders = sorted(
-      entry.name
-      for entry in os.scandir(root)
-      if entry.is_dir() and not entry.name.startswith(".")
-    )
-  except OSError as error:
-    raise UsageError(f"dataset.path: cannot list {root}: {error.strerror}") from error
-  _refuse_collisions(root, folders)
+def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
   skipped, found = [], {}
-  for folder in folders:
-    try:
-      os.scandir(root / folder).close()
-    except PermissionError as error:
-      if folder in _OF_THE_DISK:
-        skipped.append(Skipped(folder + "/", error.strerror))
-        found[folder] = []
-        continue
+  parts = _split_folders(root)
+  for part in parts or ("",):
+    in_part = _class_images(root, part, skipped)
+    if not any(in_part.values()):
+      hint = f"; if '{part}' is a class and no split, use a .csv file" if part else ""
       raise UsageError(
-        f"dataset.path: cannot list the class folder {root / folder}: "
-        f"{error.strerror}: change its permissions, or move it away"
-      ) from error
-    found[folder] = sorted(_walk(root, folder, skipped))
-    if not found[folder]:
-      skipped.append(Skipped(folder + "/", "a class folder without images"))
-  class_names = tuple(name for name in folders if found[name])
-  if not class_names:
-    raise UsageError(
-      f"dataset.path: {root} has no sub-folder with images (one per class is needed)"
-    )
-  keys = [key for name in class_names for key in found[name]]
+        f"dataset.path: {root / part} has no sub-folder with images (one per class is "
+        f"needed){hint}"
+      )
+    for name, keys in in_part.items():
+      found.setdefault(name, []).extend(keys)
+  _refuse_collisions(root, sorted(found))
+  class_names = tuple(name for name in sorted(found) if found[name])
+  keys = [key for name in class_names for key in sorted(found[name])]
   labels = [label for label, name in enumerate(class_names) for _ in found[name]]
+  own = {split: [] for split in parts.values()}
+  for i, key in enumerate(keys if own else ()):
+    own[parts[key.partition("/")[0]]].append(i)
   # Names are shown, and need not be UTF-8.
   shown = tuple(os.fsencode(n).decode("utf-8", "backslashreplace") for n in class_names)
-  return _dataset(root, keys, labels, shown, skipped)
+  return _dataset(root, keys, labels, shown, skipped), own
+
+
+def _split_folders(root: Path) -> dict[str, str]:
+  """Returns the splits by sub-folder if a folder is divided into splits, else {}.
+
+  It is if no sub-folder with images has another name: a class may be called "train".
+
+  Raises:
+    UsageError: train is missing, or alone, or a split is there twice.
+  """
+  folders, _ = _listed(root)
+  found = {n: splits.NAMES.get(n.casefold()) for n in folders}
+  parts = {name: split for name, split in found.items() if split}
+  if not parts:
+    return {}
+  names = " and ".join(parts)
+  other = next((n for n in folders if n not in parts and any(_walk(root, n, []))), None)
+  if other is not None:
+    if len(set(parts.values())) > 1:
+      say_once(f"{root}: {names} are taken for classes, because '{other}' is no split")
+    return {}
+  if len(set(parts.values())) < len(parts):
+    raise UsageError(
+      f"dataset.path: of {names} in {root}, two mean the same split; move one away"
+    )
+  if list(parts.values()) == ["train"]:
+    raise UsageError(
+      f"dataset.path: {names} is the only folder in {root}; give {root / names}, which "
+      "is then divided into splits, or put a folder 'val' or 'test' beside it"
+    )
+  if "train" not in parts.values():
+    raise UsageError(
+      f"dataset.path: {root} is divided into splits ({names}), but 'train' is missing; "
+      "add it, or give a folder of class folders"
+    )
+  return parts
+
+
+def _class_images(
+  root: Path, part: str, skipped: list[Skipped]
+) -> dict[str, list[str]]:
+  """Returns the sorted keys of the images of each class folder in `root / part`."""
+  folders, strays = _listed(root / part)
+  place = f"{part}/" if part else ""
+  skipped += [Skipped(place + name, "an image in no class folder") for name in strays]
+  found = {}
+  for name in folders:
+    found[name] = sorted(_walk(root, place + name, skipped))
+    if not found[name]:
+      skipped.append(Skipped(f"{place}{name}/", "a class folder without images"))
+  return found
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+  """Returns the names of the sub-folders and of the images in a folder.
+
+  Raises:
+    UsageError: it, or one of them, cannot be listed.
+  """
+  try:
+    entries = [
+      entry
+      for entry in os.scandir(folder)
+      if not entry.name.startswith(".") and entry.name not in _OF_THE_DISK
+    ]
+  except OSError as error:
+    raise UsageError(f"dataset.path: cannot list {folder}: {error.strerror}") from error
+  folders = sorted(entry.name for entry in entries if _is_dir(entry))
+  for name in folders:
+    try:
+      os.scandir(folder / name).close()
+    except PermissionError as error:
+      raise UsageError(
+        f"dataset.path: cannot list the folder {folder / name}: {error.strerror}: "
+        "change its permissions, or move it away"
+      ) from error
+  return folders, sorted(entry.name for entry in entries if _is_image(entry))
 
 
 def _refuse_collisions(root: Path, names: list[str]) -> None:
@@ -105,7 +172,8 @@ def _refuse_collisions(root: Path, names: list[str]) -> None:
 def _walk(root: Path, folder: str, skipped: list[Skipped]) -> Iterator[str]:
   """Yields the keys of the images in a class folder, symbolic links followed once."""
   # A class folder may itself be a link to the folder of classes.
-  waiting = [(folder, frozenset({_identity(root)}))]
+  above = frozenset(_identity(root / p) for p in PurePosixPath(folder).parents)
+  waiting = [(folder, above)]
   while waiting:
     current, ancestors = waiting.pop()
     try:
@@ -122,7 +190,7 @@ def _walk(root: Path, folder: str, skipped: list[Skipped]) -> Iterator[str]:
       key = f"{current}/{entry.name}"
       if entry.name.startswith("."):
         continue
-      if Path(entry.name).suffix.lower() in images.SUFFIXES and not _is_dir(entry):
+      if _is_image(entry):
         yield key
       elif _is_dir(entry):
         waiting.append((key, ancestors | {identity}))
@@ -144,6 +212,10 @@ def _is_dir(entry: os.DirEntry) -> bool:
     return False
 
 
+def _is_image(entry: os.DirEntry) -> bool:
+  return Path(entry.name).suffix.lower() in images.SUFFIXES and not _is_dir(entry)
+
+
 def _from_csv(path: Path) -> Dataset:
   rows = {}
   try:
@@ -154,7 +226,7 @@ def _from_csv(path: Path) -> Dataset:
         continue
       if number == 1 and _is_header(path, cells):
         if cells != ["path", "label"]:
-          _say(f"{path}: line 1, {','.join(cells)}, is taken for a header")
+          say_once(f"{path}: line 1, {','.join(cells)}, is taken for a header")
         continue
       if len(cells) != 2 or not all(cells) or "\0" in "".join(cells):
         raise UsageError(
@@ -177,7 +249,7 @@ def _from_csv(path: Path) -> Dataset:
 
 
 @functools.cache
-def _say(message: str) -> None:
+def say_once(message: str) -> None:
   """Says something once, however many splits it is found for."""
   progress.say(message)
 

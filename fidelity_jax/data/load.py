@@ -12,8 +12,8 @@ from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
 
 _CALTECH = splits.AUTHORS
-# The report's numbers of train, validation and test per class; -1: all that remain.
-_REPORT_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
+# The paper's numbers of train, validation and test per class; -1: all that remain.
+_PAPER_COUNTS = {"caltech256": (48, 12, -1), "caltech101": (24, 6, -1)}
 
 # Every field of `config.dataset` and what it may hold.
 FIELDS: rules.Table = {
@@ -51,13 +51,15 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   # Independent of the training seed: every training run sees the same splits.
   config.split_seed = 0
   # JSON file of splits, or "caltech256" or "caltech101" for the authors' own lists;
-  # "": drawn by split_seed from fractions or counts; None: the dataset's own lists if
-  # it is one of the two, else drawn.
+  # "": drawn from all images by split_seed, from fractions or counts; None: the
+  # dataset's own splits (those lists, or a folder's sub-folders train, val and test),
+  # drawn if it has none.
   config.split_file = config_dict.placeholder(str)
-  # Shares of train, validation and test, per class.
+  # Shares of train, validation and test, per class. Of a folder that comes with train
+  # and one more split: the third one's share of train; the rest is trained on.
   config.fractions = (0.5, 0.15, 0.35) if name == "demo" else (0.6, 0.15, 0.25)
   # Numbers per class in place of fractions, -1: all that remain; (): fractions; None:
-  # the report's numbers if the dataset is one of the two, else fractions.
+  # the paper's numbers if the dataset is one of the two, else fractions.
   config.counts = config_dict.placeholder(tuple) if name in _CALTECH else ()
   # TFDS split expressions of train, validation and test, for datasets from TFDS.
   config.tfds_splits = ("train[:80%]", "train[80%:]", "test")
@@ -100,9 +102,7 @@ def load(
   Raises:
     UsageError: an impossible field, a missing path, or (strict) an unusable image.
   """
-  validate(config)
-  if split not in SPLITS:
-    raise UsageError(f"no split '{split}'; there are {', '.join(SPLITS)}")
+  check(config)
   cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
   part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
   dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)
@@ -112,10 +112,11 @@ def load(
 
 
 def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
+  own = {}
   if config.name == "demo":
     whole = demo.build(config.per_class, config.split_seed)
   elif config.name == "folder":
-    whole = folder.build(config.path)
+    whole, own = folder.build(config.path)
   else:
     # TFDS takes seconds to import; most runs do not need it.
     from fidelity_jax.data import tfds_source
@@ -129,10 +130,12 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
     chosen = splits.from_file(
       config.split_file, whole.class_names, whole.keys, whole.labels
     )
+  elif own and config.split_file is None:
+    chosen = _own_splits(config, whole, own)
   else:
     counts = config.counts
     if counts is None:
-      counts = _REPORT_COUNTS.get(config.name, ())
+      counts = _PAPER_COUNTS.get(config.name, ())
     chosen = splits.draw(
       whole.class_names,
       whole.labels,
@@ -144,7 +147,50 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
   return dataclasses.replace(whole.select(chosen[split]), split=split)
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def _own_splits(
+  config: ml_collections.ConfigDict, whole: Dataset, own: splits.Chosen
+) -> splits.Chosen:
+  """Returns the splits that a folder comes with, the missing one drawn from train.
+
+  Raises:
+    UsageError: counts ask for other splits, or a class is not to be trained on.
+  """
+  if config.counts:
+    raise rules.refusal(
+      "config.dataset",
+      "counts",
+      config.counts,
+      f"draws splits, but {config.path} comes with its own: leave it (), or draw from "
+      "all of its images with --config.dataset.split_file=",
+    )
+  trained = set(whole.labels[own["train"]].tolist())
+  untrained = [i for i, n in enumerate(whole.labels.tolist()) if n not in trained]
+  if untrained:
+    key, name = whole.keys[untrained[0]], whole.class_names[whole.labels[untrained[0]]]
+    raise UsageError(
+      f"dataset.path: {config.path} has {len(untrained)} images of classes that are "
+      f"not in train, the first is {key} of class '{name}'; add images of these "
+      "classes to train, or move these away"
+    )
+  present = " and ".join(split for split in SPLITS if split in own)
+  message = f"{config.path}: {present} are its sub-folders"
+  if missing := next((split for split in SPLITS if split not in own), None):
+    share = config.fractions[SPLITS.index(missing)]
+    message += f"; {missing} is drawn from train, {100 * share:g}% of each class"
+    own = splits.draw_missing(
+      own,
+      missing,
+      share,
+      whole.class_names,
+      whole.labels,
+      whole.keys,
+      seed=config.split_seed,
+    )
+  folder.say_once(message)
+  return own
+
+
+def check(config: ml_collections.ConfigDict) -> None:
   """Refuses impossible values.
 
   Raises:

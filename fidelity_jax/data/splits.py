@@ -14,7 +14,18 @@ from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import UsageError
 
 AUTHORS = ("caltech256", "caltech101")
-_VALIDATION = ("validation", "valid", "val")
+# What people call the splits, in files and as folders.
+NAMES = {
+  "train": "train",
+  "training": "train",
+  "validation": "validation",
+  "valid": "validation",
+  "val": "validation",
+  "test": "test",
+  "testing": "test",
+}
+# Split -> sorted example indices.
+Chosen = dict[str, list[int]]
 
 
 def sizes(
@@ -46,7 +57,7 @@ def sizes(
 
 def class_generator(seed: int, class_name: str) -> np.random.Generator:
   """Returns the generator of a class's draws under a split seed."""
-  key = np.array([seed % 2**64, zlib.crc32(class_name.encode())], np.uint64)
+  key = np.array([seed, zlib.crc32(class_name.encode())], np.uint64)
   return np.random.Generator(np.random.Philox(key=key))
 
 
@@ -58,7 +69,7 @@ def draw(
   seed: int,
   fractions: Sequence[float],
   counts: Sequence[int] = (),
-) -> dict[str, list[int]]:
+) -> Chosen:
   """Draws the splits of every class by a seed.
 
   A class's draw depends on the seed, its name and its sorted keys alone, so adding a
@@ -90,13 +101,49 @@ def draw(
   return {split: sorted(indices) for split, indices in chosen.items()}
 
 
+def draw_missing(
+  own: Chosen,
+  missing: str,
+  share: float,
+  class_names: Sequence[str],
+  labels: np.ndarray,
+  keys: Sequence[str],
+  *,
+  seed: int,
+) -> Chosen:
+  """Draws the one split that a dataset comes without from its training examples.
+
+  Args:
+    own: the two others.
+    missing: "validation" or "test".
+    share: of the training examples of each class, what is taken for it.
+    class_names: names by label.
+    labels: int32 [N].
+    keys: stable keys, N of them.
+    seed: the dataset's split seed.
+
+  Returns:
+    All three splits.
+  """
+  train = own["train"]
+  shares = {"train": 1 - share, missing: share}
+  drawn = draw(
+    class_names,
+    labels[train],
+    [keys[i] for i in train],
+    seed=seed,
+    fractions=[shares.get(split, 0) for split in SPLITS],
+  )
+  return own | {split: [train[i] for i in drawn[split]] for split in shares}
+
+
 # Class name -> (numbers of the training files, numbers of the validation files).
 Lists = Mapping[str, tuple[frozenset[int], frozenset[int]]]
 
 
 @functools.cache
 def authors_lists(name: str) -> Lists:
-  """Returns the split that the report's authors used.
+  """Returns the split that the paper's authors used.
 
   Args:
     name: one of `AUTHORS`.
@@ -118,11 +165,11 @@ def from_file(
   class_names: Sequence[str],
   keys: Sequence[str],
   labels: np.ndarray,
-) -> dict[str, list[int]]:
+) -> Chosen:
   """Reads splits from a JSON file.
 
-  The file holds {"train": ..., "validation": ..., "test": ...} ("valid" and "val" also
-  mean "validation"). Each is either a list of keys, or an object from class names to
+  The file holds {"train": ..., "validation": ..., "test": ...}, or other `NAMES` of
+  these. Each is either a list of keys, or an object from class names to
   lists of keys, file names or numbers; number 33 is the file of the class whose name
   ends in 33 ("image_0033.jpg"). Without "test", the test set is all that is not named.
 
@@ -150,22 +197,22 @@ def from_file(
       named = json.loads(files.read_bytes(files.expand(path)))
   except (OSError, ValueError, RecursionError) as error:
     raise UsageError(f"dataset.split_file: cannot read {path}: {error}") from error
-  if not isinstance(named, dict) or "train" not in named:
+  parts = {}
+  for name in named if isinstance(named, dict) else ():
+    split = NAMES.get(name)
+    if split is None:
+      raise UsageError(f"dataset.split_file: {path} has an unknown split '{name}'")
+    if split in parts:
+      raise UsageError(f"dataset.split_file: {path} has a {split} split twice")
+    parts[split] = named[name]
+  if "train" not in parts:
     raise UsageError(
       f"dataset.split_file: {path} is no JSON object with 'train', 'validation' and "
       "(optionally) 'test'"
     )
-  if unknown := sorted(set(named) - {*SPLITS, *_VALIDATION}):
-    raise UsageError(f"dataset.split_file: {path} has an unknown split '{unknown[0]}'")
-  if len(set(named) & set(_VALIDATION)) > 1:
-    raise UsageError(f"dataset.split_file: {path} has a validation split twice")
   finder = _Finder(path, class_names, keys, labels)
-  chosen = {"train": finder.find(named["train"])}
-  other = next((named[name] for name in _VALIDATION if name in named), [])
-  chosen["validation"] = finder.find(other)
-  if "test" in named:
-    chosen["test"] = finder.find(named["test"])
-  else:
+  chosen = {split: finder.find(parts.get(split, [])) for split in SPLITS}
+  if "test" not in parts:
     taken = {*chosen["train"], *chosen["validation"]}
     chosen["test"] = [i for i in range(len(keys)) if i not in taken]
   everything = [i for indices in chosen.values() for i in indices]
@@ -188,9 +235,14 @@ class _Finder:
     for i, key in enumerate(keys):
       file_name = key.rsplit("/", 1)[-1]
       class_name = class_names[labels[i]]
-      self._by_name[class_name, file_name] = i
+      self._add(self._by_name, (class_name, file_name), i)
       if digits := re.search(r"(\d+)(\.\w+)?$", file_name):
-        self._by_number[class_name, int(digits.group(1))] = i
+        self._add(self._by_number, (class_name, int(digits.group(1))), i)
+
+  @staticmethod
+  def _add(known: dict, place: object, index: int) -> None:
+    # None: more than one.
+    known[place] = None if place in known else index
 
   def find(self, named: list | dict) -> list[int]:
     """Returns the indices of a list of keys or an object of classes."""
@@ -232,5 +284,10 @@ class _Finder:
       raise UsageError(
         f"dataset.split_file: {self._path} names '{text}', which the dataset does not "
         "have"
+      )
+    if known[place] is None:
+      raise UsageError(
+        f"dataset.split_file: {self._path} names '{text}', of which the dataset has "
+        "several; name the paths below dataset.path"
       )
     return known[place]

@@ -142,7 +142,7 @@ def _prepared(
 ) -> tfds.core.DatasetBuilder:
   """Returns one of this package's builders, its files written if need be."""
   make.source_dir = folder
-  # Files that somebody extracted are not written among.
+  # A folder that the user extracted is not written into.
   own = folder / make.SOURCE.folder
   ours = os.access(folder, os.W_OK) or not folder.exists()
   if ours and (own.is_dir() or make(data_dir=folder).extracted() is None):

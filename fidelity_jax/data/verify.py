@@ -23,7 +23,7 @@ _NAMED = 10
 _CHUNK = 64
 
 
-def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Dataset:
+def verified(dataset: Dataset, *, strict: bool, cache_dir: Path) -> Dataset:
   """Returns the dataset without its unusable records, with digests of the others.
 
   The first ten records left out are each named in a line.
@@ -31,7 +31,7 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
   Args:
     dataset: what to check.
     strict: stop at the first unusable record instead.
-    cache_dir: where results are remembered; None for nowhere.
+    cache_dir: where results are remembered.
 
   Raises:
     UsageError: `strict`, and a record is unusable; or no usable record is left, or
@@ -65,7 +65,7 @@ def verified(dataset: Dataset, *, strict: bool, cache_dir: Path | None) -> Datas
     absent = sorted(set(range(dataset.num_classes)) - set(usable.labels.tolist()))
     for label in absent[:_NAMED]:
       progress.say(f"class '{dataset.class_names[label]}' has no image to train on")
-  # What is not of one split is named with the first.
+  # What was left out before the images were split is named once, with train.
   _report(usable, [*(dataset.skipped if dataset.split == "train" else ()), *skipped])
   return usable.with_skipped(skipped)
 
@@ -89,7 +89,7 @@ def _check_unknown(dataset: Dataset, store: "_Store", strict: bool) -> None:
       if strict and any(f.reason for f in found.values()):
         return
   finally:
-    # What is known when something goes wrong, or a signal strikes, stays known.
+    # After a failure or a signal, what has been found until then is kept.
     try:
       pool.shutdown(cancel_futures=True)
       bar.close()
@@ -156,11 +156,11 @@ class _Known(msgspec.Struct, forbid_unknown_fields=True):
 class _Store:
   """What is known of a dataset's files from earlier runs."""
 
-  def __init__(self, dataset: Dataset, cache_dir: Path | None):
+  def __init__(self, dataset: Dataset, cache_dir: Path):
     self.found: dict[int, _Found] = {}
     self._path = None
     self._keys, self._versions = dataset.keys, dataset.records.versions()
-    if cache_dir is None or not any(self._versions):
+    if not any(self._versions):
       return
     root = getattr(dataset.records, "root", "")
     place = f"{dataset.name}\n{root}\n{dataset.max_pixels}"

@@ -1,13 +1,15 @@
-"""Grain pipelines: which example comes when, decoded into uint8 batches.
+"""Which example comes when, decoded into uint8 batches by Grain.
 
 Every batch is a pure function of its number, so a run can start at any step and any
 worker can make any batch.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 
 import grain.python as grain
@@ -16,114 +18,102 @@ from absl import flags
 
 from fidelity_jax.data import crops, images
 from fidelity_jax.data.dataset import Dataset
-from fidelity_jax.errors import RunError, UsageError
+from fidelity_jax.errors import RunError
 
 Batch = dict[str, np.ndarray]
 
-# First words of the Philox key's second half: draws for different purposes differ.
-_SHUFFLE, _CROP = 1, 2
 
+def generator(seed: int, purpose: str, epoch: int, index: int) -> np.random.Generator:
+  """Returns the random generator that belongs to one place.
 
-def generator(seed: int, purpose: int, epoch: int, index: int) -> np.random.Generator:
-  """Returns the random generator that belongs to one place."""
-  key = np.array([seed % 2**64, purpose], np.uint64)
+  Args:
+    seed: the experiment's seed, in [0, 2**64).
+    purpose: a name; different purposes draw independently, as those of
+      `randomness.purpose_key` do on the device.
+    epoch: the pass over the dataset.
+    index: the example's index in its dataset; 0 for draws of a whole epoch.
+  """
+  key = np.array([seed, zlib.crc32(purpose.encode())], np.uint64)
   counter = np.array([0, 0, epoch, index], np.uint64)
   return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+def permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
   """Returns the order of an epoch, a permutation of `count` examples."""
-  return generator(seed, _SHUFFLE, epoch, 0).permutation(count).astype(np.int32)
+  draws = generator(seed, f"{purpose}/order", epoch, 0)
+  return draws.permutation(count).astype(np.int32)
 
 
-def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
-  """Returns the number of whole training batches in the dataset.
-
-  Raises:
-    UsageError: there is none.
-  """
-  if batch_size < 1:
-    raise UsageError(f"batch size {batch_size} is less than 1")
-  if batch_size > len(dataset):
-    raise UsageError(
-      f"batch size {batch_size} is larger than the {len(dataset)} examples of "
-      f"dataset '{dataset.name}', split '{dataset.split}'"
-    )
-  return len(dataset) // batch_size
+# Grain names its steps by their repr, which must not be that of all images.
+_plain = dataclasses.dataclass(frozen=True, eq=False, repr=False)
 
 
+@_plain
 class _TrainBatches:
   """Batch number -> this host's part of the batch."""
 
-  def __init__(
-    self,
-    dataset: Dataset,
-    image_size: int,
-    batch_size: int,
-    seed: int,
-    steps: int,
-    shard: slice,
-    crop: tuple[tuple[float, float], tuple[float, float]],
-    reduced: bool,
-  ):
-    self._dataset = dataset
-    self._image_size = image_size
-    self._batch_size = batch_size
-    self._seed = seed
-    self._steps = steps
-    self._shard = shard
-    self._crop = crop
-    self._reduced = reduced
+  dataset: Dataset
+  image_size: int
+  batch_size: int
+  seed: int
+  purpose: str
+  shard: slice
+  area: tuple[float, float]
+  aspect: tuple[float, float]
+  reduced: bool
 
   def __call__(self, step: int) -> Batch:
-    epoch, place = divmod(int(step), self._steps)
-    order = permutation(self._seed, epoch, len(self._dataset))
-    start = place * self._batch_size
-    index = order[start : start + self._batch_size][self._shard]
-    size = self._image_size
+    count = len(self.dataset)
+    epoch, place = divmod(int(step), count // self.batch_size)
+    order = permutation(self.seed, self.purpose, epoch, count)
+    start = place * self.batch_size
+    index = order[start : start + self.batch_size][self.shard]
+    size = self.image_size
     pixels = np.empty((len(index), size, size, 3), np.uint8)
     for row, i in enumerate(index.tolist()):
-      draws = generator(self._seed, _CROP, epoch, i)
-      with _naming(self._dataset, i):
-        picture = self._dataset.picture(i)
-        box = crops.random_box(picture.height, picture.width, draws, *self._crop)
-        if self._reduced:
+      draws = generator(self.seed, f"{self.purpose}/crop", epoch, i)
+      with _naming(self.dataset, i):
+        picture = self.dataset.picture(i)
+        box = crops.random_box(
+          picture.height, picture.width, draws, self.area, self.aspect
+        )
+        if self.reduced:
           crops.reduced(picture, box, pixels[row])
         else:
           crops.resized(picture.pixels(), box, pixels[row])
     return {
       "image": pixels,
-      "label": self._dataset.labels[index],
+      "label": self.dataset.labels[index],
       "index": index,
       "epoch": np.full(len(index), epoch, np.int32),
     }
 
 
+@_plain
 class _EvalBatches:
   """Batch number -> this host's part of the batch, the last one padded."""
 
-  def __init__(self, dataset: Dataset, image_size: int, batch_size: int, shard: slice):
-    self._dataset = dataset
-    self._image_size = image_size
-    self._batch_size = batch_size
-    self._shard = shard
+  dataset: Dataset
+  image_size: int
+  batch_size: int
+  shard: slice
 
   def __call__(self, step: int) -> Batch:
-    start = int(step) * self._batch_size
-    places = np.arange(start, start + self._batch_size, dtype=np.int32)[self._shard]
-    real = places < len(self._dataset)
+    start = int(step) * self.batch_size
+    places = np.arange(start, start + self.batch_size, dtype=np.int32)[self.shard]
+    real = places < len(self.dataset)
     index = np.where(real, places, 0).astype(np.int32)
-    size = self._image_size
+    size = self.image_size
     pixels = np.zeros((len(index), size, size, 3), np.uint8)
     for row in np.flatnonzero(real):
       i = int(index[row])
-      with _naming(self._dataset, i):
-        image = self._dataset.picture(i).pixels()
+      with _naming(self.dataset, i):
+        image = self.dataset.picture(i).pixels()
       crops.central(image, pixels[row])
     return {
       "image": pixels,
-      "label": np.where(real, self._dataset.labels[index], 0).astype(np.int32),
+      "label": np.where(real, self.dataset.labels[index], 0).astype(np.int32),
       "index": index,
       "epoch": np.zeros(len(index), np.int32),
       "mask": real.astype(np.float32),
@@ -142,48 +132,30 @@ def _naming(dataset: Dataset, index: int) -> Iterator[None]:
 
 
 class BatchIterator(Iterator[Batch]):
-  """Batches from a given step on, made ahead of use by threads or processes.
-
-  Attributes:
-    step: number of the next batch, counted from the start of training; with the
-      arguments of `train_iterator` it is all that is needed to go on from here.
-  """
+  """Batches from a given step on, made ahead of use by threads or processes."""
 
   def __init__(self, make, num_batches: int, start_step: int, num_workers: int):
     self._make = make
     self._num_batches = num_batches
     self._num_workers = num_workers
+    self._step = start_step
     self._batches = None
-    self.set_state({"step": start_step})
 
   def __next__(self) -> Batch:
-    if self.step >= self._num_batches:
+    if self._step >= self._num_batches:
       self.close()
       raise StopIteration
     if self._batches is None:
       self._batches = iter(
-        _grain_dataset(self._make, self.step, self._num_batches, self._num_workers)
+        _grain_dataset(self._make, self._step, self._num_batches, self._num_workers)
       )
     try:
       batch = next(self._batches)
     except BaseException:
       self.close()
       raise
-    self.step += 1
+    self._step += 1
     return batch
-
-  def __len__(self) -> int:
-    """Returns the number of batches that are still to come."""
-    return max(self._num_batches - self.step, 0)
-
-  def get_state(self) -> dict[str, int]:
-    """Returns the position, to be stored in a checkpoint."""
-    return {"step": self.step}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    """Goes to a position that `get_state` returned."""
-    self.close()
-    self.step = int(state["step"])
 
   def close(self) -> None:
     """Stops threads and worker processes; iteration may be taken up again."""
@@ -209,7 +181,7 @@ def _grain_dataset(make, start: int, stop: int, num_workers: int) -> grain.IterD
   )
   if num_workers:
     # Grain reads flags before it starts processes; outside of absl's app.run, as in a
-    # test or a notebook, nobody has parsed them.
+    # test or a notebook, they have not been parsed.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(
@@ -237,12 +209,6 @@ def _start_worker(worker: int, count: int) -> None:
 
 
 def _shard(batch_size: int, index: int, count: int) -> slice:
-  if count < 1 or not 0 <= index < count:
-    raise UsageError(f"shard {index} of {count} does not exist")
-  if batch_size % count:
-    raise UsageError(
-      f"batch size {batch_size} is not divisible by the {count} hosts that share it"
-    )
   share = batch_size // count
   return slice(index * share, (index + 1) * share)
 
@@ -253,6 +219,7 @@ def train_iterator(
   image_size: int,
   batch_size: int,
   seed: int,
+  purpose: str,
   epochs: int,
   start_step: int = 0,
   num_workers: int = 0,
@@ -265,14 +232,17 @@ def train_iterator(
   """Iterates over randomly cropped training batches.
 
   Each epoch is a new permutation, cut into whole batches; the remainder, another one
-  each epoch, is left out. An example's place and crop depend on (seed, epoch, example
-  index) alone.
+  each epoch, is left out. An example's place and crop depend on (seed, purpose, epoch,
+  example index) alone.
 
   Args:
     dataset: the training examples.
     image_size: side of the crops, in pixels.
-    batch_size: examples per batch, over all hosts.
+    batch_size: examples per batch, over all hosts: at most `len(dataset)`, and a
+      multiple of `shard_count`.
     seed: of the order and the crops.
+    purpose: what is trained, e.g. "classifier": under one seed, different purposes
+      have orders and crops of their own.
     epochs: passes over the dataset.
     start_step: number of the first batch; the ones before it cost nothing.
     num_workers: worker processes; 0 for threads of this process.
@@ -288,16 +258,21 @@ def train_iterator(
     "index": int32 [B], "epoch": int32 [B]} with B = batch_size / shard_count.
 
   Raises:
-    UsageError: the batch is larger than the dataset or cannot be shared evenly.
     RunError: from `next`, naming a record that can no longer be read.
   """
-  steps = steps_per_epoch(dataset, batch_size)
-  shard = _shard(batch_size, shard_index, shard_count)
-  crop = (tuple(crop_area), tuple(crop_aspect))
   make = _TrainBatches(
-    dataset, image_size, batch_size, seed, steps, shard, crop, reduced_decode
+    dataset,
+    image_size,
+    batch_size,
+    seed,
+    purpose,
+    _shard(batch_size, shard_index, shard_count),
+    tuple(crop_area),
+    tuple(crop_aspect),
+    reduced_decode,
   )
-  return BatchIterator(make, steps * epochs, start_step, num_workers)
+  num_batches = len(dataset) // batch_size * epochs
+  return BatchIterator(make, num_batches, start_step, num_workers)
 
 
 def eval_iterator(
@@ -317,7 +292,7 @@ def eval_iterator(
   Args:
     dataset: the examples.
     image_size: side of the crops, in pixels.
-    batch_size: examples per batch, over all hosts.
+    batch_size: examples per batch, over all hosts: a multiple of `shard_count`.
     num_workers: worker processes; 0 for threads of this process.
     shard_index: this host's number.
     shard_count: number of hosts; each gets a contiguous part of every batch.
@@ -326,11 +301,8 @@ def eval_iterator(
     An iterator of train_iterator's fields and "mask": float32 [B]; "epoch" is 0.
 
   Raises:
-    UsageError: the batch size is impossible.
     RunError: from `next`, naming a record that can no longer be read.
   """
-  if batch_size < 1:
-    raise UsageError(f"batch size {batch_size} is less than 1")
   shard = _shard(batch_size, shard_index, shard_count)
   make = _EvalBatches(dataset, image_size, batch_size, shard)
   return BatchIterator(make, -(-len(dataset) // batch_size), 0, num_workers)
