@@ -28,7 +28,8 @@ def _content(images="some", weights=None):
   return lambda config: stages.Content(images, weights, {"images": "", "weights": None})
 
 
-def _resolve(config, tmp_path, content=_content()):
+def _resolve(config, tmp_path, content=None):
+  content = content or _content()
   return stages.resolve(config.copy_and_resolve_references(), tmp_path, content)
 
 
@@ -169,7 +170,7 @@ def test_experiments_share_parents(tmp_path, size):
     assert names == ["classifier", "restorer", "estimator", "calibration"]
 
 
-# docs/method.md, section 6, per kind of stage; the restorer's also hold for the estimator.
+# docs/method.md, section 6, by kind; the restorer's also hold for the estimator.
 _PAPER = {
   "classifier": {
     "source": "clean",

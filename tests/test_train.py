@@ -1,5 +1,7 @@
 """The training loop's own parts; whole runs are in test_main and test_kills."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +68,56 @@ def test_validation_is_the_mean_over_rounds_of_fixed_degradations(make_trainer):
   np.testing.assert_allclose(first["validation/loss"], np.mean(losses), rtol=1e-5)
   once = make_trainer(1).validate(state)
   np.testing.assert_allclose(once["validation/loss"], losses[0], rtol=1e-5)
+
+
+_SHARDED = """
+import dataclasses, sys
+import jax
+from fidelity_jax import assembly, checkpoints, data, degradations, experiment
+from fidelity_jax import models, sharding, tasks, train
+mesh = sharding.make_mesh(8)
+assert mesh.size == 4, mesh
+some = data.load(data.default_config("demo"), "validation")
+inputs = tasks.Inputs(
+  degradations.from_config("awgn"), 0, "restorer", 32, 32, sharding.batch(mesh)
+)
+task = tasks.RestorationTask(
+  restorer=models.DnCNN(depth=2, width=4), inputs=inputs, patches_per_image=4
+)
+settings = train.Settings(
+  seed=0, purpose="restorer", image_size=64, images_per_step=2, epochs=1,
+  warmup_epochs=0, validation_rounds=1, learning_rate=1e-3, optimizer="adam",
+  checkpoint_seconds=60.0, workers=0, crop_area=(0.5, 1.0), crop_aspect=(1.0, 1.0),
+  reduced_decode=False,
+)
+trainer = train.Trainer("t", task, settings, some, some, sys.argv[1], mesh)
+state = trainer.initial_state()
+batch = next(data.prefetch_to_device(trainer._batches(0), trainer.batch_sharding))
+step = trainer.train_step.lower(state, trainer.frozen, batch).compile()
+print(trainer.validate(state)["validation/loss"])
+print("f32[2,32,32,4]" in step.as_text(), "all-reduce" in step.as_text())
+"""
+
+
+def test_patches_are_split_where_images_are_too_few(command, make_trainer, tmp_path):
+  """Two images of four patches each, on four devices."""
+  flags = "--xla_force_host_platform_device_count=4"
+  program = ("-c", _SHARDED)
+  env = {"XLA_FLAGS": flags}
+  result = command(tmp_path, program=program, env=env, check=0)
+  loss, *compiled = result.stdout.split()
+  # Each device convolves two patches.
+  assert compiled == ["True", "True"]
+  trainer = make_trainer(1)
+  alone = trainer.validate(trainer.initial_state())["validation/loss"]
+  np.testing.assert_allclose(float(loss), alone, rtol=1e-5)
+
+
+def test_a_validation_batch_is_bounded_in_patches(make_trainer):
+  trainer = make_trainer(1)
+  assert trainer._validation_size == 40
+  for images, patches, expected in ((8, 1, 32), (64, 1, 64), (2, 64, 2), (8, 4, 32)):
+    trainer.settings = dataclasses.replace(trainer.settings, images_per_step=images)
+    trainer.task = dataclasses.replace(trainer.task, patches_per_image=patches)
+    del trainer.__dict__["_validation_size"]
+    assert trainer._validation_size == expected

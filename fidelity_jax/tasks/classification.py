@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fidelity_jax import data, models, rules
+from fidelity_jax import errors, models, rules
 from fidelity_jax.models import registry
 from fidelity_jax.tasks import base
 
@@ -45,9 +45,14 @@ class ClassificationTask(base.Task):
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     variables = self.classifier.init(key, images)
     if initial:
-      if not self.new_head:
-        given = initial["params"]["head"]["logits"]["bias"].shape[0]
-        data.check_num_classes(self.classifier.num_classes, given)
+      head = initial["params"].get("head")
+      given = head["logits"]["bias"].shape[0] if head else self.classifier.num_classes
+      if not self.new_head and given != self.classifier.num_classes:
+        raise errors.UsageError(
+          f"the head of the weights has {given} classes, and the dataset "
+          f"{self.classifier.num_classes}: name the dataset that it was trained on, or "
+          "set model.new_head=True"
+        )
       variables = models.transfer(variables, initial, self.new_head)
     return variables["params"], variables.get("batch_stats", {})
 
