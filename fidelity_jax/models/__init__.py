@@ -1,6 +1,6 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
-from fidelity_jax.models import dncnn, layers
+from fidelity_jax.models import dncnn, layers, registry
 from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
@@ -17,5 +17,6 @@ __all__ = [
   "dncnn",
   "fold",
   "layers",
+  "registry",
   "transfer",
 ]

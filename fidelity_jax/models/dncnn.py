@@ -49,6 +49,16 @@ class DnCNN(nn.Module):
     x = self.some_layers(x, range(self.depth), train)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
+  @property
+  def epsilon(self) -> float:
+    """Of the batch norms."""
+    return layers.ConvNorm.epsilon
+
+  @nn.nowrap
+  def folded(self) -> "DnCNN":
+    """Returns the network without batch norm."""
+    return self.clone(batch_norm=False)
+
   @nn.compact
   def some_layers(self, x: jax.Array, which: range, train: bool = False) -> jax.Array:
     """Returns what the layers `which` make of the output of those before them."""
