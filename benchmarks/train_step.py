@@ -64,7 +64,7 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   """Returns a function that runs one training step, on the project's own modules."""
   size = batch["image"].shape[1]
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  classifier = models.create({"name": "resnet50"}, CLASSES, dtype, folded=True)
+  classifier = models.create({"name": "resnet50"}, CLASSES, dtype).folded()
   dncnn = models.DnCNN(dtype=dtype)
   images = jnp.zeros((1, size, size, 3))
   frozen = {

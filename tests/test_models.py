@@ -1,6 +1,7 @@
 """The networks' interface and the layers that PyTorch defines differently."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def test_calibration_parameter_counts(name, convs):
   multiplication, concatenation = size * hidden + hidden, 2 * size * hidden + hidden
   expected = 2 * module.num_taps * stack + multiplication + concatenation + 2 * out
   assert count(variables["params"]) == expected
-  # The report gives 10.49 M with the released code's two convolutions.
+  # The paper gives 10.49 M with the released code's two convolutions.
   published = {("resnet50", 2): 10_493_734, ("vgg16", 2): 1_573_598_894}
   assert expected == published.get((name, convs), expected)
 
@@ -91,12 +92,12 @@ def test_free_resnet_runs_and_folds():
   folded, folded_variables = models.fold(module, variables)
   folded_logits, _ = jax.jit(folded.apply)(folded_variables, images)
   assert reference.relative_error(folded_logits, logits) < 1e-5
-  assert folded == models.create(TINY, 5, folded=True)
+  assert folded == module.folded()
   assert models.fold(folded, folded_variables)[0] == folded
 
 
 def test_taps_steer_and_keep_the_dtype():
-  module = models.create(TINY, 5, dtype=jnp.bfloat16, folded=True)
+  module = models.create(TINY, 5, jnp.bfloat16).folded()
   images = reference.images(2, 33)
   variables = jax.jit(module.init)(jax.random.key(0), images)
   seen = []
@@ -199,7 +200,7 @@ def test_googlenets_rescaling_when_steered_is_a_field():
   assert skipping.tap_sizes((32, 24)) == default.tap_sizes((32, 24))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes(skipping))
   folded, _ = models.fold(skipping, zeros)
-  assert folded == models.create(fields, 5, folded=True)
+  assert folded.aux1 is None and folded == skipping.folded()
   assert folded.backbone.transform_input and not folded.backbone.transform_steered
   with pytest.raises(errors.UsageError, match=r"model\.transform_steered"):
     models.create({"name": "resnet50", "transform_steered": False}, 5)
@@ -292,4 +293,32 @@ def test_dncnn_starts_he_normal_and_has_the_published_size():
 
 def test_normalize():
   x = np.array(layers.IMAGENET_MEAN, np.float32) + [[layers.IMAGENET_STD]]
-  np.testing.assert_allclose(layers.normalize(x[None].astype("f4")), 1.0, rtol=1e-5)
+  normalized = models.create(TINY, 5).normalize(x[None].astype("f4"))
+  np.testing.assert_allclose(normalized, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_completed_configs(name):
+  full = registry.complete({"name": name})
+  unset = dict.fromkeys(full) | {"name": name, "weights": None, "new_head": True}
+  assert registry.complete(unset) == registry.complete(full) == full
+  assert json.loads(json.dumps(full)).keys() == full.keys()
+  assert models.create(full, 5) == models.create({"name": name}, 5)
+  assert set(registry.steering_fields(name)) <= full.keys()
+
+
+def test_completed_values():
+  block = {"name": "resnet50", "stage_sizes": [3, 4, 6, 3], "weights": "a.pth"}
+  assert registry.complete(block) == {
+    "name": "resnet50",
+    "stage_sizes": (3, 4, 6, 3),
+    "width": 64,
+    "block": "bottleneck",
+  }
+  googlenet = {"name": "googlenet", "transform_steered": False}
+  assert registry.complete(googlenet)["transform_input"] is False
+  from_weights = registry.complete({**googlenet, "weights": "a.pth"})
+  assert from_weights["transform_input"] and not from_weights["transform_steered"]
+  assert registry.complete(from_weights) == from_weights
+  assert registry.steering_fields("googlenet") == ("transform_steered",)
+  assert registry.steering_fields("resnet18") == ()

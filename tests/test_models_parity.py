@@ -12,7 +12,8 @@ import pytest
 import torch_reference as reference
 
 from fidelity_jax import models
-from fidelity_jax.port import layouts, networks
+from fidelity_jax.models.backbone import Table
+from fidelity_jax.port import layouts, parts
 
 CLASSES = 7
 NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
@@ -28,13 +29,13 @@ class Network:
   name: str
   torch: Any
   config: dict
+  table: Table
   variables: dict
 
   def convert(self, tensors, collection):
     """Returns tensors by PyTorch name as one of our collections."""
     shapes = {collection: self.variables[collection]}
-    table = layouts.NETWORKS[self.name]
-    return layouts.convert(tensors, shapes, table, self.name)[collection]
+    return layouts.convert(tensors, shapes, self.table, self.name)[collection]
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,9 +43,10 @@ def network(name: str) -> Network:
   transform = {"transform_input": True} if name == "googlenet" else {}
   theirs = reference.build(name, CLASSES, **transform)
   state = reference.state_dict(theirs)
-  config = {**networks.network_config(state), **transform}
-  part = networks.classifier(state, config, name)
-  return Network(name, theirs, config, part.variables)
+  config, layout = models.registry.recognize(state)
+  assert config["name"] == name
+  part = parts.network(state, config, layout, True, name)["classifier"]
+  return Network(name, theirs, config, layout.table, part.variables)
 
 
 def to_torch(images):
@@ -202,10 +204,9 @@ def check_training(name, size, batch, tries=6):
 def check_logits(name, size, batch, dtype, folded, tolerance):
   ours = network(name)
   images, _, expected = torch_evaluation(name, size, batch)
-  module = models.create(ours.config, CLASSES, dtype=dtype, folded=folded)
-  variables = ours.variables
+  module, variables = models.create(ours.config, CLASSES, dtype), ours.variables
   if folded:
-    _, variables = models.fold(models.create(ours.config, CLASSES), variables)
+    module, variables = models.fold(module, variables)
     assert list(variables) == ["params"]
     assert list(variables["params"]) == ["backbone", "head"]
   logits, aux = jax.jit(module.apply)(variables, images)

@@ -1,5 +1,6 @@
 """Foreign checkpoints: recognized by content, converted, refused with names."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -14,9 +15,9 @@ import pytest
 import safetensors.numpy
 import torch_reference as reference
 
-from fidelity_jax import errors, models, port
+from fidelity_jax import errors, files, models, port
 from fidelity_jax.port import __main__ as command
-from fidelity_jax.port import loading, reading
+from fidelity_jax.port import reading, recognizing
 
 torch = pytest.importorskip("torch")
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "parity"
@@ -93,7 +94,7 @@ def test_files_that_training_scripts_write(resnet18, tmp_path):
 
 def test_any_basic_or_bottleneck_resnet_is_recognized():
   network = reference.build("resnet34", 3)
-  part = loading.recognize(reference.state_dict(network), pathlib.Path("f.pth"))
+  part = recognizing.recognize(reference.state_dict(network), "f.pth")
   config = part["classifier"].config["model"]
   assert config == {
     "name": "resnet",
@@ -111,9 +112,8 @@ def test_any_basic_or_bottleneck_resnet_is_recognized():
 
 
 def test_googlenet_with_and_without_auxiliary_heads():
-  path = pathlib.Path("f.pth")
   state = reference.state_dict(reference.build("googlenet", 4))
-  part = loading.recognize(state, path)["classifier"]
+  part = recognizing.recognize(state, "f.pth")["classifier"]
   assert part.config["model"] == {
     "name": "googlenet",
     "aux_heads": True,
@@ -121,7 +121,7 @@ def test_googlenet_with_and_without_auxiliary_heads():
   }
   assert {"aux1", "aux2"} < part.variables["params"].keys()
   bare = {k: v for k, v in state.items() if not k.startswith("aux")}
-  part = loading.recognize(bare, path, transform_input=False)["classifier"]
+  part = recognizing.recognize(bare, "f.pth", transform_input=False)["classifier"]
   assert part.config["model"]["aux_heads"] is False
   assert part.config["model"]["transform_input"] is False
   assert set(part.variables["params"]) == {"backbone", "head"}
@@ -143,7 +143,7 @@ def test_vgg16_features_take_imagenet_input():
   for name in state:
     if name.startswith("classifier."):
       state[name] = np.full_like(state[name], np.nan)
-  parts = loading.recognize(state, pathlib.Path("f.pth"))
+  parts = recognizing.recognize(state, "f.pth")
   assert list(parts) == ["backbone"]
   conv = parts["backbone"].variables["params"]["backbone"]["conv1_1"]
   pixels = np.random.default_rng(0).uniform(size=(1, 9, 9, 3)).astype(np.float32)
@@ -158,8 +158,23 @@ def test_vgg16_features_take_imagenet_input():
     state["features.0.weight"].transpose(2, 3, 1, 0),
     state["features.0.bias"],
   )
-  ours = apply(models.layers.normalize(pixels), conv["kernel"], conv["bias"])
+  classifier = models.create(parts["backbone"].config["model"], 2)
+  ours = apply(classifier.normalize(pixels), conv["kernel"], conv["bias"])
   assert reference.relative_error(ours, theirs) < 1e-5
+
+
+def test_a_network_without_its_head_is_a_backbone(resnet18, tmp_path):
+  whole = port.load(save_torch(resnet18, tmp_path / "whole.pth"))["classifier"]
+  bare = {k: v for k, v in resnet18.items() if not k.startswith("fc.")}
+  parts = port.load(save_torch(bare, tmp_path / "bare.pth"))
+  assert list(parts) == ["backbone"]
+  for collection, tree in parts["backbone"].variables.items():
+    assert_same(tree, {"backbone": whole.variables[collection]["backbone"]})
+  state = resnet18 | {"fc.weight": np.float32(1)}
+  with pytest.raises(
+    errors.UsageError, match=r"fc\.weight \(\) \(should have 2 axes\)"
+  ):
+    port.load(save_torch(state, tmp_path / "scalar.pth"))
 
 
 def test_class_names(resnet18, tmp_path):
@@ -225,9 +240,14 @@ def test_denoisers_that_do_not_fit(tmp_path):
     broken = {k: v for k, v in state.items() if k != name}
     with pytest.raises(errors.UsageError, match=match):
       port.load(save_torch(broken, path))
-  state["model.2.weight"] = np.zeros((8, 9, 3, 3), np.float32)
-  with pytest.raises(errors.UsageError, match=r"misshapen 2\.weight \(8, 9, 3, 3\)"):
-    port.load(save_torch(state, path))
+  for name, shape, match in (
+    ("2.weight", (8, 9, 3, 3), r"misshapen 2\.weight \(8, 9, 3, 3\)"),
+    ("2.bias", (9,), r"misshapen 2\.bias \(should be \(8,\)\)"),
+    ("3.running_var", (9,), r"misshapen 3\.\* \(should be \(8,\)\)"),
+  ):
+    broken = state | {f"model.{name}": np.zeros(shape, np.float32)}
+    with pytest.raises(errors.UsageError, match=match):
+      port.load(save_torch(broken, path))
 
 
 def stack(convs: int, channels: int = 4) -> dict:
@@ -376,7 +396,7 @@ def test_the_parity_manifest_is_a_whole_model(tmp_path):
   manifest = SHARED / "resnet50_oracle_l1.manifest.json"
   shapes = json.loads(manifest.read_text())
   state = {k: np.zeros(v, np.float32) for k, v in shapes.items()}
-  parts = loading.recognize(state, pathlib.Path("f.pth"))
+  parts = recognizing.recognize(state, "f.pth")
   assert set(parts) == {"restorer", "classifier", "calibration", "ensemble"}
   assert parts["restorer"].config["depth"] == 20
   assert parts["classifier"].config["model"] == {"name": "resnet50"}
@@ -465,6 +485,8 @@ def test_command_writes_a_directory_that_loads_again(resnet18, tmp_path, capsys)
     again = port.load_part(target, name)
     assert again.config == part.config
     assert_same(again.variables, part.variables)
+  index = files.read_json(target / "port.json", "")
+  assert index["checkpoint"] == str(source)
   # Once more replaces it; another directory is never replaced.
   denoiser = prefixed("model.", reference.state_dict(sequential(3, 1, False, True)))
   assert (
@@ -505,3 +527,33 @@ def test_a_port_that_is_stopped_leaves_the_one_before(tmp_path, monkeypatch):
   port.save(part("second"), target, "second")
   assert list(port.load(target)["dncnn"].variables["params"]) == ["second"]
   assert [path.name for path in tmp_path.iterdir()] == ["ported"]
+
+
+def test_content_digests_follow_the_content(tmp_path):
+  state = {"model.0.weight": np.ones((4, 1, 3, 3), np.float32)}
+  state["model.2.weight"] = np.ones((1, 4, 3, 3), np.float32)
+  file, target = tmp_path / "a.safetensors", tmp_path / "ported"
+  safetensors.numpy.save_file(state, file)
+  port.save(port.load(file), target, "elsewhere")
+  digests = [port.content_digest(file), port.content_digest(target)]
+  assert len(set(digests)) == 2 and all(len(digest) == 64 for digest in digests)
+  assert digests[0] == hashlib.sha256(file.read_bytes()).hexdigest()
+  moved = [file.rename(tmp_path / "b.safetensors"), target.rename(tmp_path / "moved")]
+  assert [port.content_digest(str(path)) for path in moved] == digests
+  port.save(port.load(moved[0]), target, "what it came from does not count")
+  assert port.content_digest(target) == digests[1]
+  safetensors.numpy.save_file({k: 2 * v for k, v in state.items()}, moved[0])
+  port.save(port.load(moved[0]), moved[1], "elsewhere")
+  assert not {port.content_digest(path) for path in moved} & set(digests)
+  with pytest.raises(errors.UsageError, match="there is no file"):
+    port.content_digest(file)
+  with pytest.raises(errors.UsageError, match=r"without port\.json"):
+    port.content_digest(tmp_path)
+
+
+def test_a_directory_that_an_earlier_version_ported(tmp_path):
+  index = files.seal({"source": "a.pth", "parts": {}})
+  files.write_json(tmp_path / "port.json", index)
+  for function in (port.load, port.content_digest):
+    with pytest.raises(errors.RunError, match=r"another version.*port its checkpoint"):
+      function(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from file_server import serving
 
-from fidelity_jax import downloading, errors, port
+from fidelity_jax import errors, port
 from fidelity_jax.port import published
 
 
@@ -18,10 +18,11 @@ def test_a_name_becomes_a_network(tmp_path, monkeypatch):
   content = safetensors.numpy.save(state)
   name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
   monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setitem(published.FILES, "torchvision/resnet50", name)
   with serving(content) as server:
-    monkeypatch.setattr(published, "BASE_URL", server.url)
-    part = port.load_part("torchvision/resnet50", "restorer")
+    monkeypatch.setitem(published.FILES, "torchvision/resnet50", server.url + name)
+    digest = port.content_digest("torchvision/resnet50")
+  part = port.load_part("torchvision/resnet50", "restorer")
+  assert digest == hashlib.sha256(content).hexdigest()
   assert part.config["depth"] == 2
   assert (tmp_path / "cache" / name).read_bytes() == content
 
@@ -29,24 +30,31 @@ def test_a_name_becomes_a_network(tmp_path, monkeypatch):
 def test_without_a_network_tells_what_to_put_where(tmp_path, monkeypatch):
   with serving(b"") as server:
     url = server.url  # Nobody listens there any more afterwards.
-  monkeypatch.setattr(published, "BASE_URL", url)
+  url += "resnet50-0676ba61.pth"
+  monkeypatch.setitem(published.FILES, "torchvision/resnet50", url)
   monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path))
-  with pytest.raises(errors.RunError) as caught:
-    port.load("torchvision/resnet50")
-  message = str(caught.value)
-  for part in (f"{url}resnet50-0676ba61.pth", "starts 0676ba61", str(tmp_path)):
-    assert part in message
-  assert "\n" not in message
+  for function in (port.load, port.content_digest):
+    with pytest.raises(errors.Missing) as caught:
+      function("torchvision/resnet50")
+    message = str(caught.value)
+    for part in (url, "starts 0676ba61", str(tmp_path)):
+      assert part in message
+    assert "\n" not in message
 
 
-def test_names(monkeypatch):
+@pytest.mark.parametrize("name", published.FILES)
+def test_a_file_of_another_content(name, tmp_path, monkeypatch):
+  """It is refused by the digits in its name."""
+  monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path))
+  file = published.FILES[name].rpartition("/")[2]
+  (tmp_path / file).write_bytes(b"something else")
+  digits = file.removesuffix(".pth")[-8:]
+  with pytest.raises(
+    errors.RunError, match=f"SHA-256 starts [0-9a-f]{{8}}, not {digits}"
+  ):
+    port.load(name)
+
+
+def test_an_unknown_name():
   with pytest.raises(errors.UsageError, match=r"mean 'torchvision/resnet50'"):
     port.load("torchvision/resnet5O")
-  checksums = []
-  monkeypatch.setattr(
-    downloading, "fetch", lambda url, folder, checksum: checksums.append(checksum)
-  )
-  for name, file in published.FILES.items():
-    published.find(name)
-    assert checksums[-1] == f"sha256:{file.rpartition('-')[2].partition('.')[0]}"
-    assert len(checksums[-1]) == len("sha256:") + 8

@@ -1,6 +1,6 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
-from fidelity_jax.models import dncnn, layers, restorers
+from fidelity_jax.models import dncnn, layers, registry, restorers
 from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
@@ -19,6 +19,7 @@ __all__ = [
   "dncnn",
   "fold",
   "layers",
+  "registry",
   "restorers",
   "transfer",
 ]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax.models import layers, pooling
+from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.classifier import Classifier
 
 # Per stage: (channels, kernel, stride, padding) of its convolutions. Each of the three
 # stages ends in a 3x3 max pool of stride 2.
@@ -17,7 +19,7 @@ _STAGES = (
 )
 
 
-class AlexNet(nn.Module):
+class AlexNet(Backbone):
   """The part of AlexNet before its fully connected layers; 5 taps, 9216 features.
 
   Taps: the input, the feature before each max pool, and the feature before the
@@ -25,16 +27,13 @@ class AlexNet(nn.Module):
   63 pixels and more.
 
   Attributes:
-    norm: there is no batch norm; accepted for the interface's sake.
     dtype: compute dtype.
   """
 
-  norm: bool = True
   dtype: Any = jnp.float32
 
   num_taps: ClassVar[int] = 5
   feature_size: ClassVar[int] = 256 * 6 * 6
-  epsilon: ClassVar[float] = 1e-5
 
   @nn.compact
   def __call__(
@@ -45,11 +44,12 @@ class AlexNet(nn.Module):
     Args:
       x: normalized images [N, H, W, 3].
       tap: called at the five taps.
-      train: accepted for the interface's sake.
+      train: changes nothing: there is no batch norm.
 
     Raises:
       errors.UsageError: the images are too small.
     """
+    del train
     layers.check_image(x, "AlexNet", 63)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
     number = 0
@@ -69,3 +69,32 @@ class AlexNet(nn.Module):
       x = pooling.max_pool(layers.apply_tap(tap, stage + 1, x), 3, 2)
     x = layers.apply_tap(tap, 4, x)
     return layers.flatten_chw(layers.adaptive_average_pool(x, 6)), ()
+
+
+def _build(num_classes: int, dtype: Any, *, dropout: float) -> Classifier:
+  rates = (dropout, dropout, 0.0)
+  head = layers.Head(num_classes, (4096, 4096), rates, dtype=dtype)
+  return Classifier(AlexNet(dtype), head)
+
+
+_TORCHVISION = (
+  *((f"backbone/conv{i}", f"features.{n}") for i, n in enumerate((0, 3, 6, 8, 10), 1)),
+  ("head/fc1", "classifier.1"),
+  ("head/fc2", "classifier.4"),
+  ("head/logits", "classifier.6"),
+)
+
+
+def _recognize(state: State) -> dict[str, Any] | None:
+  first = state.get("features.0.weight")
+  if first is None or first.shape[2:] != (11, 11):
+    return None
+  return {"name": "alexnet"}
+
+
+FAMILY = Family(
+  variants={"alexnet": dict(dropout=0.5)},
+  build=_build,
+  layouts=(Layout(_TORCHVISION, _recognize),),
+  published={"torchvision/alexnet": f"{TORCHVISION}alexnet-owt-7be5be79.pth"},
+)

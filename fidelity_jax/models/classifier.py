@@ -1,13 +1,16 @@
 """A backbone with its head: what is fine-tuned, and later frozen and steered."""
 
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax.models import layers
+
+# The children of a network that serve its training alone.
+AUXILIARY = ("aux1", "aux2")
 
 
 class Classifier(nn.Module):
@@ -17,7 +20,7 @@ class Classifier(nn.Module):
   network has auxiliary heads, `aux1` and `aux2`.
 
   Attributes:
-    backbone: images to (features, inputs of the auxiliary heads), with taps.
+    backbone: a `Backbone` (models/backbone.py): images to features, with taps.
     head: features to logits.
     aux1: the first auxiliary head, None in most networks and in folded ones.
     aux2: the second one.
@@ -42,6 +45,11 @@ class Classifier(nn.Module):
   def num_classes(self) -> int:
     """Length of the logits."""
     return self.head.num_classes
+
+  @property
+  def epsilon(self) -> float:
+    """Of the backbone's batch norms."""
+    return self.backbone.epsilon
 
   def __call__(
     self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
@@ -75,6 +83,17 @@ class Classifier(nn.Module):
   def classify(self, features: jax.Array, train: bool = False) -> jax.Array:
     """Returns logits, float32 [N, num_classes], of features [N, F]."""
     return self.head(features, train)
+
+  @nn.nowrap
+  def normalize(self, images: jax.Array) -> jax.Array:
+    """Returns images [N, H, W, 3] in [0, 1] as the network takes them."""
+    mean = jnp.asarray(self.backbone.mean, images.dtype)
+    return (images - mean) / jnp.asarray(self.backbone.std, images.dtype)
+
+  @nn.nowrap
+  def folded(self) -> Self:
+    """Returns the network without batch norm and auxiliary heads."""
+    return self.clone(backbone=self.backbone.folded(), aux1=None, aux2=None)
 
   @nn.nowrap
   def tap_sizes(self, image_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:

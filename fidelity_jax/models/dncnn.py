@@ -62,6 +62,16 @@ class DnCNN(Restorer):
     """Returns d - R(d), float32 [N, H, W, channels]; see `Restorer`."""
     return degraded - self(degraded, train)
 
+  @property
+  def epsilon(self) -> float:
+    """Of the batch norms."""
+    return layers.ConvNorm.epsilon
+
+  @nn.nowrap
+  def folded(self) -> "DnCNN":
+    """Returns the network without batch norm."""
+    return self.clone(batch_norm=False)
+
   @nn.compact
   def some_layers(self, x: jax.Array, which: range, train: bool = False) -> jax.Array:
     """Returns what the layers `which` make of the output of those before them."""

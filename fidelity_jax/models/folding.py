@@ -1,14 +1,24 @@
 """Batch norm folded into convolutions: what a frozen network runs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax.models.classifier import Classifier
-from fidelity_jax.models.dncnn import DnCNN
+from fidelity_jax.models.classifier import AUXILIARY
+
+
+class Foldable(Protocol):
+  """A Linen module that may have batch norms."""
+
+  @property
+  def epsilon(self) -> float:
+    """Of the batch norms."""
+
+  def folded(self) -> nn.Module:
+    """Returns the module without batch norms and auxiliary heads."""
 
 
 def fold_conv(
@@ -45,7 +55,7 @@ def _fold_tree(params: Any, stats: Any, epsilon: float) -> Any:
 
 
 def fold(
-  module: Classifier | DnCNN, variables: Mapping[str, Any]
+  module: Foldable, variables: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
   """Returns the module and variables of the same network for frozen inference.
 
@@ -55,17 +65,9 @@ def fold(
   under `jax.jit`.
 
   Args:
-    module: a `Classifier` or a `DnCNN`; a folded one comes back as it is.
+    module: e.g. a `Classifier` or a `DnCNN`; a folded one comes back as it is.
     variables: its params and, with batch norm, batch_stats.
   """
   params, stats = variables["params"], variables.get("batch_stats", {})
-  if isinstance(module, DnCNN):
-    folded = module.clone(batch_norm=False)
-    epsilon = 1e-5
-  else:
-    folded = module.clone(
-      backbone=module.backbone.clone(norm=False), aux1=None, aux2=None
-    )
-    epsilon = module.backbone.epsilon
-    params = {name: params[name] for name in ("backbone", "head")}
-  return folded, {"params": _fold_tree(params, stats, epsilon)}
+  params = {name: child for name, child in params.items() if name not in AUXILIARY}
+  return module.folded(), {"params": _fold_tree(params, stats, module.epsilon)}

@@ -4,15 +4,17 @@ torchvision's branch with a 3x3 convolution where the paper has 5x5, its ceil-mo
 pools and its batch-norm epsilon of 1e-3 are kept: its weights need them.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax.models import layers, pooling
+from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.classifier import Classifier
 
-EPSILON = 1e-3
+_EPSILON = 1e-3
 
 # Per Inception block: channels of the 1x1 branch, of the two 3x3 branches' (1x1
 # reduction, 3x3 convolution), and of the pooling branch's projection. A pool follows
@@ -49,7 +51,7 @@ class _ConvReLU(nn.Module):
       self.stride,
       pad=self.kernel // 2,
       norm=self.norm,
-      epsilon=EPSILON,
+      epsilon=_EPSILON,
       kernel_init=_kernel_init,
       dtype=self.dtype,
     )
@@ -109,7 +111,7 @@ class AuxiliaryHead(nn.Module):
     return head(x, train)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Backbone):
   """The part of GoogLeNet before its fully connected layer; 6 taps, 1024 features.
 
   Taps: the input, the feature before each of the four max pools of the main path, and
@@ -137,7 +139,12 @@ class GoogLeNet(nn.Module):
 
   num_taps: ClassVar[int] = 6
   feature_size: ClassVar[int] = 1024
-  epsilon: ClassVar[float] = EPSILON
+  epsilon: ClassVar[float] = _EPSILON
+
+  @nn.nowrap
+  def folded(self) -> Self:
+    """Returns the network without batch norm."""
+    return self.clone(norm=False)
 
   @nn.compact
   def __call__(
@@ -180,3 +187,59 @@ def _rescale(x: jax.Array) -> jax.Array:
   scale = jnp.asarray(layers.IMAGENET_STD, jnp.float32) / 0.5
   shift = (jnp.asarray(layers.IMAGENET_MEAN, jnp.float32) - 0.5) / 0.5
   return (x * scale + shift).astype(x.dtype)
+
+
+def _build(
+  num_classes: int,
+  dtype: Any,
+  *,
+  transform_input: bool,
+  transform_steered: bool,
+  dropout: float,
+  aux_dropout: float,
+  aux_heads: bool,
+) -> Classifier:
+  backbone = GoogLeNet(transform_input, transform_steered, dtype=dtype)
+  head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
+  if not aux_heads:
+    return Classifier(backbone, head)
+  aux = lambda: AuxiliaryHead(num_classes, aux_dropout, dtype)
+  return Classifier(backbone, head, aux(), aux())
+
+
+_TORCHVISION = (
+  (r"backbone/(conv\d)/(conv|bn)", r"\1.\2"),
+  (r"backbone/(inception..)/branch1/(conv|bn)", r"\1.branch1.\2"),
+  (r"backbone/(inception..)/branch(\d)_reduce/(conv|bn)", r"\1.branch\2.0.\3"),
+  (r"backbone/(inception..)/branch(\d)/(conv|bn)", r"\1.branch\2.1.\3"),
+  (r"(aux\d)/conv/(conv|bn)", r"\1.conv.\2"),
+  (r"(aux\d)/fc1", r"\1.fc1"),
+  (r"(aux\d)/logits", r"\1.fc2"),
+  (r"head/logits", "fc"),
+)
+
+
+def _recognize(state: State) -> dict[str, Any] | None:
+  if "inception3a.branch1.conv.weight" not in state:
+    return None
+  aux_heads = any(name.startswith("aux1.") for name in state)
+  # Tensors do not tell; torchvision's weights, and what was fine-tuned from them, do.
+  return {"name": "googlenet", "aux_heads": aux_heads, "transform_input": True}
+
+
+FAMILY = Family(
+  variants={
+    "googlenet": dict(
+      # As in torchvision, a network that starts from weights re-scales its input.
+      transform_input=lambda given: "weights" in given,
+      transform_steered=True,
+      dropout=0.2,
+      aux_dropout=0.7,
+      aux_heads=True,
+    )
+  },
+  build=_build,
+  layouts=(Layout(_TORCHVISION, _recognize),),
+  published={"torchvision/googlenet": f"{TORCHVISION}googlenet-1378be20.pth"},
+  steering_fields=("transform_steered",),
+)

@@ -1,88 +1,66 @@
-"""Classifiers by name."""
+"""Classifiers by name, and by their tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from fidelity_jax import errors
-from fidelity_jax.models import layers
-from fidelity_jax.models.alexnet import AlexNet
+from fidelity_jax.models import alexnet, googlenet, resnet, vgg
+from fidelity_jax.models.backbone import Family, Layout, State
 from fidelity_jax.models.classifier import Classifier
-from fidelity_jax.models.googlenet import AuxiliaryHead, GoogLeNet
-from fidelity_jax.models.resnet import ResNet
-from fidelity_jax.models.vgg import VGG16
+
+FAMILIES: tuple[Family, ...] = (
+  alexnet.FAMILY,
+  googlenet.FAMILY,
+  resnet.FAMILY,
+  vgg.FAMILY,
+)
+
+_BY_NAME = {name: family for family in FAMILIES for name in family.variants}
+
+NAMES = tuple(_BY_NAME)
+
+# What a model's config says beside the network: how it is initialized.
+_INITIALIZATION = ("weights", "new_head")
 
 
-def _resnet(num_classes, dtype, folded, *, stage_sizes, width, block):
-  if block not in ("basic", "bottleneck"):
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a model's config with every field of its network.
+
+  Two configs of the same network become equal.
+
+  Args:
+    config: as for `create`.
+
+  Returns:
+    `name` and the network's fields, with the values that `create` uses; sequences are
+    tuples. `weights` and `new_head` are left out.
+
+  Raises:
+    errors.UsageError: unknown network, or a field that the network does not have.
+  """
+  name = config.get("name")
+  if name not in _BY_NAME:
     raise errors.UsageError(
-      f'model.block is {block!r}; a ResNet block is "basic" or "bottleneck"'
+      f"model.name: there is no network {name!r}; {errors.near(name, NAMES)}"
     )
-  backbone = ResNet(tuple(stage_sizes), width, block, norm=not folded, dtype=dtype)
-  return Classifier(backbone, layers.Head(num_classes, dtype=dtype))
-
-
-def _alexnet(num_classes, dtype, folded, *, dropout):
-  rates = (dropout, dropout, 0.0)
-  head = layers.Head(num_classes, (4096, 4096), rates, dtype=dtype)
-  return Classifier(AlexNet(norm=not folded, dtype=dtype), head)
-
-
-def _vgg16(num_classes, dtype, folded, *, dropout):
-  rates, init = (0.0, dropout, dropout), nn.initializers.normal(0.01)
-  head = layers.Head(num_classes, (4096, 4096), rates, init, dtype=dtype)
-  return Classifier(VGG16(norm=not folded, dtype=dtype), head)
-
-
-def _googlenet(
-  num_classes,
-  dtype,
-  folded,
-  *,
-  transform_input,
-  transform_steered,
-  dropout,
-  aux_dropout,
-  aux_heads,
-):
-  backbone = GoogLeNet(transform_input, transform_steered, norm=not folded, dtype=dtype)
-  head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
-  if folded or not aux_heads:
-    return Classifier(backbone, head)
-  aux = lambda: AuxiliaryHead(num_classes, aux_dropout, dtype)
-  return Classifier(backbone, head, aux(), aux())
-
-
-# Per name: the builder and its configurable fields with their default values.
-_MODELS: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
-  "alexnet": (_alexnet, dict(dropout=0.5)),
-  "googlenet": (
-    _googlenet,
-    dict(
-      transform_input=None,
-      transform_steered=True,
-      dropout=0.2,
-      aux_dropout=0.7,
-      aux_heads=True,
-    ),
-  ),
-  # The demo's: a config that names another network need not unset any field.
-  "resnet": (_resnet, dict(stage_sizes=(1, 1, 1, 1), width=24, block="basic")),
-  "resnet18": (_resnet, dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic")),
-  "resnet50": (_resnet, dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")),
-  "vgg16": (_vgg16, dict(dropout=0.5)),
-}
-
-NAMES = tuple(_MODELS)
+  fields = _BY_NAME[name].variants[name]
+  given = {key: value for key, value in config.items() if value is not None}
+  for key in given.keys() - fields.keys() - {"name", *_INITIALIZATION}:
+    raise errors.UsageError(
+      f"model.{key}: network {name!r} has no such field; {errors.near(key, fields)}"
+    )
+  result = {"name": name}
+  for key, default in fields.items():
+    value = given.get(key, default)
+    value = value(given) if callable(value) else value
+    result[key] = tuple(value) if isinstance(value, list) else value
+  return result
 
 
 def create(
-  config: Mapping[str, Any],
-  num_classes: int,
-  dtype: Any = jnp.float32,
-  folded: bool = False,
+  config: Mapping[str, Any], num_classes: int, dtype: Any = jnp.float32
 ) -> Classifier:
   """Returns the classifier that a config names.
 
@@ -93,23 +71,36 @@ def create(
       weights has `transform_input` unless the config says otherwise.
     num_classes: length of the logits.
     dtype: compute dtype; parameters and logits are float32.
-    folded: build the network that `fold` makes variables for.
 
   Raises:
     errors.UsageError: unknown network, or a field that the network does not have.
   """
-  name = config.get("name")
-  if name not in _MODELS:
-    raise errors.UsageError(
-      f"model.name: there is no network {name!r}; {errors.near(name, _MODELS)}"
-    )
-  build, fields = _MODELS[name]
-  given = {k: v for k, v in config.items() if v is not None}
-  for key in given.keys() - fields.keys() - {"name", "new_head", "weights"}:
-    raise errors.UsageError(
-      f"model.{key}: network {name!r} has no such field; {errors.near(key, fields)}"
-    )
-  values = {k: given.get(k, default) for k, default in fields.items()}
-  if values.get("transform_input", False) is None:
-    values["transform_input"] = "weights" in given
-  return build(num_classes, dtype, folded, **values)
+  fields = complete(config)
+  build = _BY_NAME[fields.pop("name")].build
+  return build(num_classes, dtype, **fields)
+
+
+def steering_fields(name: str) -> tuple[str, ...]:
+  """Returns the fields that change nothing unless the network is steered.
+
+  Args:
+    name: one of `NAMES`.
+  """
+  return tuple(_BY_NAME[name].steering_fields)
+
+
+def recognize(state: State) -> tuple[dict[str, Any], Layout] | None:
+  """Returns the network that tensors belong to, or None.
+
+  Args:
+    state: tensors by PyTorch name, in PyTorch's layout.
+
+  Returns:
+    (a config for `create`, the layout of the tensors).
+  """
+  for family in FAMILIES:
+    for layout in family.layouts:
+      config = layout.recognize(state)
+      if config is not None:
+        return config, layout
+  return None

@@ -1,13 +1,17 @@
 """ResNet (He et al., 2016) as torchvision builds it, stride in the 3x3 convolution."""
 
+import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fidelity_jax import errors
 from fidelity_jax.models import layers, pooling
+from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.classifier import Classifier
 
 
 class Block(nn.Module):
@@ -52,7 +56,7 @@ class Block(nn.Module):
     return nn.relu(y + x)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
   """The part of a ResNet before its fully connected layer; 3 taps.
 
   Taps: the input, the feature before the max pool, the feature before the global
@@ -73,15 +77,18 @@ class ResNet(nn.Module):
   norm: bool = True
   dtype: Any = jnp.float32
 
-  # Read from outside by `fold` and by calibration; not fields.
   num_taps: ClassVar[int] = 3
-  epsilon: ClassVar[float] = 1e-5
 
   @property
   def feature_size(self) -> int:
     """Length of the feature vector."""
     expansion = 4 if self.block == "bottleneck" else 1
     return self.width * 2 ** (len(self.stage_sizes) - 1) * expansion
+
+  @nn.nowrap
+  def folded(self) -> Self:
+    """Returns the network without batch norm."""
+    return self.clone(norm=False)
 
   @nn.compact
   def __call__(
@@ -112,3 +119,59 @@ class ResNet(nn.Module):
         )(x, train)
     x = layers.apply_tap(tap, 2, x)
     return layers.flatten_chw(layers.adaptive_average_pool(x, 1)), ()
+
+
+def _build(
+  num_classes: int, dtype: Any, *, stage_sizes: Sequence[int], width: int, block: str
+) -> Classifier:
+  if block not in ("basic", "bottleneck"):
+    raise errors.UsageError(
+      f'model.block is {block!r}; a ResNet block is "basic" or "bottleneck"'
+    )
+  backbone = ResNet(tuple(stage_sizes), width, block, dtype=dtype)
+  return Classifier(backbone, layers.Head(num_classes, dtype=dtype))
+
+
+_VARIANTS = {
+  # Of any size; the defaults are the demo's.
+  "resnet": dict(stage_sizes=(1, 1, 1, 1), width=24, block="basic"),
+  "resnet18": dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic"),
+  "resnet50": dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck"),
+}
+_TORCHVISION = (
+  (r"backbone/stem/conv", "conv1"),
+  (r"backbone/stem/bn", "bn1"),
+  (r"backbone/layer(\d+)_(\d+)/downsample/conv", r"layer\1.\2.downsample.0"),
+  (r"backbone/layer(\d+)_(\d+)/downsample/bn", r"layer\1.\2.downsample.1"),
+  (r"backbone/layer(\d+)_(\d+)/conv(\d)/(conv|bn)", r"layer\1.\2.\4\3"),
+  (r"head/logits", "fc"),
+)
+
+
+def _recognize(state: State) -> dict[str, Any] | None:
+  stem = state.get("conv1.weight")
+  if "layer1.0.conv1.weight" not in state or stem is None or stem.ndim != 4:
+    return None
+  matches = (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state)
+  blocks = {match.groups() for match in matches if match}
+  sizes = []
+  while size := sum(stage == str(len(sizes) + 1) for stage, _ in blocks):
+    sizes.append(size)
+  width = stem.shape[0]
+  block = "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
+  for name in ("resnet18", "resnet50"):
+    if _VARIANTS[name] == dict(stage_sizes=tuple(sizes), width=width, block=block):
+      return {"name": name}
+  return {"name": "resnet", "stage_sizes": sizes, "width": width, "block": block}
+
+
+FAMILY = Family(
+  variants=_VARIANTS,
+  build=_build,
+  layouts=(Layout(_TORCHVISION, _recognize),),
+  published={
+    "torchvision/resnet18": f"{TORCHVISION}resnet18-f37072fd.pth",
+    "torchvision/resnet50": f"{TORCHVISION}resnet50-0676ba61.pth",
+    "torchvision/resnet50-v2": f"{TORCHVISION}resnet50-11ad3fa6.pth",
+  },
+)

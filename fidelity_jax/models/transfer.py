@@ -6,8 +6,7 @@ from typing import Any
 from flax import traverse_util
 
 from fidelity_jax import errors
-
-_AUXILIARY = ("aux1", "aux2")
+from fidelity_jax.models.classifier import AUXILIARY
 
 
 def transfer(
@@ -36,7 +35,7 @@ def transfer(
   problems = [
     f"{'/'.join(path)} has no place in it"
     for path in given.keys() - wanted.keys()
-    if path[1] not in _AUXILIARY
+    if path[1] not in AUXILIARY
   ]
   problems.sort()
   result = {}
@@ -45,7 +44,7 @@ def transfer(
     absent = child not in children
     if new_head and (layer == "logits" or (absent and child == "head")):
       result[path] = value
-    elif absent and child in _AUXILIARY:
+    elif absent and child in AUXILIARY:
       result[path] = value
     elif path not in given:
       problems.append(f"{'/'.join(path)} is missing")

@@ -1,6 +1,6 @@
 """Foreign checkpoints in: torchvision, FG-NIC and DnCNN weights as variables.
 
-From the shell, `python -m fidelity_jax.port SOURCE --to=DIR`; docs/weights.md lists
+From the shell, `python -m fidelity_jax.port CHECKPOINT --to=DIR`; docs/weights.md lists
 what is read.
 """
 
@@ -8,10 +8,10 @@ import os
 import pathlib
 
 from fidelity_jax import errors, files
-from fidelity_jax.port import loading, published, storing
-from fidelity_jax.port.networks import Part
+from fidelity_jax.port import published, reading, recognizing, storing
+from fidelity_jax.port.parts import Part, name_classes
 
-__all__ = ["Part", "load", "load_part", "save"]
+__all__ = ["Part", "content_digest", "load", "load_part", "save"]
 
 save = storing.save
 
@@ -20,57 +20,87 @@ _SUBSTITUTES = {"restorer": "dncnn", "estimator": "dncnn"}
 
 
 def load(
-  source: str | pathlib.Path,
+  checkpoint: str | pathlib.Path,
   class_names: str | pathlib.Path | None = None,
   transform_input: bool = True,
 ) -> dict[str, Part]:
   """Returns every network of a checkpoint, by part name.
 
   Args:
-    source: a .pth or .safetensors file, a directory written by `save`, or a name such
-      as `torchvision/resnet50`, which is downloaded once.
+    checkpoint: a .pth or .safetensors file, a directory written by `save`, or a name
+      such as `torchvision/resnet50`, which is downloaded once.
     class_names: a text file with one class name a line, in the order of the logits.
     transform_input: whether a GoogLeNet in a file expects its input re-scaled (networks
       fine-tuned from torchvision's ImageNet weights do; the file does not tell).
 
   Returns:
-    See `loading.load_file`.
+    See `recognizing.recognize`.
 
   Raises:
     errors.UsageError: nothing there, not recognized, or not fitting.
-    errors.RunError: a download failed or a ported file is damaged.
+    errors.Missing: a download failed.
+    errors.RunError: a downloaded or ported file is damaged.
   """
-  path = files.expand(source)
-  names = files.expand(class_names) if class_names else None
-  if os.path.isdir(path):
-    if not storing.is_ported(path):
-      raise errors.UsageError(
-        f"{path} is a directory without port.json: name a file in it, or a directory "
-        "that `python -m fidelity_jax.port` wrote"
-      )
+  path = _find(checkpoint)
+  if path.is_dir():
     parts = storing.read(path)
-    loading.name_classes(parts, names, path)
-    return parts
-  if str(source).startswith("torchvision/") and not os.path.exists(path):
-    path = published.find(str(source))
-  parts = loading.load_file(path, transform_input)
-  loading.name_classes(parts, names, path)
+  else:
+    state = reading.read_state(path)
+    parts = recognizing.recognize(state, str(path), transform_input)
+  if class_names:
+    name_classes(parts, files.expand(class_names), path)
   return parts
 
 
-def load_part(source: str | pathlib.Path, part: str) -> Part:
+def load_part(checkpoint: str | pathlib.Path, part: str) -> Part:
   """Returns one network of a checkpoint.
 
   Args:
-    source: as for `load`.
+    checkpoint: as for `load`.
     part: "classifier", "backbone", "head", "restorer", "estimator", "calibration" or
       "ensemble". A DnCNN that stands alone in its file serves as restorer or estimator.
 
   Raises:
     errors.UsageError: the checkpoint does not hold that part; otherwise as `load`.
   """
-  parts = load(source)
+  parts = load(checkpoint)
   for name in (part, _SUBSTITUTES.get(part)):
     if name in parts:
       return parts[name]
-  raise errors.UsageError(f"{source} holds no {part}; {errors.near(part, parts)}")
+  raise errors.UsageError(f"{checkpoint} holds no {part}; {errors.near(part, parts)}")
+
+
+def content_digest(checkpoint: str | pathlib.Path) -> str:
+  """Returns 64 hexadecimal digits that tell what `load` would read.
+
+  They do not change when a file or a ported directory moves.
+
+  Args:
+    checkpoint: as for `load`.
+
+  Raises:
+    errors.UsageError: nothing there.
+    errors.Missing: a download failed.
+    errors.RunError: it cannot be read, or is damaged.
+  """
+  path = _find(checkpoint)
+  if path.is_dir():
+    return storing.content_digest(path)
+  with errors.while_doing(f"reading {path}"):
+    return files.sha256(path)
+
+
+def _find(checkpoint: str | pathlib.Path) -> pathlib.Path:
+  """Returns the file or ported directory of a checkpoint, downloaded if need be."""
+  path = files.expand(checkpoint)
+  if os.path.isdir(path):
+    if not storing.is_ported(path):
+      raise errors.UsageError(
+        f"{path} is a directory without port.json: name a file in it, or a directory "
+        "that `python -m fidelity_jax.port` wrote"
+      )
+  elif not os.path.exists(path) and published.is_name(str(checkpoint)):
+    return published.find(str(checkpoint))
+  elif not os.path.isfile(path):
+    raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
+  return path

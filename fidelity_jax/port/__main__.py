@@ -1,4 +1,4 @@
-"""`python -m fidelity_jax.port SOURCE --to=DIR`: converts a foreign checkpoint."""
+"""`python -m fidelity_jax.port CHECKPOINT --to=DIR`: converts a foreign checkpoint."""
 
 import argparse
 
@@ -12,7 +12,8 @@ def main(arguments: list[str] | None = None) -> int:
     description="Convert a PyTorch checkpoint into weights that configs can name.",
   )
   parser.add_argument(
-    "source",
+    "checkpoint",
+    metavar="CHECKPOINT",
     help="a .pth or .safetensors file, or a name such as torchvision/resnet50",
   )
   parser.add_argument("--to", required=True, metavar="DIR", help="directory to write")
@@ -35,8 +36,8 @@ def _port(args: argparse.Namespace) -> None:
   from fidelity_jax import files, port, signals
 
   signals.interrupt("while it ported", "what was there is as it was")
-  parts = port.load(args.source, args.class_names, args.transform_input == "true")
-  port.save(parts, files.expand(args.to), args.source)
+  parts = port.load(args.checkpoint, args.class_names, args.transform_input == "true")
+  port.save(parts, files.expand(args.to), args.checkpoint)
   for name, part in parts.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))
     facts = {k: v for k, v in part.config.items() if k != "class_names"}

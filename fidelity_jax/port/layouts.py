@@ -1,13 +1,13 @@
 """How PyTorch names and stores what our variables hold.
 
-Each table turns the path of a variable ("backbone/stem/conv/kernel") into the name of
-the PyTorch tensor that holds it ("conv1.weight"). The expected names and shapes then
-follow from the Linen module itself, so that one function can check and convert any
-network.
+A table turns the path of a variable ("backbone/stem/conv/kernel") into the name of the
+PyTorch tensor that holds it ("conv1.weight"). The expected names and shapes then follow
+from the Linen module itself, so that one function can check and convert any network.
+The tables of backbones are in their files in models/.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,52 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from fidelity_jax import errors
+from fidelity_jax.models.backbone import State, Table
 
-Table = Sequence[tuple[str, str]]
-
-_RESNET: Table = (
-  (r"backbone/stem/conv", "conv1"),
-  (r"backbone/stem/bn", "bn1"),
-  (r"backbone/layer(\d)_(\d+)/downsample/conv", r"layer\1.\2.downsample.0"),
-  (r"backbone/layer(\d)_(\d+)/downsample/bn", r"layer\1.\2.downsample.1"),
-  (r"backbone/layer(\d)_(\d+)/conv(\d)/(conv|bn)", r"layer\1.\2.\4\3"),
-  (r"head/logits", "fc"),
-)
-_ALEXNET: Table = (
-  *((f"backbone/conv{i}", f"features.{n}") for i, n in enumerate((0, 3, 6, 8, 10), 1)),
-  (r"head/fc1", "classifier.1"),
-  (r"head/fc2", "classifier.4"),
-  (r"head/logits", "classifier.6"),
-)
-_VGG16_CONVS = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
-_VGG16: Table = (
-  *(
-    (f"backbone/conv{stage}_{i}", f"features.{n}")
-    for stage, numbers in _VGG16_CONVS.items()
-    for i, n in enumerate(numbers, 1)
-  ),
-  (r"head/fc1", "classifier.0"),
-  (r"head/fc2", "classifier.3"),
-  (r"head/logits", "classifier.6"),
-)
-_GOOGLENET: Table = (
-  (r"backbone/(conv\d)/(conv|bn)", r"\1.\2"),
-  (r"backbone/(inception..)/branch1/(conv|bn)", r"\1.branch1.\2"),
-  (r"backbone/(inception..)/branch(\d)_reduce/(conv|bn)", r"\1.branch\2.0.\3"),
-  (r"backbone/(inception..)/branch(\d)/(conv|bn)", r"\1.branch\2.1.\3"),
-  (r"(aux\d)/conv/(conv|bn)", r"\1.conv.\2"),
-  (r"(aux\d)/fc1", r"\1.fc1"),
-  (r"(aux\d)/logits", r"\1.fc2"),
-  (r"head/logits", "fc"),
-)
-NETWORKS: Mapping[str, Table] = {
-  "alexnet": _ALEXNET,
-  "googlenet": _GOOGLENET,
-  "resnet": _RESNET,
-  "resnet18": _RESNET,
-  "resnet50": _RESNET,
-  "vgg16": _VGG16,
-}
 # Convolutions sit at every second place of a PyTorch Sequential, ReLUs between them.
 _SPATIAL = {"multiplication": "cnn_layers_weight", "addition": "cnn_layers_bias"}
 CALIBRATION: Table = (
@@ -120,9 +76,7 @@ def listing(kind: str, names: Sequence[str], limit: int = 20) -> str:
   return f"{kind} {', '.join(names[:limit])}{more}"
 
 
-def convert(
-  state: Mapping[str, np.ndarray], shapes: Any, table: Table, what: str
-) -> dict[str, Any]:
+def convert(state: State, shapes: Any, table: Table, what: str) -> dict[str, Any]:
   """Returns the variables that `state` holds, checked against the module's.
 
   Args:

@@ -1,37 +1,37 @@
-"""torchvision's published weights: names and files."""
+"""Published weights by name."""
 
 import pathlib
 import re
 
 from fidelity_jax import downloading, errors, files
+from fidelity_jax.models import registry
 
-BASE_URL = "https://download.pytorch.org/models/"
-# The hexadecimal digits in a name are the first ones of the file's SHA-256.
+# URL by name, "PUBLISHER/NAME".
 FILES = {
-  "torchvision/alexnet": "alexnet-owt-7be5be79.pth",
-  "torchvision/googlenet": "googlenet-1378be20.pth",
-  "torchvision/resnet18": "resnet18-f37072fd.pth",
-  "torchvision/resnet50": "resnet50-0676ba61.pth",
-  "torchvision/resnet50-v2": "resnet50-11ad3fa6.pth",
-  "torchvision/vgg16": "vgg16-397923af.pth",
-  "torchvision/vgg16-features": "vgg16_features-amdegroot-88682ab5.pth",
+  name: url for family in registry.FAMILIES for name, url in family.published.items()
 }
 
 
+def is_name(checkpoint: str) -> bool:
+  """Returns whether this is written as the names of published weights are."""
+  publisher, slash, _ = checkpoint.partition("/")
+  return bool(slash) and publisher in {name.partition("/")[0] for name in FILES}
+
+
 def find(name: str) -> pathlib.Path:
-  """Returns the file of a published network, downloaded once into the cache.
+  """Returns the file of published weights, downloaded once into the cache.
 
   Args:
     name: a key of `FILES`.
 
   Raises:
     errors.UsageError: no such name.
-    errors.RunError: it could not be downloaded, or its checksum is wrong.
+    errors.Missing: it could not be downloaded.
+    errors.RunError: its checksum is wrong, or the cache cannot be written.
   """
   if name not in FILES:
     raise errors.UsageError(
       f"there are no published weights {name!r}; {errors.near(name, FILES)}"
     )
-  file = FILES[name]
-  digits = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", file).group(1)
-  return downloading.fetch(BASE_URL + file, files.cache_folder(), f"sha256:{digits}")
+  digits = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", FILES[name]).group(1)
+  return downloading.fetch(FILES[name], files.cache_folder(), f"sha256:{digits}")

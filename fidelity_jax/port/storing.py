@@ -1,5 +1,7 @@
 """Ported checkpoints on disk: one safetensors file a part, and port.json."""
 
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -12,10 +14,10 @@ import safetensors.numpy
 from flax import traverse_util
 
 from fidelity_jax import errors, files
-from fidelity_jax.port.networks import Part
+from fidelity_jax.port.parts import Part
 
 _INDEX = "port.json"
-_AGAIN = "port its source again."
+_AGAIN = "port its checkpoint again."
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -27,19 +29,19 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Index(msgspec.Struct, forbid_unknown_fields=True):
-  """What port.json holds: where the parts came from, and the parts."""
+  """What port.json holds: the checkpoint that the parts came from, and the parts."""
 
-  source: str
+  checkpoint: str
   parts: dict[str, _Entry]
 
 
-def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> None:
+def save(parts: Mapping[str, Part], directory: pathlib.Path, checkpoint: str) -> None:
   """Writes parts to a new directory, which appears when it is complete.
 
   Args:
     parts: what `load` returned.
     directory: must not exist, or be a ported directory, which is then replaced.
-    source: where the parts came from, for the record.
+    checkpoint: what the parts came from, for the record.
 
   Raises:
     errors.UsageError: the directory exists and is something else, or cannot be written.
@@ -52,7 +54,7 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, source: str) -> Non
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   try:
     with errors.while_doing(f"writing {directory}"):
-      _write(parts, directory, temporary, source)
+      _write(parts, directory, temporary, checkpoint)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UsageError(f"cannot write {directory}: {error}") from error
   finally:
@@ -63,10 +65,10 @@ def _write(
   parts: Mapping[str, Part],
   directory: pathlib.Path,
   temporary: pathlib.Path,
-  source: str,
+  checkpoint: str,
 ) -> None:
   temporary.mkdir(parents=True)
-  index = _Index(source, {})
+  index = _Index(checkpoint, {})
   for name, part in parts.items():
     file_name = f"{name}.safetensors"
     flat = traverse_util.flatten_dict(part.variables, sep="/")
@@ -92,15 +94,31 @@ def is_ported(directory: pathlib.Path) -> bool:
   return (directory / _INDEX).is_file()
 
 
+def _read_index(directory: pathlib.Path) -> _Index:
+  return files.read_record(directory / _INDEX, _Index, _AGAIN)
+
+
+def content_digest(directory: pathlib.Path) -> str:
+  """Returns a SHA-256 of what a directory that `save` wrote says of its parts.
+
+  Where the directory is and what it was made from have no part in it.
+
+  Raises:
+    errors.RunError: the index is damaged or cannot be read.
+  """
+  entries = _read_index(directory).parts
+  content = {name: (entry.sha256, entry.config) for name, entry in entries.items()}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read(directory: pathlib.Path) -> dict[str, Part]:
   """Returns the parts in a directory that `save` wrote.
 
   Raises:
     errors.RunError: a file is damaged or cannot be read.
   """
-  index = files.read_record(directory / _INDEX, _Index, _AGAIN)
   parts = {}
-  for name, entry in index.parts.items():
+  for name, entry in _read_index(directory).parts.items():
     path = directory / entry.file
     try:
       with errors.while_doing(f"reading {path}"):

@@ -1,6 +1,7 @@
-"""Recognizes whose tensors a state dict holds, and converts them."""
+"""The networks in a checkpoint, one by one: tensors checked and converted."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fidelity_jax import errors, models
-from fidelity_jax.models import calibration as calibration_lib
-from fidelity_jax.models import folding, layers
+from fidelity_jax import errors, files, models
+from fidelity_jax.models import folding, layers, registry
+from fidelity_jax.models.backbone import Layout, State, Table
 from fidelity_jax.port import layouts
-
-State = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,92 +37,87 @@ def _numbers(pattern: str, state: State) -> list[tuple[int, ...]]:
   return sorted({tuple(int(g) for g in match.groups()) for match in matches if match})
 
 
-def _shape(state: State, name: str, what: str) -> tuple[int, ...]:
+def _shape(state: State, name: str, ndim: int, what: str) -> tuple[int, ...]:
+  """Returns a tensor's shape, refusing one that is missing or not of `ndim` axes."""
   if name not in state:
     raise errors.UsageError(f"{what} does not fit: missing {name}")
-  return tuple(state[name].shape)
-
-
-def network_config(state: State) -> dict[str, Any] | None:
-  """Returns the `models.create` config of a backbone in torchvision's names, or None.
-
-  GoogLeNet's `transform_input` is not in the tensors; it is left out here.
-  """
-  if "layer1.0.conv1.weight" in state and "conv1.weight" in state:
-    blocks = _numbers(r"layer(\d+)\.(\d+)\.", state)
-    stages = max(stage for stage, _ in blocks)
-    sizes = tuple(sum(s == stage for s, _ in blocks) for stage in range(1, stages + 1))
-    bottleneck = "layer1.0.conv3.weight" in state
-    config = {
-      "stage_sizes": list(sizes),
-      "width": int(state["conv1.weight"].shape[0]),
-      "block": "bottleneck" if bottleneck else "basic",
-    }
-    for name in ("resnet18", "resnet50"):
-      known = models.create({"name": name}, 2).backbone
-      if (tuple(known.stage_sizes), known.width, known.block) == (
-        sizes,
-        config["width"],
-        config["block"],
-      ):
-        return {"name": name}
-    return {"name": "resnet", **config}
-  if "inception3a.branch1.conv.weight" in state:
-    aux_heads = any(name.startswith("aux1.") for name in state)
-    return {"name": "googlenet", "aux_heads": aux_heads}
-  if "features.0.weight" in state:
-    kernel = state["features.0.weight"].shape[-1]
-    return {"name": "alexnet" if kernel == 11 else "vgg16"}
-  return None
+  shape = tuple(state[name].shape)
+  if len(shape) != ndim:
+    raise errors.UsageError(
+      f"{what} does not fit: misshapen {name} {shape} (should have {ndim} axes)"
+    )
+  return shape
 
 
 def _image() -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
 
-def classifier(state: State, config: Mapping[str, Any], what: str) -> Part:
-  """Returns the whole network whose tensors, in torchvision's names, are `state`."""
-  name = config["name"]
-  table = layouts.NETWORKS[name]
-  last = f"{dict(table)['head/logits']}.weight"
-  num_classes = int(_shape(state, last, what)[0])
+def _head_names(table: Table) -> dict[str, str]:
+  """Returns the part of a table that names the head's layers: "logits", "fc1" ..."""
+  return {
+    ours.removeprefix("head/"): theirs
+    for ours, theirs in table
+    if ours.startswith("head/")
+  }
+
+
+def network(
+  state: State,
+  config: Mapping[str, Any],
+  layout: Layout,
+  transform_input: bool,
+  what: str,
+) -> dict[str, Part]:
+  """Returns {"classifier": ...}, or {"backbone": ...} where there is no head.
+
+  Args:
+    state: the network's tensors.
+    config: for `models.create`, as `registry.recognize` returns it.
+    layout: likewise.
+    transform_input: for that field, where the network has it.
+    what: names the tensors' origin in errors.
+  """
+  config = dict(config)
+  if "transform_input" in config:
+    config["transform_input"] = transform_input
+  state, names = layout.prepare(state), _head_names(layout.table)
+  if not any(name.rpartition(".")[0] in names.values() for name in state):
+    module = models.create(config, 2)
+    shapes = layouts.variable_shapes(module, _image(), method="features")
+    variables = layouts.convert(state, shapes, layout.table, what)
+    return {"backbone": Part(variables, {"model": config})}
+  num_classes, _ = _shape(state, f"{names['logits']}.weight", 2, what)
   module = models.create(config, num_classes)
   shapes = layouts.variable_shapes(module, _image())
-  variables = layouts.convert(state, shapes, table, what)
-  described = {"model": dict(config), "num_classes": num_classes, "class_names": None}
-  return Part(variables, described)
-
-
-def backbone(state: State, config: Mapping[str, Any], what: str) -> Part:
-  """Returns a backbone alone: variables with the one child `backbone`."""
-  module = models.create(config, 2)
-  shapes = layouts.variable_shapes(module, _image(), method="features")
-  table = layouts.NETWORKS[config["name"]]
-  return Part(layouts.convert(state, shapes, table, what), {"model": dict(config)})
+  variables = layouts.convert(state, shapes, layout.table, what)
+  described = {"model": config, "num_classes": num_classes, "class_names": None}
+  return {"classifier": Part(variables, described)}
 
 
 def head(state: State, what: str) -> Part:
   """Returns fully connected layers alone: variables with the one child `head`.
 
   Args:
-    state: `classifier.weight` and `classifier.bias` of a ResNet or GoogLeNet, or
-      `classifier.N.weight` ... of an AlexNet or VGG-16.
+    state: `classifier.weight` and `classifier.bias`, or several layers in the names
+      that a backbone's publisher has for them.
     what: names the tensors' origin in errors.
   """
-  if "classifier.weight" in state:
-    table: layouts.Table = (("head/logits", "classifier"),)
-    last, hidden = "classifier", ()
-  else:
-    name = "alexnet" if "classifier.1.weight" in state else "vgg16"
-    table, last = layouts.NETWORKS[name], "classifier.6"
-    hidden = [
-      _shape(state, f"{dict(table)[f'head/fc{i}']}.weight", what)[0] for i in (1, 2)
-    ]
-  num_classes = int(_shape(state, f"{last}.weight", what)[0])
-  first = min(name for name in state if name.endswith(".weight"))
-  inputs = jax.ShapeDtypeStruct((1, state[first].shape[1]), jnp.float32)
+  known = [{"logits": "classifier"}]
+  for family in registry.FAMILIES:
+    known += [_head_names(layout.table) for layout in family.layouts]
+  names = max(
+    known, key=lambda k: sum(f"{name}.weight" in state for name in k.values())
+  )
+  sizes = {ours: _shape(state, f"{names[ours]}.weight", 2, what) for ours in names}
+  num_classes, features = sizes.pop("logits")
+  hidden = [sizes[ours][0] for ours in sorted(sizes)]
+  if hidden:
+    features = sizes["fc1"][1]
   module = layers.Head(num_classes, tuple(hidden), (0.0,) * (len(hidden) + 1))
+  inputs = jax.ShapeDtypeStruct((1, features), jnp.float32)
   params = layouts.variable_shapes(module, inputs)["params"]
+  table = [(f"head/{ours}", theirs) for ours, theirs in names.items()]
   variables = layouts.convert(state, {"params": {"head": params}}, table, what)
   return Part(variables, {"num_classes": num_classes, "class_names": None})
 
@@ -154,12 +148,17 @@ def dncnn(state: State, what: str) -> Part:
       convs.append({"kernel": kernel, "bias": np.zeros(kernel.shape[-1], np.float32)})
       if f"{number}.bias" in state:
         convs[-1]["bias"] = take(f"{number}.bias")
+        if convs[-1]["bias"].shape != kernel.shape[-1:]:
+          misshapen.append(f"{number}.bias (should be {kernel.shape[-1:]})")
     elif convs:
       names = ("weight", "bias", "running_mean", "running_var")
       missing = [f"{number}.{n}" for n in names if f"{number}.{n}" not in state]
       if missing:
         raise errors.UsageError(f"{what} does not fit: missing {', '.join(missing)}")
-      scale, bias, mean, var = (take(f"{number}.{n}") for n in names)
+      scale, bias, mean, var = vectors = [take(f"{number}.{n}") for n in names]
+      if any(vector.shape != convs[-1]["bias"].shape for vector in vectors):
+        misshapen.append(f"{number}.* (should be {convs[-1]['bias'].shape})")
+        continue
       folded = folding.fold_conv(
         convs[-1], {"scale": scale, "bias": bias}, {"mean": mean, "var": var}, epsilon
       )
@@ -195,18 +194,18 @@ def calibration(state: State, what: str) -> Part:
   for switch, prefix in groups.items():
     config[switch] = any(name.startswith(prefix) for name in state)
   if taps:
-    config["num_taps"] = max(tap for tap, _ in taps) + 1
-    config["num_convs"] = max(index for _, index in taps) // 2 + 1
+    config["num_taps"] = len({tap for tap, _ in taps})
+    config["num_convs"] = len({index for _, index in taps})
     first = next(name for name in sorted(state) if name.startswith("cnn_layers_"))
     prefix = first.split(".")[0]
-    config["channels"] = int(_shape(state, f"{prefix}.0.0.weight", what)[0])
+    config["channels"] = _shape(state, f"{prefix}.0.0.weight", 4, what)[0]
   for fc, inputs in (("mul_fc", 1), ("cat_fc", 2)):
     if any(name.startswith(f"{fc}.") for name in state):
-      hidden, size = _shape(state, f"{fc}.0.weight", what)
+      hidden, size = _shape(state, f"{fc}.0.weight", 2, what)
       config["feature_size"] = size // inputs
       config["ratio"] = _ratio(hidden, size // inputs)
   fields = {"feature_size": 2, "num_taps": 1, **config}
-  module = calibration_lib.Calibration(**fields)
+  module = models.Calibration(**fields)
   size = (8, 8)
   shapes = layouts.variable_shapes(
     module,
@@ -219,11 +218,11 @@ def calibration(state: State, what: str) -> Part:
 
 def ensemble(state: State, what: str) -> Part:
   """Returns the ensemble module."""
-  size, hidden = _shape(state, "ensemble.2.weight", what)
+  size, hidden = _shape(state, "ensemble.2.weight", 2, what)
   config = {"feature_size": size, "ratio": _ratio(hidden, size)}
   feature = jax.ShapeDtypeStruct((1, size), jnp.float32)
   confidence = jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32)
-  module = calibration_lib.Ensemble(**config)
+  module = models.Ensemble(**config)
   shapes = layouts.variable_shapes(module, feature, feature, confidence)
   return Part(layouts.convert(state, shapes, layouts.ENSEMBLE, what), config)
 
@@ -232,3 +231,36 @@ def _ratio(hidden: int, size: int) -> float:
   """Returns a ratio that gives `hidden` back as int(size * ratio)."""
   ratio = hidden / size
   return ratio if int(size * ratio) == hidden else (hidden + 0.5) / size
+
+
+def name_classes(
+  parts: Mapping[str, Part], class_names: pathlib.Path, where: pathlib.Path
+) -> None:
+  """Gives a classifier, or a head, the names of its classes.
+
+  Args:
+    parts: a checkpoint's.
+    class_names: a text file with one class name a line, in the order of the logits.
+      Surrounding space and empty lines do not count.
+    where: where the parts came from, for errors.
+
+  Raises:
+    errors.UsageError: the file cannot be read, there is no such part, or it has another
+      number of classes.
+  """
+  try:
+    lines = files.read_bytes(class_names).decode("utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.UsageError(
+      f"cannot read class names from {class_names}: {error}"
+    ) from error
+  names = [line.strip() for line in lines if line.strip()]
+  part = parts.get("classifier") or parts.get("head")
+  if part is None:
+    raise errors.UsageError(f"{class_names} names classes, but {where} has no head")
+  if len(names) != part.config["num_classes"]:
+    raise errors.UsageError(
+      f"{class_names} names {len(names)} classes, but {where} has "
+      f"{part.config['num_classes']}"
+    )
+  part.config["class_names"] = names

@@ -1,0 +1,112 @@
+"""From tensors by name to the networks that they make up."""
+
+from fidelity_jax import errors
+from fidelity_jax.models import registry
+from fidelity_jax.models.backbone import State
+from fidelity_jax.port import layouts, parts
+from fidelity_jax.port.parts import Part
+
+# The prefixes of the FG-NIC authors' checkpoints.
+_CALIBRATION = ("cnn_layers_weight.", "cnn_layers_bias.", "mul_fc.", "cat_fc.")
+_FGNIC = (
+  "restoration.",
+  "fidelity.",
+  "feature_extractor.",
+  "ensemble.",
+  *_CALIBRATION,
+)
+
+
+def recognize(
+  state: State, where: str, transform_input: bool = True
+) -> dict[str, Part]:
+  """Returns the networks that a checkpoint's tensors make up.
+
+  Args:
+    state: tensors by name, in PyTorch's layout, in any form of docs/weights.md.
+    where: where they came from, for errors.
+    transform_input: whether a GoogLeNet expects its input re-scaled, as torchvision's
+      ImageNet weights and all networks fine-tuned from them do. Tensors do not tell.
+
+  Returns:
+    Parts by name: "classifier" (or "backbone" or "head", where there is only that),
+    "restorer", "estimator", "calibration", "ensemble"; "dncnn" is a denoiser alone,
+    which can serve as restorer or estimator.
+
+  Raises:
+    errors.UsageError: they are not recognized, or do not fit what they look like;
+      missing, unexpected and misshapen tensors are named.
+  """
+  if any(name.startswith(_FGNIC) for name in state) or set(state) == {
+    "classifier.weight",
+    "classifier.bias",
+  }:
+    return _fgnic(state, where, transform_input)
+  for prefix in ("model.", "dncnn."):
+    if f"{prefix}0.weight" in state:
+      return {"dncnn": parts.dncnn(_below(prefix, state), f"{where}: {prefix}*")}
+  found = registry.recognize(state)
+  if found is None:
+    raise errors.UsageError(
+      f"{where} is not recognized: it holds {len(state)} tensors such as "
+      f"{', '.join(sorted(state)[:4])}; known are {', '.join(registry.NAMES)} in their "
+      "publishers' names, FG-NIC's checkpoints, and DnCNN"
+    )
+  config, layout = found
+  what = f"{where}, which looks like {config['name']},"
+  return parts.network(state, config, layout, transform_input, what)
+
+
+def _below(prefix: str, state: State) -> State:
+  return {
+    name.removeprefix(prefix): value
+    for name, value in state.items()
+    if name.startswith(prefix)
+  }
+
+
+def _fgnic(state: State, where: str, transform_input: bool) -> dict[str, Part]:
+  """Returns the parts of a checkpoint of FG-NIC's released code, or of a piece."""
+  result = {}
+  for prefix, part in (("restoration.", "restorer"), ("fidelity.", "estimator")):
+    tensors = _below(prefix, state)
+    if tensors:
+      stack = _below("model.", tensors)
+      if len(stack) != len(tensors):
+        raise errors.UsageError(
+          f"{where}: {prefix}* is no DnCNN: it holds tensors such as "
+          f"{prefix}{min(tensors.keys() - {f'model.{k}' for k in stack})}"
+        )
+      result[part] = parts.dncnn(stack, f"{where}: {prefix}model.*")
+  features = _below("feature_extractor.", state)
+  head = {k: v for k, v in state.items() if k.startswith("classifier.")}
+  if features:
+    found = registry.recognize(features)
+    if found is None:
+      raise errors.UsageError(
+        f"{where}: feature_extractor.* is not recognized: it holds tensors such as "
+        f"{', '.join(sorted(features)[:4])}"
+      )
+    config, layout = found
+    if "classifier.weight" in head:
+      logits = dict(layout.table)["head/logits"]
+      head = {f"{logits}.{k.removeprefix('classifier.')}": v for k, v in head.items()}
+    what = f"{where}: feature_extractor.* and classifier.* of {config['name']}"
+    whole = {**features, **head}
+    result |= parts.network(whole, config, layout, transform_input, what)
+  elif head:
+    result["head"] = parts.head(head, f"{where}: classifier.*")
+  calibration = {k: v for k, v in state.items() if k.startswith(_CALIBRATION)}
+  if calibration:
+    result["calibration"] = parts.calibration(calibration, where)
+  ensemble = {k: v for k, v in state.items() if k.startswith("ensemble.")}
+  if ensemble:
+    result["ensemble"] = parts.ensemble(ensemble, where)
+  known = (*_FGNIC, "classifier.")
+  unknown = sorted(name for name in state if not name.startswith(known))
+  if unknown:
+    raise errors.UsageError(
+      f"{where} looks like an FG-NIC checkpoint, but does not fit: "
+      f"{layouts.listing('unexpected', unknown)}"
+    )
+  return result
