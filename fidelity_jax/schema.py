@@ -62,8 +62,11 @@ def _check(config: ConfigDict, where: str) -> None:
     raise rules.refusal(where, "parents", parents, "must be a ConfigDict")
   kind.check(config, where)
   _check_parents(kind, config, parents, where)
+  # A parent that serves an evaluation is used at the top alone.
+  used = kind.trained_from(config)
   for role, parent in parents.items():
-    _check(parent, f"{where}.parents.{role}")
+    if role in used or where == "config":
+      _check(parent, f"{where}.parents.{role}")
 
 
 def _check_warmup(config: ConfigDict, where: str) -> None:

@@ -31,12 +31,6 @@ he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def normalize(x: jax.Array) -> jax.Array:
-  """Returns images [N, H, W, 3] in [0, 1] shifted and scaled by ImageNet's moments."""
-  mean = jnp.asarray(IMAGENET_MEAN, x.dtype)
-  return (x - mean) / jnp.asarray(IMAGENET_STD, x.dtype)
-
-
 def apply_tap(tap: Tap | None, index: int, feature: jax.Array) -> jax.Array:
   """Returns `tap(index, feature)` in the feature's own dtype (no tap: unchanged).
 

@@ -52,7 +52,7 @@ class RestorationTask(base.Task):
 def _fields(config) -> rules.Table:
   name = config.get("model", {}).get("name")
   known = models.restorers.NAMES
-  own = models.restorers.fields(name) if name in known else {}
+  own = models.restorers.fields(name if name in known else known[0])
   model = {"name": rules.choice(*known), "weights": base.WEIGHTS, **own}
   return {"model": model, **base.PATCHES}
 
