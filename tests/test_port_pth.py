@@ -1,6 +1,7 @@
 """PyTorch's files read without it: bit for bit as by it, hostile ones refused."""
 
 import collections
+import gc
 import io
 import pathlib
 import pickle
@@ -300,7 +301,12 @@ CODE = {
 WRONG = {
   "a call of a call": (b"ctorch\nSize\n)\x85R)R", "calls a tuple"),
   "a call of a type": (b"ctorch\nFloatStorage\n)R", "calls a "),
-  "too many arguments": (b"ctorch\nSize\n(K\1K\2tR", "argument"),
+  "more arguments": (b"ctorch\nSize\n(K\1K\2tR", "argument"),
+  "too many arguments": (
+    b"ctorch._utils\n_rebuild_sparse_tensor\n" + MANY + b"tR",
+    "with too much",
+  ),
+  "arguments that are none": (b"ctorch\nSize\n]R", "with too much"),
   "state of a function": (b"ctorch\nSize\n}b", "fills a function"),
   "state of a tensor": (tensor() + b"}b", "fills a Tensor"),
   "an item of a list": (b"]K\1K\2s", "fills a list"),
@@ -553,3 +559,15 @@ def test_memory(tmp_path):
   tracemalloc.stop()
   np.testing.assert_array_equal(state["a"], content["model"]["a"].numpy())
   assert peak < 4 * size + 2**20
+
+
+def test_what_was_converted_is_let_go(tmp_path):
+  size = 4_000_000
+  path = save({"a": torch.ones(size).half()}, tmp_path / "a.pth")
+  gc.disable()
+  tracemalloc.start()
+  state = reading.read_state(path)
+  current = tracemalloc.get_traced_memory()[0]
+  tracemalloc.stop()
+  gc.enable()
+  assert state["a"].nbytes == 4 * size <= current < 4 * size + 2**20

@@ -31,10 +31,11 @@ import numpy as np
 
 from fidelity_jax import errors
 
-# What describes the storages, a pickle or a zip's directory: room for 80,000 tensors.
+# Of a pickle, and of a zip file's directory, in bytes; and of a pickle, in opcodes: each
+# can make an object of 100 bytes. A tensor takes about 100 bytes and 40 opcodes.
 _MAX_DESCRIPTION = 2**23
-# A tensor takes about 40 opcodes. Few bytes can ask for many objects.
 _MAX_STEPS = 2**20
+_MAX_ARGUMENTS = 8
 # How much larger than the file its tensors may be: weights hardly compress, and few of
 # them are shared.
 _MAX_GROWTH = 16
@@ -326,6 +327,8 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
         function, arguments = take(2)
         if not isinstance(function, types.FunctionType):
           raise ValueError(f"its pickle calls a {type(function).__name__}")
+        if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
+          raise ValueError("its pickle calls a function with too much")
         # One container can be an argument any number of times.
         steps += sum(len(x) for x in arguments if isinstance(x, list | tuple | dict))
         stack.append(function(*arguments))
@@ -388,21 +391,21 @@ class _Source(abc.ABC):
     self._handed_out += nbytes
     self._check_growth(self._handed_out)
 
+  def close(self) -> None:
+    """Lets go of the storages, of which arrays keep what they view."""
+    self.content = None
+    self._storages.clear()
+
   @abc.abstractmethod
   def read(self, storage: _Storage) -> bytes:
     """Returns a storage's bytes, fewer if the file ends early."""
 
   def _load_storage(self, persistent_id: Any) -> _Storage:
     match persistent_id:
-      # The older form has a sixth part: which part of a storage is meant.
-      case ("storage", np.dtype() as dtype, str() as key, _, int() as size) | (
-        "storage",
-        np.dtype() as dtype,
-        str() as key,
-        _,
-        int() as size,
-        None,
-      ) if 0 <= size < 2**60:
+      # The older form has one more, which part of a storage is meant: None for all.
+      case ("storage", np.dtype() as dtype, str() as key, _, int() as size, *part) if (
+        part in ([], [None]) and 0 <= size < 2**60
+      ):
         storage = self._storages.setdefault(key, _Storage(self, key, dtype, size))
         if (storage.dtype, storage.size) == (dtype, size):
           return storage
@@ -575,7 +578,10 @@ def opened(path: pathlib.Path) -> Iterator[Any]:
   with _File(io.FileIO(path)) as file:
     with _naming(path):
       source = _source(file, path)
-    yield source.content
+    try:
+      yield source.content
+    finally:
+      source.close()
 
 
 def _source(file: _File, path: pathlib.Path) -> _Source:
