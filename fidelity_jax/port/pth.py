@@ -31,8 +31,9 @@ import numpy as np
 
 from fidelity_jax import errors
 
-# Of a pickle, and of a zip file's directory, in bytes; and of a pickle, in opcodes: each
-# can make an object of 100 bytes. A tensor takes about 100 bytes and 40 opcodes.
+# The longest pickle, or directory of a zip file, in bytes, and the longest pickle in
+# opcodes, each of which can make an object of 100 bytes. A tensor takes about 100 bytes
+# and 40 opcodes.
 _MAX_DESCRIPTION = 2**23
 _MAX_STEPS = 2**20
 _MAX_ARGUMENTS = 8
