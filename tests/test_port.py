@@ -17,7 +17,7 @@ import torch_reference as reference
 
 from fidelity_jax import errors, files, models, port
 from fidelity_jax.port import __main__ as command
-from fidelity_jax.port import reading, recognizing
+from fidelity_jax.port import recognizing
 
 torch = pytest.importorskip("torch")
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "parity"
@@ -454,22 +454,20 @@ def test_unreadable_files(tmp_path):
     port.load(tmp_path)
 
 
-def test_reading_pth_without_torch_says_what_to_install(monkeypatch, tmp_path):
-  (tmp_path / "a.pth").write_bytes(b"")
-  monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(errors.UsageError, match=r"fidelity_jax\[torch\]"):
-    reading.read_state(tmp_path / "a.pth")
-
-
-def test_safetensors_need_no_torch(tmp_path):
+def test_no_file_needs_torch(tmp_path):
   state = prefixed("model.", reference.state_dict(sequential(3, 1, False, True)))
-  safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
+  paths = [tmp_path / name for name in ("a.safetensors", "a.pth", "older.pth")]
+  safetensors.numpy.save_file(state, paths[0])
+  save_torch(state, paths[1])
+  content = torch.load(paths[1], weights_only=True)
+  torch.save(content, paths[2], _use_new_zipfile_serialization=False)
   code = (
-    "import sys; sys.modules['torch'] = None; from fidelity_jax import port;"
-    f"print(list(port.load({str(tmp_path / 'a.safetensors')!r})))"
+    "import sys; sys.modules['torch'] = None; from fidelity_jax import port\n"
+    "for path in sys.argv[1:]: print(list(port.load(path)))"
   )
-  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert run.stdout == "['dncnn']\n", run.stderr
+  command = [sys.executable, "-c", code, *map(str, paths)]
+  run = subprocess.run(command, capture_output=True, text=True)
+  assert run.stdout == "['dncnn']\n" * 3, run.stderr
 
 
 def test_command_writes_a_directory_that_loads_again(resnet18, tmp_path, capsys):

@@ -2,9 +2,6 @@
 
 import os
 import pathlib
-import pickle
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +10,12 @@ import safetensors
 import safetensors.flax
 
 from fidelity_jax import errors
+from fidelity_jax.port import pth
 
 # Where training scripts put the state dict when they save more than that.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params")
+# A pickle can hold a dictionary that holds itself.
+_MAX_WRAPPERS = 8
 
 
 def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -24,24 +24,24 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
   Floating-point tensors of any width become float32. The checksums that PyTorch's zip
   form carries are compared. Prefixes that wrap every name
   (`module.`, from DataParallel, and `_orig_mod.`, from torch.compile) are removed. A
-  PyTorch file is read with `torch.load(weights_only=True)`: it cannot run code.
+  PyTorch file cannot run code.
 
   Args:
     path: a file; the ending .safetensors tells which kind it is.
 
   Raises:
     errors.UsageError: no such file, no tensors in it, tensors of a kind that networks
-      do not have, PyTorch is not installed, or the file wants to run code.
+      do not have, or the file wants to run code.
     errors.RunError: the machine has no room or no right to read it.
   """
   if not os.path.isfile(path):
     raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
   with errors.while_doing(f"reading {path}"):
     if path.suffix == ".safetensors":
-      content = _read_safetensors(path)
+      state = _to_numpy(_read_safetensors(path), path)
     else:
-      content = _unwrap(_read_torch(path), path)
-    state = {name: _to_numpy(tensor, name, path) for name, tensor in content.items()}
+      with pth.opened(path) as content:
+        state = _to_numpy(_unwrap(content, path), path)
   for prefix in ("module.", "_orig_mod."):
     if state and all(name.startswith(prefix) for name in state):
       state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -62,85 +62,24 @@ def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
     ) from error
 
 
-def _read_torch(path: pathlib.Path) -> Any:
-  try:
-    import torch
-  except ImportError as error:
-    raise errors.UsageError(
-      f"reading {path} needs PyTorch: pip install 'fidelity_jax[torch]', or save the "
-      "tensors as .safetensors, which needs no PyTorch"
-    ) from error
-  if not _is_pickle(path):
-    raise errors.UsageError(
-      f"{path} is neither a PyTorch checkpoint nor a .safetensors file"
-    )
-  if damage := _zip_damage(path):
-    raise errors.UsageError(f"{path} is damaged ({damage}): get the file again")
-  try:
-    return torch.load(path, map_location="cpu", weights_only=True)
-  except pickle.UnpicklingError as error:
-    # PyTorch's own message is long advice; the error inside names what it refused.
-    refused = str(error.__context__ or error).splitlines()[0]
-    raise errors.UsageError(
-      f"{path} is refused: it is a pickle that holds more than tensors and could run "
-      f"code ({refused}); save the network's state_dict() instead"
-    ) from error
-  except Exception as error:  # PyTorch raises many kinds on what is no checkpoint.
-    if errors.circumstance(error, context=True):
-      raise
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise errors.UsageError(
-      f"{path} is no readable PyTorch checkpoint: {reason}"
-    ) from error
-
-
-def _is_pickle(path: pathlib.Path) -> bool:
-  """Returns whether a file starts as PyTorch's checkpoints, new or old, do."""
-  if zipfile.is_zipfile(path):
-    return True
-  with open(path, "rb") as file:
-    return file.read(1) == pickle.PROTO
-
-
-def _zip_damage(path: pathlib.Path) -> str | None:
-  """Returns what is wrong with a zip file by its own checksums, or None.
-
-  PyTorch compares none. Its older files are no zip files and have no checksums.
-  """
-  if not zipfile.is_zipfile(path):
-    return None
-  try:
-    with zipfile.ZipFile(path) as archive:
-      name = archive.testzip()
-      return name and f"its part {name!r} is not what its checksum says"
-  except (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,  # a compression that zipfile does not know
-    RuntimeError,  # encrypted
-  ) as error:
-    return str(error) or type(error).__name__
-
-
 def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
   """Returns the state dict inside what a checkpoint holds."""
-  for name in _WRAPPERS:
-    if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-      return _unwrap(content[name], path)
-  if not isinstance(content, Mapping) or not content:
+  for _ in range(_MAX_WRAPPERS):
+    outer = content if isinstance(content, dict) else {}
+    inner = [outer[name] for name in _WRAPPERS if isinstance(outer.get(name), dict)]
+    content = inner[0] if inner else content
+  if not isinstance(content, dict) or not content:
     raise errors.UsageError(
       f"{path} holds a {type(content).__name__}, not tensors by name: save the "
       "network's state_dict()"
     )
   for name, value in content.items():
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable():
       raise errors.UsageError(
         f"{path} calls a tensor {name!r}, which is no name: save the network's "
         "state_dict()"
       )
-    # A nested tensor has a shape that cannot be asked for.
-    if not hasattr(value, "detach") and not hasattr(value, "shape"):
+    if not isinstance(value, pth.Tensor | pth.Unsupported):
       raise errors.UsageError(
         f"{path} holds a {type(value).__name__} called {name!r} among its tensors: "
         "save the network's state_dict()"
@@ -148,45 +87,27 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
   return content
 
 
-def _to_numpy(tensor: Any, name: str, path: pathlib.Path) -> np.ndarray:
-  """Returns a tensor as an array.
+def _to_numpy(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns tensors as arrays, those of floating-point numbers as float32.
 
   Raises:
-    errors.UsageError: it is of a kind that no network here has.
+    errors.UsageError: one is of a kind that no network here has.
   """
-  if hasattr(tensor, "detach"):
-    tensor = tensor.detach()
-    if kind := _odd_kind(tensor):
+  state = {}
+  for name, tensor in content.items():
+    if isinstance(tensor, pth.Unsupported):
       raise errors.UsageError(
-        f"{path} holds a tensor that is {kind}, {name}: save the network's "
+        f"{path} holds a tensor that is {tensor.kind}, {name}: save the network's "
         "state_dict() with dense tensors of real numbers on the CPU"
       )
-    tensor = tensor.resolve_neg()
-    tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  array = np.asarray(tensor)
-  if array.dtype.kind == "c":
-    raise errors.UsageError(
-      f"{path} holds a tensor that is complex, {name}: networks here have real numbers"
-    )
-  # bfloat16 is no floating-point kind to NumPy, but it is no integer either.
-  return array if array.dtype.kind in "iub" else array.astype(np.float32)
-
-
-def _odd_kind(tensor: Any) -> str:
-  """Returns what sets a PyTorch tensor apart from an ordinary one, "" if nothing."""
-  import torch
-
-  if tensor.is_nested:
-    return "nested"
-  if tensor.layout != torch.strided:
-    return "sparse"
-  if tensor.is_quantized:
-    return "quantized"
-  if tensor.device.type != "cpu":
-    return f"on the device {tensor.device.type}"
-  if tensor.is_complex():
-    return "complex"
-  # Strides of 0 can make any size of a few bytes.
-  if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-    return "expanded"
-  return ""
+    array = tensor.numpy() if isinstance(tensor, pth.Tensor) else np.asarray(tensor)
+    if array.dtype.kind == "c":
+      raise errors.UsageError(
+        f"{path} holds a tensor that is complex, {name}: networks here have real "
+        "numbers"
+      )
+    # bfloat16 is no floating-point kind to NumPy, but it is no integer either.
+    if array.dtype.kind not in "iub":
+      array = array.astype(np.float32, copy=False)
+    state[name] = array
+  return state
