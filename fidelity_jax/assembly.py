@@ -1,6 +1,7 @@
 """From stages to networks: made to be trained, or loaded, folded and frozen."""
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -157,7 +158,8 @@ def weights_of(config: ConfigDict) -> str | None:
         "checkpoint's path."
       )
     return f"torchvision/{config.model.name}"
-  if place is not None and files.expand(place).exists():
+  # Not Path.exists, which raises for names that are too long.
+  if place is not None and os.path.exists(files.expand(place)):
     return str(files.expand(place).absolute())
   return place
 

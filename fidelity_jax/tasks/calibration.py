@@ -174,7 +174,8 @@ def _check(config, where: str) -> None:
       f"{where}.model: every module is switched off, so there is nothing to train: "
       f"leave one of {', '.join(MODULES)} on."
     )
-  source, estimator = config.fidelity.source, config.parents.get("estimator")
+  source = config.fidelity.source
+  estimator = config.get("parents", base.ConfigDict()).get("estimator")
   if (source == "oracle") != (estimator is None):
     has = "has no estimator" if estimator is None else "has an estimator"
     raise rules.refusal(
