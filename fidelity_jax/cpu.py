@@ -1,12 +1,9 @@
 """All that exists for CPUs' sake, to be deleted in one piece.
 
-XLA's CPU compiler was measured against PyTorch. Most of it is as fast. What is not is
-computed in other ways here: convolutions, the gradients of biases and max pools,
-rematerialization and random words. docs/cpu.md says what each way is for and which
-benchmark shows whether a newer jaxlib still needs it.
-
-`choose` is the only way in. A program that is lowered for another platform, by
-`jax.export` on a CPU too, has nothing of this module in it.
+XLA's CPU compiler was measured against PyTorch. What was slower is computed in other
+ways here; docs/cpu.md says what each is for and which benchmark shows whether a newer
+jaxlib still needs it. `choose` is the only way in. A program that is lowered for
+another platform, by `jax.export` on a CPU too, has nothing of this module in it.
 """
 
 import functools

@@ -18,8 +18,8 @@ from fidelity_jax import cpu
 def product_precision(dtype: Any) -> lax.Precision | None:
   """Returns the `precision` for products of operands of a floating-point dtype.
 
-  HIGHEST for float32 and longer, which makes them exact to that dtype; None for shorter
-  ones, whose products are exact in float32 anyway.
+  HIGHEST for float32 and longer, which keeps accelerators from rounding the operands
+  first; None for shorter ones, of which there is nothing to round.
   """
   return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
