@@ -4,8 +4,8 @@
 
 Forward and both gradients (dx to the input, dk to the kernel), each as a jitted
 function of its own with the package's compiler options. The three alternate; medians
-in milliseconds of wall-clock time are printed. Says what models/conv.py should do
-itself and what it should leave to XLA.
+in milliseconds of wall-clock time are printed. Says what fidelity_jax/cpu.py should
+do itself and what it should leave to XLA.
 """
 
 import functools

@@ -34,3 +34,9 @@ def test_backbones(command, tmp_path):
 def test_convolutions(command, tmp_path):
   shapes = ("--shapes=calibration", "--repeats=1")
   assert _run(command, tmp_path, "convolutions", *shapes)
+
+
+@pytest.mark.slow
+def test_cpu(command, tmp_path):
+  cases = _run(command, tmp_path, "cpu", *SMALL)["cases"]
+  assert cases["remat"]["cpu"]["temp_bytes"] < cases["remat"]["plain"]["temp_bytes"]

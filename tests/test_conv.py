@@ -151,19 +151,35 @@ def test_under_vmap_and_remat():
   assert relative(each.sum(0), expected) < 1e-6
 
 
-@pytest.mark.parametrize("function", [conv.conv2d, conv.add_bias])
-def test_accelerators_and_bfloat16_get_what_xla_has(monkeypatch, function):
-  x, kernel, _ = draw("plain")[0]
-  arrays = (x, kernel) if function is conv.conv2d else (x, np.ones(12, np.float32))
+@pytest.mark.parametrize("case", CASES)
+def test_accelerators_get_what_xla_has(case):
+  arrays, strides, padding = draw(case)
+  run = with_gradients(conv.conv2d, strides, padding)
+  text = jax.export.export(run, platforms=["tpu"])(*arrays).mlir_module()
+  assert text.count("stablehlo.convolution") == 3
+  assert "stablehlo.dot_general" not in text
 
-  def own(*arrays):
-    # A function of its own each time, or the trace would come from a cache.
-    return "custom_vjp" in str(jax.make_jaxpr(lambda *a: function(*a))(*arrays))
 
-  assert own(*arrays)
-  assert not own(*(jnp.asarray(a, jnp.bfloat16) for a in arrays))
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert not own(*arrays)
+def test_so_does_bfloat16_everywhere():
+  arrays, strides, padding = draw("pointwise")
+  short = [a.astype(jnp.bfloat16) for a in arrays]
+  run = with_gradients(conv.conv2d, strides, padding)
+  text = run.lower(*short).as_text()
+  assert text.count("stablehlo.convolution") == 3
+  assert "stablehlo.dot_general" not in text
+  # What has no gradient of its own can be differentiated forwards.
+  add = lambda bias: conv.add_bias(short[0], bias)
+  assert jax.jvp(add, *[(jnp.ones(20, jnp.bfloat16),)] * 2)[1].dtype == jnp.bfloat16
+
+
+def test_accelerators_sum_the_gradient_of_a_bias():
+  g = draw("plain")[0][2]
+  gradient = lambda bias, g: jax.vjp(lambda b: conv.add_bias(g, b), bias)[1](g)
+  for platform, operation in (("tpu", "reduce"), ("cpu", "dot_general")):
+    export = jax.export.export(jax.jit(gradient), platforms=[platform])
+    text = export(np.ones(24, np.float32), g).mlir_module()
+    for name in ("reduce", "dot_general"):
+      assert (f"stablehlo.{name}" in text) == (name == operation)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from fidelity_jax import errors
 from fidelity_jax.models.conv import Conv
+from fidelity_jax.models.layers import dense
 from fidelity_jax.resize import check_method, resize1d, resize2d
 
 Map = jax.Array | None
@@ -96,7 +97,7 @@ class TwoLayers(nn.Module):
     return self._dense(x, self.features, "output")
 
   def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
-    layer = nn.Dense(
+    layer = dense(
       features,
       dtype=self.dtype,
       kernel_init=_kernel_init(),

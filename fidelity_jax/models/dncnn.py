@@ -1,14 +1,13 @@
 """DnCNN (Zhang et al., 2017): a restorer, and the fidelity estimator's stack."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax import rules
+from fidelity_jax import cpu, rules
 from fidelity_jax.models import layers
 from fidelity_jax.models.restorer import Restorer
 
@@ -110,31 +109,10 @@ def apply_rematerialized(module: DnCNN, params: Any, x: jax.Array) -> jax.Array:
   for first in range(0, module.depth, _GROUP):
     which = range(first, min(first + _GROUP, module.depth))
     group = functools.partial(_apply_layers, module, which)
-    x = _rematerialized(group)({f"layer{i}": params[f"layer{i}"] for i in which}, x)
+    again = cpu.choose(jax.checkpoint(group), cpu.rematerialized(group))
+    x = again({f"layer{i}": params[f"layer{i}"] for i in which}, x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _apply_layers(module: DnCNN, which: range, params: Any, x: jax.Array) -> jax.Array:
   return module.apply({"params": params}, x, which, method="some_layers")
-
-
-def _rematerialized(
-  function: Callable[[Any, jax.Array], jax.Array],
-) -> Callable[[Any, jax.Array], jax.Array]:
-  """Returns a function whose backward pass calls it again.
-
-  `jax.checkpoint` separates the two calls by an optimization barrier. XLA drops that
-  on CPUs, recognizes the second call as the first, and keeps everything after all. So
-  the input of the second call is made to depend on the gradient that comes in.
-  """
-
-  def backward(residuals, g):
-    params, x = residuals
-    # No value changes unless the gradient is not finite, which is an error anyway.
-    known = jnp.isfinite(g[:, :1, :1, :1])
-    _, pull = jax.vjp(function, params, jnp.where(known, x, 0))
-    return pull(g)
-
-  result = jax.custom_vjp(function)
-  result.defvjp(lambda params, x: (function(params, x), (params, x)), backward)
-  return result

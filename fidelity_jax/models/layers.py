@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from fidelity_jax import errors
-from fidelity_jax.models.conv import Conv
+from fidelity_jax.models.conv import Conv, product_precision
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -175,6 +175,11 @@ class ConvNorm(nn.Module):
     return x
 
 
+def dense(features: int, *, dtype: Any, **options: Any) -> nn.Dense:
+  """Returns `nn.Dense` whose products have the precision of their dtype."""
+  return nn.Dense(features, dtype=dtype, precision=product_precision(dtype), **options)
+
+
 class Head(nn.Module):
   """A network's fully connected part: [N, F] to logits [N, num_classes].
 
@@ -198,12 +203,12 @@ class Head(nn.Module):
     """Returns float32 logits; dropout acts when `train` and uses the rng "dropout"."""
     for i, width in enumerate(self.hidden):
       x = nn.Dropout(self.dropout[i], deterministic=not train)(x)
-      x = nn.Dense(
+      x = dense(
         width, kernel_init=self.hidden_init, dtype=self.dtype, name=f"fc{i + 1}"
       )(x)
       x = nn.relu(x)
     x = nn.Dropout(self.dropout[-1], deterministic=not train)(x)
-    x = nn.Dense(
+    x = dense(
       self.num_classes,
       kernel_init=nn.initializers.xavier_uniform(),
       dtype=self.dtype,
