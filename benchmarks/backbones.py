@@ -22,7 +22,7 @@ from fidelity_jax import models, platform
 
 NETS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
 CLASSES = 257
-# Auxiliary heads count so much in the loss.
+# Weight of an auxiliary head's loss.
 AUXILIARY = 0.3
 
 

@@ -2,7 +2,7 @@
 
   python benchmarks/degradations.py [--kinds=awgn,motion_blur] [--out=results.json]
 
-The other side is each definition of METHOD section 3 written the obvious way in
+The other side is each definition of docs/method.md, section 3, written directly in
 PyTorch for one image in one thread, as a DataLoader worker would run it, then stacked
 into a batch. Where the level varies over the image it loops: over rows or columns when
 it varies along one axis ("1d"), over pixels when it varies in two dimensions ("2d").

@@ -5,7 +5,7 @@
 From a uint8 batch to updated parameters: flip, noise (sigma from the discrete mixture),
 restore, fidelity map, confidence, steered backbone, channel modules, loss, backward,
 SGD. The JAX side is the project's own task in its own jitted step; the PyTorch side is
-METHOD written plainly (tests/torch_method.py), eager, with everything frozen detached.
+the method written plainly (tests/torch_method.py), eager, frozen parts detached.
 The two alternate in one process; medians are printed. float32 on a CPU; on a GPU
 bfloat16 against PyTorch's float32 (TF32 allowed).
 

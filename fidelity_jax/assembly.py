@@ -17,7 +17,7 @@ PyTree = Any
 
 
 class Frozen(NamedTuple):
-  """A network that nobody trains any more: a module, or a whole `Method`.
+  """A network whose training is finished: a module, or a whole `Method`.
 
   Attributes:
     network: the network, batch norm folded.
@@ -241,7 +241,7 @@ def _differing(
 def _check_memory(kind: str, shapes: PyTree) -> None:
   """Raises UsageError if training a network cannot fit the memory.
 
-  A parameter, its gradient and its momentum are the least that there has to be.
+  Parameters, gradients and momentum are the least that has to fit.
   """
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   needed, there = 12 * count, platform.memory()

@@ -30,11 +30,11 @@ def run(command: Callable[[], None]) -> int:
   streams.log_to(None)
   try:
     command()
-    # A signal that comes now comes too late.
+    # A signal from here on is ignored.
     signals.work_begins()
   except SystemExit as end:  # --help
     return end.code if isinstance(end.code, int) else 0
-  except BaseException as error:  # The end of every failure.
+  except BaseException as error:  # Any failure.
     signals.work_begins()
     status, line = explain(error)
     line = streams.plain(" ".join(line.split()))
@@ -102,7 +102,7 @@ def start() -> None:
 
 
 def leave(status: int) -> NoReturn:
-  """Ends the process; worker threads of libraries must not hold that up or spoil it."""
+  """Ends the process without waiting for worker threads of libraries."""
   streams.tidy()
   for stream in (sys.stdout, sys.stderr):
     try:

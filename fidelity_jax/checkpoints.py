@@ -8,7 +8,7 @@ Each checkpoint is a directory named by its optimizer step with three items:
   checksums of all arrays.
 
 Two are kept: the latest, to resume from, and the best, which is the stage's product.
-Which is the best is read from the latest one's progress, never from memory alone. Orbax
+Which is the best is read from the latest one's progress. Orbax
 writes under a temporary name and renames, so a checkpoint is whole or absent; what is
 read back is compared with the checksums of what was written.
 """
@@ -163,7 +163,7 @@ class Checkpoints:
     found = {"variables": restored.variables, "training": restored.training}
     _compare(path, progress, found)
     if best not in (None, step):
-      # Sooner than at the end, when all else is trained.
+      # Checked now, and not only after everything is trained.
       self.check_product(best, variables)
     self._policy.best = best
     return restored.variables, restored.training, progress
@@ -246,12 +246,12 @@ def load_variables(directory: pathlib.Path, like: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path, doing: str = "reading checkpoint") -> Iterator[None]:
-  """Tells what keeps a checkpoint from being read from what is wrong with it."""
+  """Distinguishes a checkpoint that cannot be read from one that is damaged."""
   try:
     yield
   except (errors.UsageError, errors.RunError):
     raise
-  except Exception as error:  # Orbax and TensorStore raise many kinds.
+  except Exception as error:  # Orbax and TensorStore raise many types.
     reason = errors.circumstance(error, context=True) or files.unreadable(path)
     if reason:
       raise errors.RunError(f"{doing} {path} failed: {reason}.") from error

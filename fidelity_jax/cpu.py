@@ -21,11 +21,12 @@ from jax import lax
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # Up to this many pixels, from this many channels on, with kernels of up to 9 weights,
-# the gradient with respect to the input is faster by patches; so it is when strided.
+# the gradient with respect to the input is faster by patches; strided ones always are.
 _FEW_PIXELS, _MANY_CHANNELS = 14 * 14, 96
 # From up to this many channels to one, shifted products are faster.
 _TO_ONE = 32
-# With up to this many channels out, from this many in on, so is the kernel's gradient.
+# The kernel's gradient is faster so with up to this many channels out and at least
+# this many in.
 _FEW_OUT, _ENOUGH_IN = 4, 16
 
 
@@ -114,7 +115,7 @@ def _convolve(x, kernel, strides, pads) -> jax.Array:
 
 
 def _fast_convolve(x, kernel, strides, pads) -> jax.Array:
-  """Returns the convolution by whichever way was measured fastest."""
+  """Returns the convolution by the algorithm that was measured fastest."""
   if _is_pointwise(kernel, pads):
     # XLA does not recognize the matrix product in this one.
     visited = x[:, :: strides[0], :: strides[1]]
@@ -155,12 +156,12 @@ def _convolve_to_one(x, kernel, pads) -> jax.Array:
   """Returns the convolution to one channel: pixels times weights, shifted, added up."""
   weights = kernel.reshape(-1, kernel.shape[2])
   windows = _windows(x @ weights.T, kernel.shape[:2], pads)
-  # A weight's own product, where that weight sees it.
+  # Channel i of the product belongs to weight i of the kernel.
   return sum(window[..., i : i + 1] for i, window in enumerate(windows))
 
 
 def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
-  """Returns the same, by the way whose transpose to x is fastest."""
+  """Returns the same by the algorithm whose transpose with respect to x is fastest."""
   many = kernel.shape[2] >= _MANY_CHANNELS and math.prod(x.shape[1:3]) <= _FEW_PIXELS
   small_kernel = 1 < math.prod(kernel.shape[:2]) <= 9
   if small_kernel and (many or strides != (1, 1)):
@@ -186,7 +187,7 @@ def _mirrored(kernel: jax.Array, pads: Pads) -> tuple[jax.Array, Pads]:
 
 
 def _input_gradient(x, g, kernel, strides, pads) -> jax.Array:
-  """Returns the gradient of the input by whichever way was measured fastest."""
+  """Returns the gradient of the input by the algorithm measured fastest."""
   if _is_small(kernel, strides) and 1 in kernel.shape[2:]:
     kernel, pads = _mirrored(kernel, pads)
     return _fast_convolve(g, kernel, strides, pads)
@@ -197,7 +198,7 @@ def _input_gradient(x, g, kernel, strides, pads) -> jax.Array:
 
 
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
-  """Returns the gradient of the kernel by whichever way was measured fastest."""
+  """Returns the gradient of the kernel by the algorithm measured fastest."""
   if _is_pointwise(kernel, pads):
     return _product(x[:, :: strides[0], :: strides[1]], g)[None, None]
   few = kernel.shape[3] <= _FEW_OUT and kernel.shape[2] >= _ENOUGH_IN
@@ -241,7 +242,7 @@ def conv2d_reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
   for edge, outside in ((0, 1), (-1, -2)):
     row, column = x[:, outside], x[:, :, outside]
     row = jnp.pad(row, ((0, 0), (1, 1), (0, 0)), mode="reflect")
-    # The row has brought what lies outside of the corners.
+    # The row has added what lies outside of the corners.
     column = jnp.pad(column, ((0, 0), (1, 1), (0, 0)))
     y = y.at[:, edge].add(_convolve_line(row, kernel[edge]))
     y = y.at[:, :, edge].add(_convolve_line(column, kernel[:, edge]))
@@ -294,7 +295,7 @@ def _max_pool_backward(window, stride, pads, x, g):
   (count, height, width, channels), (rows, columns) = g.shape, x.shape[1:3]
   winner = _argmax(x, (height, width), window, stride, pads)
   # In blocks of stride x stride pixels, a window starts at its own block's first pixel
-  # and reaches so many blocks further; windows outside the image win nowhere.
+  # and reaches so many blocks further; windows outside the image have no winner.
   reach = (window - 1) // stride
   height, width = height + reach, width + reach
   border = [(0, 0), (reach, reach), (reach, reach), (0, 0)]
@@ -331,8 +332,8 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def _argmax(x, size, window, stride, pads) -> jax.Array:
   """Returns each window's first maximum as row * window + column, uint8 [N, h, w, C].
 
-  It is found anew and not by comparing x with the pooled maximum: a value that XLA
-  computes twice, in two fusions, may differ in the last bit.
+  It is not found by comparing x with the pooled maximum: a value that XLA computes
+  twice, in two fusions, may differ in the last bit.
   """
   low = jnp.asarray(-jnp.inf, x.dtype)
   x = lax.pad(x, low, [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
@@ -364,7 +365,7 @@ def rematerialized(
 
   def backward(residuals, g):
     params, x = residuals
-    # No value changes unless the gradient is not finite, which is an error anyway.
+    # Changes x only where the gradient is not finite, which is an error in any case.
     known = jnp.isfinite(g[:, :1, :1, :1])
     _, pull = jax.vjp(function, params, jnp.where(known, x, 0))
     return pull(g)

@@ -1,4 +1,4 @@
-"""Files from the web: resumed where they broke off, whole, and the right ones."""
+"""Downloads: resumed where they broke off, verified by checksum."""
 
 import fcntl
 import hashlib
@@ -26,7 +26,7 @@ def fetch(
     url: where the file is; its last component is the file's name.
     folder: created if a download needs it.
     checksum: "sha256:HEX" or "md5:HEX", HEX the first hexadecimal digits or all.
-    alternative: what else helps without a network; ends the error line that says so.
+    alternative: what to do without a network; the end of the error line.
 
   Raises:
     errors.RunError: no network, a broken transfer, a wrong checksum, or a folder that
@@ -55,7 +55,7 @@ def fetch(
 
 def _verify_part(part: pathlib.Path, url: str, checksum: str) -> None:
   if problem := _mismatch(part, checksum):
-    # Resuming it would never end well.
+    # Resuming it cannot succeed.
     part.unlink()
     raise errors.RunError(
       f"what came from {url} is damaged: {problem}; run again to download it from the "
@@ -83,7 +83,7 @@ def _transfer(url: str, part: pathlib.Path, checksum: str, alternative: str) -> 
     response = urllib.request.urlopen(request, timeout=30)
   except (OSError, http.client.HTTPException) as error:
     if have and getattr(error, "code", None) == 416:
-      return  # Everything is here; the checksum will tell.
+      return  # All of it is here; the checksum is compared next.
     raise _unavailable(url, part.parent, checksum, alternative, error) from error
   with response:
     resumed = response.status == 206

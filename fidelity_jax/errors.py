@@ -1,4 +1,4 @@
-"""What the command line turns into one clear line and an exit status."""
+"""Errors that the command line shows as one line, and exit statuses."""
 
 import contextlib
 import difflib
@@ -69,7 +69,7 @@ _ADVICE = {
   errno.EROFS: "name a place that can be written",
   errno.ESTALE: "the network disk has lost it: run the same command again",
 }
-# How TensorStore and XLA, whose errors are texts, say the same.
+# The same in the words of TensorStore and XLA, whose errors are texts.
 _OS_ERROR = re.compile(
   r"(?:os_error_code='|\[OS error |\(os error |\[Errno )(\d+)['\]): ]", re.IGNORECASE
 )
@@ -86,7 +86,7 @@ def _causes(error: BaseException, context: bool) -> Iterator[BaseException]:
   Args:
     error: the error.
     context: whether what was being handled when it was raised counts, too. Libraries
-      leave "from" out; a defect of our own has nothing to do with it.
+      leave "from" out; it is not set for defects of this package.
   """
   waiting, seen = [error], set()
   while waiting:
@@ -118,7 +118,7 @@ def circumstance(error: BaseException, context: bool = False) -> str | None:
     where = ""
     if isinstance(one, OSError):
       code = one.errno
-      # A descriptor's number tells nobody anything.
+      # The number of a descriptor is no help to the user.
       named = isinstance(one.filename, str | bytes | os.PathLike)
       where = f"{os.fsdecode(one.filename)}: " if named else ""
     else:

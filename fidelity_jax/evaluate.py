@@ -324,11 +324,11 @@ class Evaluation:
     return examples
 
   def _compute_examples(self) -> dict[str, np.ndarray]:
-    # What a picture can show: a middling and the strongest level, and the 2D variation.
+    # The picture shows a middle level, the strongest one and the 2D variation.
     uniform = [c for c in self.conditions if c.vary not in ("1d", "2d")]
     shown = [uniform[len(uniform) // 2], uniform[-1], self.conditions[-1]]
     shown = list(dict.fromkeys(shown))
-    # The test set is sorted by class: examples spread over it show different classes.
+    # The test set is sorted by class: examples spread over it are of different classes.
     count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
     spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
     batches = list(self._batches(self.dataset.select(spread)))
@@ -377,7 +377,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       raise ValueError("its arrays do not fit each other")
   except errors.RunError:
     raise
-  except Exception as error:  # zipfile, zlib and NumPy raise many kinds.
+  except Exception as error:  # zipfile, zlib and NumPy raise many types.
     raise errors.RunError(
       f"{path} is damaged ({error}): delete it to compute it again."
     ) from error

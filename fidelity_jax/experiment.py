@@ -179,8 +179,8 @@ class _Contents:
 
 @contextlib.contextmanager
 def _staying(directory: pathlib.Path) -> Iterator[None]:
-  """Says so if a failure comes of the workdir's having been removed."""
-  # While it is held its inode is given to no other.
+  """Raises RunError in place of a failure caused by a removed workdir."""
+  # While it is open, its inode is not reused.
   held = os.open(directory, os.O_RDONLY)
   try:
     yield
@@ -189,7 +189,7 @@ def _staying(directory: pathlib.Path) -> Iterator[None]:
   except Exception as error:
     there = directory.is_dir() and os.path.samestat(os.fstat(held), directory.stat())
     if not isinstance(error, errors.RunError):
-      # What is removed while it is written to may leave its directory behind.
+      # A directory that is removed while it is written to may remain, without its lock.
       there = there and (directory / ".lock").exists()
     if not there:
       raise errors.RunError(

@@ -1,4 +1,4 @@
-"""The fidelity map and the confidence map it becomes (report, 4.1 and appendix B).
+"""The fidelity map and the confidence map made from it (docs/method.md, section 4).
 
 A fidelity map says, pixel by pixel, how far the restored image is from the clean
 one. Three exist: the l1 distance, the l2 distance, and the cosine similarity
@@ -14,14 +14,15 @@ from fidelity_jax import errors
 
 MAPS = ("l1", "l2", "cosine")
 
-# Appendix B: what the restorer is assumed to leave of the noise, half of its variance.
-# The mixture's own would be the sum divided by 6; the report divides by 6 squared.
+# What the restorer is assumed to leave of the noise: half of its variance. The
+# mixture's own would be the sum divided by 6; the paper's appendix B divides by 6
+# squared.
 VARIANCE = sum(sigma**2 for sigma in (0.1, 0.2, 0.3, 0.4, 0.5)) / (2 * 6**2)
 
 # (mu, s) per map. Errors that are normal with that variance have an l1 distance
 # with exactly this mean and standard deviation (the half-normal distribution), and
 # an l2 distance with this mean and standard deviation (sigma^2 times chi-squared
-# with one degree of freedom; the report calls sqrt(2) sigma^2 its variance).
+# with one degree of freedom; the paper calls sqrt(2) sigma^2 its variance).
 NORMALIZATION = {
   "l1": (
     math.sqrt(VARIANCE) * math.sqrt(2 / math.pi),
@@ -54,7 +55,7 @@ def map_channels(name: str, image_channels: int = 3) -> int:
 
 
 def oracle_map(restored: jax.Array, clean: jax.Array, name: str = "l1") -> jax.Array:
-  """Returns the true fidelity map of restored images (report, 4.1).
+  """Returns the true fidelity map of restored images (the paper, section 4.1).
 
   Args:
     restored: float [N, H, W, C] in [0, 1].

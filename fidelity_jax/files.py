@@ -49,14 +49,13 @@ def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
   """Returns the content of a regular file.
 
   Args:
-    path: the file. Anything else, such as a pipe, which could be read for ever, is
-      refused.
+    path: the file. Anything else is refused, such as a pipe, which may never end.
     limit: the largest size that makes sense, in bytes.
 
   Raises:
     OSError: it cannot be read, is no regular file, or is larger.
   """
-  # Opening a pipe would wait for somebody to write into it.
+  # Opening a pipe would block until another process opens it for writing.
   try:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except OSError as error:
@@ -159,7 +158,7 @@ def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
     again: what to do if it is damaged, for the message.
 
   Raises:
-    RunError: if it is not that record, every bit of it.
+    RunError: if it differs from what was sealed.
   """
   if not isinstance(value, dict) or _SEAL not in value:
     # Earlier versions had no checksums.
@@ -222,7 +221,7 @@ def digest_tree(directory: pathlib.Path) -> dict[str, str]:
 def unreadable(path: pathlib.Path) -> str | None:
   """Returns why the files at or below `path` cannot be read, None if they can.
 
-  That they are missing, or hold nonsense, is no reason.
+  Missing or malformed files do not count.
   """
   try:
     for folder, _, names in os.walk(path, onerror=_raise):

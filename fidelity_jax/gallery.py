@@ -1,4 +1,4 @@
-r"""Draws what each degradation does to an image: the report's Figures 3.2 and A.1.
+r"""Draws what each degradation does to an image: the paper's Figures 3.2 and A.1.
 
   python -m fidelity_jax.gallery [IMAGE ...] --out=DIR [--kind=awgn] [--format=jpg]
 
@@ -11,7 +11,7 @@ all kinds in one figure.
 from fidelity_jax import boundary
 
 if __name__ == "__main__":
-  # Before what takes seconds to import.
+  # Before imports that take seconds.
   boundary.start()
 
 import argparse
@@ -188,7 +188,7 @@ def _draw(args: argparse.Namespace) -> None:
     raise UsageError(f"--seed={args.seed}: write a number from 0 to 2^32 - 1")
   kinds = KINDS
   if args.kind is not None:
-    # Its message names near kinds.
+    # Its message names similar kinds.
     step = degradations.from_config(args.kind).steps[0]
     if step.kind not in KINDS:
       raise UsageError(f"--kind={args.kind}: shows nothing; choose another")

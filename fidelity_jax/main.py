@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
     text = re.sub(r"invalid literal for int.*", "must be a whole number", str(error))
     text = re.sub(r"could not convert string to float.*", "must be a number", text)
     raise errors.UsageError(text) from error
-  except Exception as error:  # Configs are programs: anything can come out of them.
+  except Exception as error:  # Configs are programs and may raise anything.
     raise errors.UsageError(_explain(error, file)) from error
   if len(rest) > 1:
     raise errors.UsageError(f"unexpected argument {rest[1]!r}.")

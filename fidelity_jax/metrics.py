@@ -51,7 +51,7 @@ class MetricWriter:
     Args:
       directory: the stage's.
       records: those up to the checkpoint that the run resumes from. What the file holds
-        is replaced by them: whatever comes after will be computed, and written, again.
+        is replaced by them: later records will be computed and written again.
     """
     path = directory / "metrics.jsonl"
     files.check_file(path)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimizers (METHOD section 6, report section 3.2.1)."""
+"""Learning-rate schedule and optimizers (docs/method.md, section 6)."""
 
 import jax.numpy as jnp
 import optax
@@ -42,7 +42,7 @@ def create(name: str, schedule: optax.Schedule) -> optax.GradientTransformation:
   """Returns an optimizer by name.
 
   Args:
-    name: "sgd" (Nesterov momentum 0.9, as the report's classifier and calibration)
+    name: "sgd" (Nesterov momentum 0.9, as the paper's classifier and calibration)
       or "adam" (as its restorer and estimator).
     schedule: step to learning rate.
 

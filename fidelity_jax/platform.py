@@ -54,11 +54,11 @@ def memory() -> int:
 
 @functools.cache
 def compiler_options() -> dict[str, str] | None:
-  """Returns the `compiler_options` of `jax.jit` for whatever takes long to run.
+  """Returns the `compiler_options` of `jax.jit` for functions that run for long.
 
-  On a CPU it leaves to YNNPACK only matrix products and no convolutions, of which it
-  runs the small ones on one thread; Eigen splits them all (docs/speed.md). None on
-  accelerators and where this jaxlib does not know the option.
+  On a CPU, YNNPACK is left matrix products only: it runs small convolutions on one
+  thread, while Eigen splits all of them (docs/speed.md). None on accelerators and where
+  jaxlib does not know the option.
   """
   if jax.default_backend() != "cpu":
     return None

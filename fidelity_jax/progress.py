@@ -1,4 +1,4 @@
-"""Long work shows itself: a live line on a terminal, plain lines elsewhere."""
+"""Progress of long work: a live line on a terminal, plain lines elsewhere."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Randomness that is addressed, not consumed.
+"""Random draws that depend on their place, not on the order of calls.
 
 Every random draw in fidelity_jax is a function of where it is needed: a seed, an
 epoch (training) or a round (evaluation), and an example's index in its dataset.

@@ -92,7 +92,7 @@ def _check_patches(config: ConfigDict, where: str) -> int:
 
 
 def _check_degradation(config: ConfigDict, side: int, where: str) -> None:
-  """Checks the degradation, and that its kernels are not out of all proportion."""
+  """Checks the degradation, and that its kernels are not larger than images allow."""
   for step in degradations.from_config(config.degradation).steps:
     longest = dict(step.options).get("kernel_size", 0)
     if step.kind == "motion_blur":

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT: finish the step, save, leave.
 
 Three phases. While a command starts, that is while it imports, a signal ends the
-process at once. While it prepares, a signal raises `Stopped` where it strikes, so that
-what is half done is cleaned up. While it works, a signal is only noted, and looked at
+process at once. While it prepares, a signal raises `Stopped` at once, so that
+unfinished files are removed. While it works, a signal is only noted, and looked at
 where the work is saved. Imports nothing heavy: `listen` is called before all imports.
 """
 
@@ -13,7 +13,7 @@ import signal
 class Stopped(BaseException):
   """A stop was asked for; the command exits with 128 + signal.
 
-  No `Exception`: whoever catches these means failures.
+  Not an `Exception`, so that handlers of failures do not catch it.
   """
 
   def __init__(self, number: int, where: str, kept: str):

@@ -1,8 +1,8 @@
-"""What the user reads, apart from what libraries write.
+"""The user's output, kept apart from what libraries write.
 
-Libraries under us (XLA, TensorStore, Orbax's threads) write to standard error what only
-a developer wants to read, hundreds of lines if a disk is full. In a process of our own
-that goes to a log file; the user gets our lines alone.
+Libraries (XLA, TensorStore, Orbax's threads) write messages for developers to standard
+error, hundreds of lines if a disk is full. In a command's process those go to a log
+file, and the user sees this package's lines only.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 class _Forgiving(io.TextIOBase):
-  """Text to a descriptor; that nobody reads it, or a full disk, is no error."""
+  """Text to a descriptor; a closed reader or a full disk is not an error."""
 
   encoding = "utf-8"
 
@@ -51,13 +51,13 @@ def user() -> TextIO:
 
 
 def plain(text: str) -> str:
-  """Returns text without what would end a line or steer a terminal, as names may."""
+  """Returns text without characters that end a line or control a terminal."""
   shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
   return "".join(shown)
 
 
 def take_over() -> int:
-  """Parts the user's stream from the libraries'; for a process of our own, once.
+  """Separates the user's stream from the libraries'; called once per process.
 
   Until `log_to` names a file, what libraries write goes to an unnamed one.
 
@@ -66,7 +66,7 @@ def take_over() -> int:
   """
   global _user
   for descriptor in (0, 1, 2):
-    # A closed one would be given to the next file opened, and written into.
+    # The number of a closed one would be reused by the next file opened.
     try:
       os.fstat(descriptor)
     except OSError:

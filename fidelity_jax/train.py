@@ -1,7 +1,7 @@
 """The only training loop.
 
-It knows tasks, batches and checkpoints, and nothing of what a task trains. The step is
-one compiled function; the host only feeds it, and looks at numbers now and then.
+It knows tasks, batches and checkpoints, and does not depend on what a task trains. The
+step is one compiled function; the host feeds it and reads numbers from time to time.
 """
 
 import contextlib
@@ -298,7 +298,7 @@ class Trainer:
       saved.wait()
       product = saved.check_product(progress_.best_step, state.variables())
     except BaseException:
-      # A failed write behind another failure must not hide it.
+      # A failed write must not hide the failure that led here.
       with contextlib.suppress(Exception):
         saved.close()
       raise
@@ -348,7 +348,7 @@ class Trainer:
           done = self._finish_epoch(step, state, done, writer, record)
           improved = done.best_step == step
           epoch_start = time.monotonic()
-        # Looked at once a step: what is decided here is what is said below.
+        # Read once a step, so that the message below agrees with the decision here.
         stopping = signals.received() is not None
         overdue = time.monotonic() - last_save > self.settings.checkpoint_seconds
         if improved or stopping or overdue or step == self.total_steps:

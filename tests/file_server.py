@@ -1,4 +1,4 @@
-"""A web server on loopback that serves one file, and misbehaves where told."""
+"""A web server on loopback that serves one file, with faults on request."""
 
 import contextlib
 import http.server
@@ -6,7 +6,7 @@ import threading
 
 
 class Server:
-  """Serves one file; counts requests and can misbehave."""
+  """Serves one file, counts requests, and can fail in chosen ways."""
 
   def __init__(self, content: bytes):
     self.content, self.ranges = content, []

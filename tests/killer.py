@@ -21,7 +21,7 @@ from fidelity_jax import evaluate, signals, stages, train
 
 
 def main() -> None:
-  """Arms the trap and runs the command."""
+  """Runs the command, to be ended at the chosen moment."""
   number, moment, count = getattr(signal, sys.argv[1]), sys.argv[2], int(sys.argv[3])
   sys.argv = ["fidelity_jax.main", *sys.argv[4:]]
   left = [count]

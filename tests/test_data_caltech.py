@@ -228,7 +228,7 @@ def test_download_goes_on_where_it_broke_off(tmp_path, monkeypatch):
 
 def test_without_network_one_line_says_what_to_do(tmp_path, monkeypatch):
   with serving(b"") as server:
-    home(monkeypatch, server, b"")  # Nobody listens there any more afterwards.
+    home(monkeypatch, server, b"")  # The port is closed afterwards.
   with pytest.raises(RunError) as caught:
     data.load(config(tmp_path / "datasets"), "train")
   message = str(caught.value)
@@ -433,7 +433,7 @@ class CaltechBirds2011(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       "label": 50 * (number % 4),
       "label_name": "albatross",
       "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
-      # Whoever decodes it finds that it is no picture.
+      # Decoding it shows that it is no picture.
       "segmentation_mask": b"mask",
     }
 

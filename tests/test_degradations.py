@@ -183,7 +183,7 @@ def test_impossible_specs_are_refused_in_one_line(spec, message):
   assert "\n" not in str(caught.value)
 
 
-def test_awgn_conditions_are_the_reports():
+def test_awgn_conditions_are_the_papers():
   conditions = degradations.conditions("awgn")
   names = [condition.name for condition in conditions]
   levels = ["0.1", "0.2", "0.3", "0.4", "0.5", "1d", "2d"]

@@ -1,7 +1,7 @@
-"""Noise by its statistics, and randomness by its address.
+"""Statistics of the noise, and what random draws depend on.
 
-Seeds are fixed, so nothing here flickers; the bounds are 4.5 standard errors, which an
-honest generator exceeds once in 147,000 statistics.
+Seeds are fixed, so results do not vary; the bounds are 4.5 standard errors, which a
+correct generator exceeds once in 147,000 statistics.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the documents tell people to type is there."""
+"""Commands, fields and links in the documents exist."""
 
 import importlib.util
 import pathlib

@@ -77,7 +77,7 @@ def test_refuses_a_wrong_checksum(tmp_path, algorithm, words):
 
 
 def test_names_a_file_that_was_damaged_and_keeps_it(tmp_path):
-  """Somebody may have put it there: it is theirs to delete."""
+  """The user may have put it there, so it is not deleted."""
   path = tmp_path / NAME
   path.write_bytes(CONTENT[:-1])
   with serving(CONTENT) as server:
@@ -90,7 +90,7 @@ def test_names_a_file_that_was_damaged_and_keeps_it(tmp_path):
 
 def test_without_a_network_tells_what_to_put_where(tmp_path):
   with serving(CONTENT) as server:
-    url = server.url + NAME  # Nobody listens there any more afterwards.
+    url = server.url + NAME  # The port is closed afterwards.
   with pytest.raises(errors.RunError) as caught:
     downloading.fetch(url, tmp_path, "sha256:0676ba61", ", or a copy of it")
   message = str(caught.value)

@@ -49,7 +49,7 @@ def test_gradients_are_finite_at_equal_and_black_pixels(kind):
 
 
 def test_normalization_is_the_formula():
-  # The report's appendix B, in numbers.
+  # The paper's appendix B, in numbers.
   variance = 0.55 / 72
   assert fidelity.VARIANCE == pytest.approx(variance, rel=1e-12)
   sigma = variance**0.5
@@ -64,7 +64,7 @@ def test_normalization_is_the_formula():
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_normalization_is_what_it_claims(kind):
   # |e| of e ~ N(0, s0^2) is half-normal. e^2 has mean s0^2 and standard deviation
-  # sqrt(2) s0^2: what the report calls its variance is its standard deviation, and is
+  # sqrt(2) s0^2: what the paper calls its variance is its standard deviation, and is
   # used as one. The sample moments of 10^6 draws are within 1 %.
   rng = np.random.default_rng(0)
   error = np.sqrt(fidelity.VARIANCE) * rng.normal(size=1_000_000)
@@ -82,7 +82,7 @@ def test_normalization_is_what_it_claims(kind):
 
 def test_variance_is_that_of_the_mixture_halved_and_divided_again():
   # A mixture of six equally likely levels has the variance sum(sigma^2) / 6; the
-  # report divides by 6^2, which is kept: halved by the restorer, then a sixth.
+  # paper divides by 6^2, which is kept: halved by the restorer, then a sixth.
   rng = np.random.default_rng(0)
   sigma = rng.choice([0, 0.1, 0.2, 0.3, 0.4, 0.5], size=1_000_000)
   mixture = (sigma * rng.normal(size=sigma.size)).var()

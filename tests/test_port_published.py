@@ -29,7 +29,7 @@ def test_a_name_becomes_a_network(tmp_path, monkeypatch):
 
 def test_without_a_network_tells_what_to_put_where(tmp_path, monkeypatch):
   with serving(b"") as server:
-    url = server.url  # Nobody listens there any more afterwards.
+    url = server.url  # The port is closed afterwards.
   url += "resnet50-0676ba61.pth"
   monkeypatch.setitem(published.FILES, "torchvision/resnet50", url)
   monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The command as a process: signals, streams, limits, disks, and who meddles."""
+"""The command as a process: signals, streams, limits, disks, changed data."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
   assert not list(tmp_path.glob("*/finished.json"))
 
 
-def test_nobody_need_read_what_it_says(background, toy_copy):
+def test_its_output_need_not_be_read(background, toy_copy):
   """As with `2>&1 | head -1`, and with standard error closed."""
   path = results(toy_copy)
   before = path.read_text()

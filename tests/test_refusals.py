@@ -405,7 +405,7 @@ def test_split_files(refused, photographs, tmp_path, content, words):
 
 
 def test_what_is_no_image_is_left_out_and_named(photographs, capsys, tmp_path):
-  """Nothing hangs, whatever bears an image's name."""
+  """No file with an image's name makes the command hang."""
   from fidelity_jax import data
 
   dog = photographs / "dog"

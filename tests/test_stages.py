@@ -65,7 +65,7 @@ def test_a_change_reaches_the_stages_it_matters_to(tmp_path):
     ("dataset.name", "folder"),
     ("dataset.fractions", (0.6, 0.2, 0.2)),
     ("model.weights", "elsewhere"),
-    # Nobody degrades what a classifier is trained on when it is clean ...
+    # Clean training images are not degraded ...
     ("parents.classifier.degradation.kind", "gaussian_blur"),
     ("parents.classifier.validation_rounds", 5),
     # ... and these are what the network has anyway.

@@ -27,7 +27,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 
   Raises:
     RunError: the archive is damaged, or a name in it leads out of it ("../",
-      absolute); nothing of such an archive is to be trusted.
+      absolute); nothing from such an archive is used.
   """
   if path.is_dir():
     yield from _folder(path)
@@ -41,7 +41,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
     zlib.error,
     EOFError,
     OSError,
-    NotImplementedError,  # zipfile: a compression it does not know
+    NotImplementedError,  # zipfile: an unknown compression
   ) as error:
     raise RunError(
       f"{path} is damaged or cannot be read ({error}); delete it and fetch it again"

@@ -65,7 +65,7 @@ class DecodedRecords:
     }
 
   def versions(self) -> list[str]:
-    """Returns nothing known: what is decoded is checked already."""
+    """Returns nothing: decoded images have been checked."""
     return [""] * len(self)
 
   def select(self, indices: Sequence[int]) -> "DecodedRecords":
@@ -173,12 +173,12 @@ def _write(
 
 
 def _allocate(handle: int, total: int) -> None:
-  """Takes the room for a file, so that a full disk shows here, not under the map."""
+  """Allocates a file, so that a full disk is an error here and not in the map."""
   if hasattr(os, "posix_fallocate"):
     try:
       os.posix_fallocate(handle, 0, total)
     except OSError as error:
-      # Not every file system can.
+      # Not supported by every file system.
       if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
         raise
 

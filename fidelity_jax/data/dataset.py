@@ -85,7 +85,7 @@ class MemoryRecords:
     return self.encoded[index]
 
   def versions(self) -> list[str]:
-    """Returns nothing: what is in memory is read faster than looked up."""
+    """Returns nothing: reading memory is faster than looking up what is known of it."""
     return [""] * len(self)
 
   def select(self, indices: Sequence[int]) -> "MemoryRecords":

@@ -208,7 +208,7 @@ def _is_dir(entry: os.DirEntry) -> bool:
   try:
     return entry.is_dir()
   except OSError:
-    # A link that leads to itself.
+    # A link to itself.
     return False
 
 

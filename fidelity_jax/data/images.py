@@ -90,7 +90,7 @@ class Picture:
         self._encoded, min_height=least[0], min_width=least[1], min_factor=2
       )
     except ValueError:
-      # Damaged: whether it is usable all the same is Pillow's decision.
+      # Damaged: Pillow decides whether it can be used.
       return _decode_any(self._encoded, self._max_pixels)
 
 
@@ -175,7 +175,7 @@ def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
   except (BadImageError, MemoryError):
     raise
   except Exception as error:
-    # Pillow's decoders raise many types on damaged data: OSError, SyntaxError,
+    # On damaged data Pillow's decoders raise many types: OSError, SyntaxError,
     # ValueError, struct.error, ...
     raise BadImageError(f"damaged or truncated: {error}") from error
 

@@ -18,7 +18,7 @@ from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
 
 BUILDERS = {"caltech256": caltech.Caltech256, "caltech101": caltech.Caltech101}
-# Names that people know better than TFDS's own.
+# Other names of TFDS datasets.
 _ALIASES = {"cub200": "caltech_birds2011"}
 _TFDS_HOST = "storage.googleapis.com"
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
@@ -103,7 +103,7 @@ def build(
       }
   except (UsageError, RunError):
     raise
-  except Exception as error:  # TFDS and ArrayRecord raise many kinds.
+  except Exception as error:  # TFDS and ArrayRecord raise many types.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise RunError(
       f"the files of the dataset '{name}' that were prepared in {folder} are damaged "
@@ -112,7 +112,7 @@ def build(
 
 
 def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
-  # The log has a line before and after; the bars would break it.
+  # A line is logged before and after; TFDS's progress bars would break it.
   tfds.disable_progress_bar()
   if name in BUILDERS:
     return _prepared(BUILDERS[name], folder)

@@ -1,7 +1,7 @@
 """Blurs: Gaussian and motion, uniform or with a level of its own at every pixel.
 
 Images are worked on as rows of W * C values: a shift by one pixel is a shift by C
-values, so all inner loops run over long contiguous rows whatever the channel count.
+values, so all inner loops run over long contiguous rows for any number of channels.
 """
 
 import math
@@ -58,9 +58,9 @@ def gaussian_blur(
     level: sigma in pixels: a scalar, or a field [H, W, 1]; with a field every output
       pixel is the sum under the kernel of its own sigma. Sigma 0 is the identity.
     kernel_size: odd, static.
-    one_axis: static promise that a field varies along one axis only (whichever). The
-      result is the same; on a square image two passes of kernel_size taps then replace
-      kernel_size^2.
+    one_axis: static; the caller guarantees that a field varies along one axis only
+      (either). The result is the same; on a square image two passes of kernel_size
+      taps then replace kernel_size^2.
 
   Returns:
     float32 [H, W, C] in [0, 1].
@@ -112,8 +112,8 @@ def motion_offsets(orientation: float, reach: int) -> tuple[tuple[int, int], ...
   angle = math.radians(orientation % 180)
   down, right = math.sin(angle), math.cos(angle)
   longest = max(abs(down), abs(right))
-  # The small term keeps halves that are exact on paper (45, 30 degrees) from falling
-  # either way with the last bit of the sine.
+  # The small term makes the rounding of exact halves (at 45 and 30 degrees)
+  # independent of the last bit of the sine.
   nearest = lambda x: int(math.copysign(math.floor(abs(x) + 0.5 + 1e-9), x))
   return tuple(
     (nearest(k * down / longest), nearest(k * right / longest))

@@ -1,4 +1,4 @@
-"""Rectangular crop: a square of the image is lost (METHOD section 3)."""
+"""Rectangular crop: a square of the image is lost (docs/method.md, section 3)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Level fields: how a degradation's level varies over an image (METHOD section 3)."""
+"""Level fields: how a level varies over an image (docs/method.md, section 3)."""
 
 import jax
 import jax.numpy as jnp

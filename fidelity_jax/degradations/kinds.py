@@ -19,7 +19,7 @@ class Kind:
     function: the pure function of (key, image, level).
     level_name: what the level is, for messages.
     levels: the default discrete mixture, mildest (the identity) first, harshest last.
-      AWGN's is the report's; the report shows the others only as pictures, so theirs
+      AWGN's is the paper's; the paper shows the others only as pictures, so theirs
       are this project's choice: the same number of steps, from none to severe.
     largest: the largest level that makes sense, or None.
     odd: whether levels are odd lengths (0 stands for 1).

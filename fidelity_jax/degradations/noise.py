@@ -1,4 +1,4 @@
-"""Noise: additive white Gaussian, and salt and pepper (METHOD section 3)."""
+"""Additive white Gaussian noise, salt and pepper (docs/method.md, section 3)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Random words by position: the cheap bulk randomness that noise is made of.
+"""Random words by position: the fast generator that noise is drawn with.
 
 `jax.random.bits` spends one Threefry block per 32-bit word; here one block gives a
 pixel both its words. They are those of Threefry-2x32 with 20 rounds (Salmon et al.,
@@ -38,7 +38,7 @@ def threefry(
     counter: two uint32 arrays of one shape.
 
   Returns:
-    Two uint32 arrays of that shape, independent and uniform for all practical ends.
+    Two uint32 arrays of that shape, independent and uniform for all practical purposes.
   """
   return cpu.choose(_threefry, cpu.threefry)(*key, *counter)
 

@@ -26,7 +26,7 @@ def from_config(spec: Spec) -> Degradation:
 
   Args:
     spec: a mapping or ConfigDict with the fields below, a kind's name alone, or a list
-      or tuple of such, applied in order. Fields that are None are as good as absent.
+      or tuple of such, applied in order. Fields that are None count as absent.
       kind: clean, awgn, salt_and_pepper, gaussian_blur, motion_blur, rectangular_crop;
         "gaussian_blur+awgn" is the sequence of both with their default levels, which
         the command line can write.

@@ -1,11 +1,11 @@
-"""The calibration modules and the ensemble module (report, 4.3).
+"""The calibration and ensemble modules (docs/method.md, section 5).
 
 These are the only networks the method trains besides the estimator. They read the
 confidence map and steer a frozen backbone: spatially at its taps, and by channel on
 the feature it ends in. They know a backbone by two numbers only, how many taps it
 has and how long its feature is.
 
-Initialization is PyTorch's default for these layers, which the report's experiments
+Initialization is PyTorch's default for these layers, which the paper's experiments
 used: kernels and biases uniform in +-1/sqrt(fan_in).
 """
 
@@ -50,7 +50,7 @@ class ConvStack(nn.Module):
   """Conv3x3 ReLU ... Conv3x3 from one channel to one, reflect padding.
 
   Attributes:
-    num_convs: how many convolutions; 3 in the report, 2 in the released code.
+    num_convs: how many convolutions; 3 in the paper, 2 in the released code.
     channels: width between the convolutions.
     dtype: compute dtype.
 
@@ -110,7 +110,7 @@ class TwoLayers(nn.Module):
 def fidelity_feature(
   confidence: jax.Array, length: int, method: str = "bilinear"
 ) -> jax.Array:
-  """Returns phi, the confidence map as a vector (report, 4.3.4).
+  """Returns phi, the confidence map as a vector (the paper, section 4.3.4).
 
   The map read row by row fills the first half, the map read column by column the
   second, each resized to its half. For an odd length the first half is the longer.
@@ -143,7 +143,7 @@ class Calibration(nn.Module):
     feature_size: F, the length of the backbone's feature, at least 2.
     num_taps: how many taps the backbone has.
     ratio: hidden units of the fully connected layers, as a fraction of F.
-    num_convs: convolutions per stack; 3 in the report, 2 in the released code.
+    num_convs: convolutions per stack; 3 in the paper, 2 in the released code.
     channels: width of the stacks.
     resize: resize method for maps and vectors.
     spatial_multiplication: whether taps multiply by 2 sigmoid(w_i).
@@ -221,7 +221,7 @@ class Calibration(nn.Module):
   def spatial_maps(
     self, confidence: jax.Array, tap_sizes: Sequence[tuple[int, int]]
   ) -> tuple[tuple[Map, Map], ...]:
-    """Returns (w_i, b_i) per tap (report, 4.3.1 to 4.3.3).
+    """Returns (w_i, b_i) per tap (the paper, sections 4.3.1 to 4.3.3).
 
     w_0 is the first stack's output; w_i resizes the next stack's output, plus its
     input under the residual mechanism, to tap i. Each stack reads the resized map
@@ -282,7 +282,7 @@ class Calibration(nn.Module):
     return tap
 
   def channel(self, features: jax.Array, confidence: jax.Array) -> jax.Array:
-    """Returns the feature after the channel modules (report, 4.3.4 and 4.3.5).
+    """Returns the feature after the channel modules (docs/method.md, section 5).
 
     Args:
       features: float [N, F], from the steered backbone.
@@ -312,7 +312,7 @@ class Calibration(nn.Module):
 
 
 class Ensemble(nn.Module):
-  """Blends the calibrated feature with the plain one (report, 4.3.6).
+  """Blends the calibrated feature with the plain one (the paper, section 4.3.6).
 
   Attributes:
     feature_size: F.

@@ -101,7 +101,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 class Conv(nn.Module):
   """`nn.Conv` of images through `conv2d` and `add_bias`: [N, H, W, in] in and out.
 
-  Fields (those there are), parameters ("kernel" [kh, kw, in, out], "bias" [out], both
+  The fields below, parameters ("kernel" [kh, kw, in, out], "bias" [out], both
   float32) and results are those of `nn.Conv`.
 
   Attributes:

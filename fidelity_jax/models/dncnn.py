@@ -90,8 +90,8 @@ class DnCNN(Restorer):
     return x
 
 
-# Layers that a backward pass computes again at once: 20 layers keep 5 inputs of such
-# groups and the 4 activations of one.
+# Layers whose activations are recomputed together: with 20 layers, the inputs of 5
+# groups are kept, and the 4 activations of one group at a time.
 _GROUP = 4
 
 
@@ -99,7 +99,7 @@ def apply_rematerialized(module: DnCNN, params: Any, x: jax.Array) -> jax.Array:
   """Returns `module.apply({"params": params}, x)`, keeping few activations.
 
   The backward pass computes them again, group by group of layers. Gradients are the
-  same but for rounding; docs/speed.md has the price.
+  same but for rounding; docs/speed.md says what it costs.
 
   Args:
     module: without batch norm.

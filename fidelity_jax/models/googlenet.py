@@ -1,7 +1,7 @@
 """GoogLeNet (Szegedy et al., 2015) with batch norm, as torchvision builds it.
 
-torchvision's branch with a 3x3 convolution where the paper has 5x5, its ceil-mode max
-pools and its batch-norm epsilon of 1e-3 are kept: its weights need them.
+As in torchvision, the branch that Szegedy et al. give a 5x5 convolution has a 3x3 one,
+max pools round up, and batch norm's epsilon is 1e-3: its weights need all three.
 """
 
 from typing import Any, ClassVar, Self

@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # with, of the same shape.
 Tap = Callable[[int, jax.Array], jax.Array]
 
-# torchvision starts ResNet's and VGG's convolutions so, DnCNN uses fan-in.
+# torchvision's initial values of ResNet's and VGG's convolutions; DnCNN uses fan-in.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 # nn.Linear's and nn.Conv2d's own default: uniform within 1 / sqrt(fan in).

@@ -31,7 +31,7 @@ def transfer(
   given = traverse_util.flatten_dict(pretrained)
   wanted = traverse_util.flatten_dict(fresh)
   children = {path[1] for path in given}
-  # Auxiliary heads are for training; a network may do without.
+  # Auxiliary heads are used in training only and may be missing.
   problems = [
     f"{'/'.join(path)} has no place in it"
     for path in given.keys() - wanted.keys()

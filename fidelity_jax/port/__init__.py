@@ -1,4 +1,4 @@
-"""Foreign checkpoints in: torchvision, FG-NIC and DnCNN weights as variables.
+"""Reads foreign checkpoints: torchvision's, FG-NIC's and DnCNN's weights.
 
 From the shell, `python -m fidelity_jax.port CHECKPOINT --to=DIR`; docs/weights.md lists
 what is read.

@@ -1,4 +1,4 @@
-"""How PyTorch names and stores what our variables hold.
+"""PyTorch's names and layouts of this package's variables.
 
 A table turns the path of a variable ("backbone/stem/conv/kernel") into the name of the
 PyTorch tensor that holds it ("conv1.weight"). The expected names and shapes then follow

@@ -190,7 +190,7 @@ def _rebuild_tensor(
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
       raise ValueError("a tensor reaches beyond its storage")
-    # Strides of 0 can make any size of a few bytes.
+    # With strides of 0, a few bytes can stand for a tensor of any size.
     if math.prod(shape) * dtype.itemsize > storage.nbytes:
       return Unsupported("expanded")
   conjugated, negated = bool(metadata.get("conj")), bool(metadata.get("neg"))

@@ -49,12 +49,12 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
-  # What keeps it from being read shows here; safetensors would not tell.
+  # Opened first, as safetensors does not say why it cannot read a file.
   with open(path, "rb"):
     pass
   try:
     return safetensors.flax.load_file(path)
-  except Exception as error:  # It raises many kinds, KeyError for a dtype.
+  except Exception as error:  # It raises many types, KeyError for a dtype.
     if errors.circumstance(error):
       raise
     raise errors.UsageError(
@@ -106,7 +106,7 @@ def _to_numpy(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.nd
         f"{path} holds a tensor that is complex, {name}: networks here have real "
         "numbers"
       )
-    # bfloat16 is no floating-point kind to NumPy, but it is no integer either.
+    # To NumPy, bfloat16 is neither floating-point nor integer.
     if array.dtype.kind not in "iub":
       array = array.astype(np.float32, copy=False)
     state[name] = array

@@ -76,7 +76,7 @@ def _write(
     digest = files.sha256(temporary / file_name)
     index.parts[name] = _Entry(file_name, digest, part.config)
   files.write_record(temporary / _INDEX, index)
-  # One of the two is there at any moment, or comes back.
+  # At each moment one of the two exists or is restored.
   aside = temporary.with_suffix(".old")
   if directory.exists():
     os.replace(directory, aside)

@@ -102,8 +102,8 @@ class Task(abc.ABC):
   """What one stage trains.
 
   Attributes:
-    frozen: networks that the loss uses and nobody trains: a PyTree of arrays that the
-      loop passes through to `loss`.
+    frozen: networks that the loss uses and that do not train: a PyTree of arrays that
+      the loop passes through to `loss`.
     initial: arrays that `init` starts from, passed through to it likewise, or None.
     score: name of the validation metric that selects the checkpoint.
     score_sign: 1 if a higher score is better, else -1.
@@ -128,7 +128,7 @@ class Task(abc.ABC):
     """Returns (params, model_state) to start from; the loop jits it.
 
     Args:
-      key: for whatever starts random.
+      key: for random initial values.
       initial: `self.initial`, on the device.
 
     Returns:
@@ -259,7 +259,7 @@ def start_stack(
 
   Args:
     module: the network.
-    key: for whatever starts random.
+    key: for random initial values.
     given: variables to start from, or None for the network's own.
 
   Raises:

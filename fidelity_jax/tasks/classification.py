@@ -22,7 +22,7 @@ class ClassificationTask(base.Task):
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
     initial: variables to start from, or None for random ones.
-    new_head: start the last layers fresh all the same, for other classes.
+    new_head: start the last layers fresh even if `initial` has them.
     restorer: the frozen restorer; "restored" only.
     frozen: {"restorer": variables} for "restored", else {}.
   """
@@ -108,7 +108,7 @@ def _make(config, parents, num_classes, inputs):
 
 def _material(config) -> dict[str, Any]:
   model = registry.complete(config.model)
-  # A network that nobody steers is the same whatever these say.
+  # These change nothing in a network that is not steered.
   for name in registry.steering_fields(config.model.name):
     del model[name]
   if config.model.weights is not None:
