@@ -152,7 +152,7 @@ def weights_of(config: ConfigDict) -> str | None:
   """
   place = config.model.weights
   if place == "torchvision":
-    if "name" not in config.model or config.kind != "classifier":
+    if "name" not in config.model:
       raise errors.UsageError(
         f"{config.kind}: torchvision has no weights for it: set model.weights to a "
         "checkpoint's path."

@@ -271,10 +271,9 @@ def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
     )
   if (len(dataset) // images) * config.epochs >= 2**31:
     raise errors.UsageError(f"{kind}: more than 2^31 steps: lower epochs.")
-  for parent in stage.networks().values():
-    if parent.kind.name == "classifier":
-      trained_on = datasets.load(parent.config.dataset, "train")
-      data.check_num_classes(dataset, trained_on.num_classes)
+  if classifier := stage.networks().get("classifier"):
+    trained_on = datasets.load(classifier.config.dataset, "train")
+    data.check_num_classes(dataset, trained_on.num_classes)
   return dataset.num_classes
 
 

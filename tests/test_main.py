@@ -136,6 +136,20 @@ def test_what_is_missing_is_named_with_a_way_out(command, tmp_path):
   assert ":demo" in line
 
 
+def test_configs_are_found_from_any_directory(command, tmp_path):
+  """They are installed with the package; a file that is there comes first."""
+  refused = command(DEMO, "--workdir=w", "--config.seed=-1", cwd=tmp_path)
+  assert refused.returncode == 2
+  assert "config.seed = -1" in one_line(refused.stderr)
+  own = "from fidelity_jax.configs import common\n"
+  own += "def get_config(size):\n  return common.method('nothing', size)\n"
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "oracle.py").write_text(own)
+  refused = command(DEMO, "--workdir=w", cwd=tmp_path)
+  assert refused.returncode == 2
+  assert "fidelity.source = 'nothing'" in one_line(refused.stderr)
+
+
 def test_two_runs_do_not_share_a_workdir(command, tmp_path):
   from fidelity_jax import files
 

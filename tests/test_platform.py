@@ -46,3 +46,14 @@ def test_an_option_unknown_to_jaxlib_is_left_out(monkeypatch):
 def test_accelerators_have_no_options(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert platform.compiler_options() is None
+
+
+@pytest.mark.parametrize(
+  ("backend", "expected"),
+  [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")],
+)
+def test_precision_is_what_it_means_here(monkeypatch, backend, expected):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert platform.precision("auto") == expected
+  assert platform.precision("float32") == "float32"
+  assert platform.precision("bfloat16") == "bfloat16"
