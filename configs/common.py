@@ -14,7 +14,7 @@ layers, the same training with fewer epochs and, to make up for them, higher rat
 
 from ml_collections import ConfigDict, config_dict
 
-from fidelity_jax import data, errors
+from fidelity_jax import data, errors, models
 
 
 def experiment(name: str, kind: str, size: str) -> ConfigDict:
@@ -114,14 +114,13 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   config.source = source
   config.model = ConfigDict(
     {
-      # A network of docs/backbones.md and its fields; None: the network's own value.
-      # "resnet" is small.
+      # A network of docs/backbones.md; "resnet" is small.
       "name": "resnet" if size else "resnet50",
-      "stage_sizes": config_dict.placeholder(tuple),
-      "width": config_dict.placeholder(int),
-      "block": config_dict.placeholder(str),
-      "transform_input": config_dict.placeholder(bool),
-      "transform_steered": config_dict.placeholder(bool),
+      # Fields of these networks; None: the network's own value.
+      **{
+        name: config_dict.placeholder(field.type)
+        for name, field in models.registry.FIELDS.items()
+      },
       # A path, a name such as "torchvision/resnet50", "torchvision" for the network's
       # own ImageNet weights, or None for random ones.
       "weights": config_dict.placeholder(str),

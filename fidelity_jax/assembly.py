@@ -65,6 +65,11 @@ def loaded_task(
   """
   task, initial = _with_parents(stage, num_classes, sharding)
   if part := given_part(stage.config):
+    place = weights_of(stage.config)
+    if port.content_digest(place) != stage.content.weights:
+      raise errors.RunError(
+        f"{place} is not what it was when the run began: run the same command again."
+      )
     own = isinstance(task.network, nn.Module)
     initial = part.variables if own else initial | {stage.kind.name: part.variables}
   return dataclasses.replace(task, initial=initial or None)
@@ -159,9 +164,11 @@ def weights_of(config: ConfigDict) -> str | None:
       )
     return f"torchvision/{config.model.name}"
   # Not Path.exists, which raises for names that are too long.
-  if place is not None and os.path.exists(files.expand(place)):
-    return str(files.expand(place).absolute())
-  return place
+  if place is None or (
+    place.startswith("torchvision/") and not os.path.exists(files.expand(place))
+  ):
+    return place
+  return str(files.expand(place).absolute())
 
 
 def given_part(config: ConfigDict) -> port.Part | None:

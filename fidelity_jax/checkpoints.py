@@ -229,23 +229,28 @@ def variables_directory(checkpoints: pathlib.Path, step: int) -> pathlib.Path:
   return checkpoints / str(step) / "variables"
 
 
-def load_variables(directory: pathlib.Path, like: PyTree) -> PyTree:
+def load_variables(
+  directory: pathlib.Path, like: PyTree, verified: bool = False
+) -> PyTree:
   """Reads the variables of a checkpoint.
 
   Args:
     directory: from `variables_directory`.
     like: arrays or shapes of the same structure.
+    verified: whether its files are known to be what was written.
 
   Raises:
-    RunError: if the checkpoint cannot be read, is damaged, or of another structure.
+    RunError: it cannot be read, is damaged, or of another structure.
   """
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(directory.absolute(), abstract)
+  with _reading(directory, verified=verified), ocp.StandardCheckpointer() as reader:
+    return reader.restore(directory.absolute(), abstract)
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path, doing: str = "reading checkpoint") -> Iterator[None]:
+def _reading(
+  path: pathlib.Path, doing: str = "reading checkpoint", verified: bool = False
+) -> Iterator[None]:
   """Distinguishes a checkpoint that cannot be read from one that is damaged."""
   try:
     yield
@@ -256,6 +261,11 @@ def _reading(path: pathlib.Path, doing: str = "reading checkpoint") -> Iterator[
     if reason:
       raise errors.RunError(f"{doing} {path} failed: {reason}.") from error
     kind, text = type(error).__name__, " ".join(str(error).split())[:200]
+    if verified:
+      raise errors.RunError(
+        f"checkpoint {path} is what was written, but holds another network than this "
+        f"version of fidelity_jax makes of its config ({kind}: {text}): {_again(path)}"
+      ) from error
     raise errors.RunError(
       f"checkpoint {path} is damaged ({kind}: {text}): {_again(path)}"
     ) from error

@@ -6,9 +6,7 @@ the example alone.
 
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import pathlib
 from typing import Any
 
@@ -27,14 +25,14 @@ from fidelity_jax import (
   platform,
   progress,
   randomness,
-  results,
+  rows,
   sharding,
   signals,
   stages,
   tasks,
 )
 from fidelity_jax.method import Method
-from fidelity_jax.results import Compared
+from fidelity_jax.rows import Compared
 
 PyTree = Any
 
@@ -49,7 +47,7 @@ class Results:
     class_names: names of the classes.
   """
 
-  rows: list[results.Row]
+  rows: list[rows.Row]
   examples: dict[str, np.ndarray]
   class_names: list[str]
 
@@ -130,7 +128,7 @@ class Evaluation:
     stage: stages.Stage,
     further: dict[str, stages.Stage],
     config: ConfigDict,
-    datasets: Any,
+    dataset: data.Dataset,
     directory: pathlib.Path,
   ):
     """Prepares to evaluate.
@@ -139,20 +137,16 @@ class Evaluation:
       stage: the experiment's last stage, which need not be finished yet.
       further: stages that serve its evaluation alone, by role.
       config: the experiment's config.
-      datasets: gives splits; see `experiment.Datasets`.
+      dataset: the test images.
       directory: the experiment's.
-
-    Raises:
-      UsageError: there is nothing to test on.
     """
     self.config, self.stage, self.further = config, stage, further
-    self.directory = directory
-    self.dataset = datasets.load(config.dataset, "test")
+    self.directory, self.dataset = directory, dataset
     self.conditions = degradations.conditions(config.degradation)
     self.networks = stage.networks() | further
     source = config.fidelity.source if "calibration" in self.networks else None
     self.compared = compared_methods(self.networks, source)
-    self.mesh = sharding.make_mesh(config.evaluation.batch_size)
+    self.mesh = sharding.make_mesh()
     self.sharding = sharding.batch(self.mesh)
     self._compiled: dict[tuple[Compared, ...], Any] = {}
 
@@ -193,7 +187,7 @@ class Evaluation:
       self._compiled[wanted] = jax.jit(function, compiler_options=options)
     return self._compiled[wanted]
 
-  def _degrade(self, condition, batch, round_: int) -> tuple[jax.Array, jax.Array]:
+  def _degraded(self, condition, batch, round_: int) -> tuple[jax.Array, jax.Array]:
     """Returns (degraded, clean) of a batch, float32 [N, H, W, 3] in [0, 1]."""
     seed = self.config.seed
     key = randomness.purpose_key(seed, f"evaluation/{condition.name}")
@@ -216,7 +210,7 @@ class Evaluation:
     found: dict[str, list[jax.Array]] = {c.key: [] for c in wanted}
     function = self._measure(wanted)
     for batch in self._batches(self.dataset):
-      degraded, clean = self._degrade(condition, batch, round_)
+      degraded, clean = self._degraded(condition, batch, round_)
       values, _ = function(self._network.variables, degraded, clean)
       for key, value in values.items():
         found[key].append(value)
@@ -233,10 +227,8 @@ class Evaluation:
     """
     workdir, count = self.stage.directory.parent, len(self.dataset)
     kept = {
-      c: results.Measurements(workdir, c.key, self._of(c), count) for c in self.compared
+      c: rows.Measurements(workdir, c.key, self._of(c), count) for c in self.compared
     }
-    for measurements in kept.values():
-      measurements.check()
     rounds = self.config.evaluation.rounds
     places = [(c, r) for c in self.conditions for r in range(c.rounds_needed(rounds))]
     todo = []
@@ -253,20 +245,20 @@ class Evaluation:
       if bar.due() or done == len(todo):
         bar.update(done, condition=condition.name)
     bar.close()
-    rows = []
+    found = []
     for condition in self.conditions:
       numbers = range(condition.rounds_needed(rounds))
       for c in self.compared:
         measured = [kept[c].get(condition, number) for number in numbers]
-        rows.append(self._row(c, condition, measured))
-    return Results(rows, self._examples(), list(self.dataset.class_names))
+        found.append(self._row(c, condition, measured))
+    return Results(found, self._examples(), list(self.dataset.class_names))
 
   def _row(
     self,
     compared: Compared,
     condition: degradations.Condition,
     measured: list[np.ndarray],
-  ) -> results.Row:
+  ) -> rows.Row:
     """Returns the row of a method's values [N], round by round."""
     behind = self._behind(compared)
     configs = {role: stage.config for role, stage in behind.items()}
@@ -278,25 +270,31 @@ class Evaluation:
       name = "accuracy"
       right = [v == self.dataset.labels for v in measured]
       per_round = [100 * float(np.mean(v)) for v in right]
-    facts[name], std = results.mean_and_std(per_round)
-    given = classifier and classifier.model.weights and not classifier.epochs
-    return results.Row(
+    facts[name], std = rows.mean_and_std(per_round)
+    trained_on = classifier.source if classifier else None
+    if classifier and not classifier.epochs:
+      as_given = classifier.model.weights and not classifier.model.new_head
+      trained_on = "given" if as_given else "none"
+    products = {role: s.finished().product[:16] for role, s in behind.items()}
+    return rows.Row(
       experiment=self.config.experiment,
       method=compared.method,
-      trained_on=("given" if given else classifier.source) if classifier else None,
+      trained_on=trained_on,
       backbone=classifier.model.name if classifier else None,
       restorer=configs["restorer"].model.name if compared.restored else None,
       map=configs["calibration"].fidelity.map if "calibration" in configs else None,
       ensemble=compared.ensemble,
       dataset=self.config.dataset.name,
       image_size=self.config.dataset.image_size,
-      condition=results.Condition.of(condition),
+      condition=rows.Condition.of(condition),
       seed=self.config.seed,
       precision=self.config.precision,
       std=std,
       rounds=len(measured),
       images=len(self.dataset),
+      fingerprint=self.dataset.fingerprint[:16],
       stages={role: stage.name for role, stage in behind.items()},
+      products=products,
       **facts,
     )
 
@@ -312,9 +310,9 @@ class Evaluation:
     of = [
       *(self._of(c) for c in self.compared),
       self.config.evaluation.examples,
-      [repr(c.degradation) for c in self.conditions],
+      [c.steps for c in self.conditions],
     ]
-    digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    digest = files.digest(of)
     if path.exists():
       examples = _read_npz(path)
       if str(examples.get("of")) == digest:
@@ -337,7 +335,7 @@ class Evaluation:
     for condition in shown:
       parts: dict[str, list] = {}
       for batch in batches:
-        degraded, clean = self._degrade(condition, batch, 0)
+        degraded, clean = self._degraded(condition, batch, 0)
         values, seen = function(self._network.variables, degraded, clean)
         seen |= {"degraded": degraded, "clean": clean, "label": batch["label"]}
         seen |= {f"value/{key}": value for key, value in values.items()}

@@ -5,7 +5,9 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
@@ -18,6 +20,7 @@ from fidelity_jax import (
   port,
   progress,
   report,
+  rows,
   schema,
   sharding,
   signals,
@@ -25,16 +28,16 @@ from fidelity_jax import (
   streams,
   tasks,
   train,
-  workdir,
+  workdirs,
 )
 
 
-def run(config: ConfigDict, directory: str) -> None:
+def run(config: ConfigDict, workdir: str) -> None:
   """Runs an experiment: trains what is not trained yet, evaluates and reports.
 
   Args:
     config: an experiment's config, as those in configs/.
-    directory: the workdir, for stages, results and pictures; made where absent.
+    workdir: directory for stages, results and pictures; made where absent.
 
   Raises:
     UsageError: the config asks for something impossible.
@@ -44,7 +47,7 @@ def run(config: ConfigDict, directory: str) -> None:
   config = config.copy_and_resolve_references()
   schema.check(config)
   _resolve_precision(config)
-  place = files.expand(directory)
+  place = files.expand(workdir)
   with files.locked(place), _staying(place):
     streams.log_to(place / "log.txt")
     stages.check_workdir(place)
@@ -52,31 +55,37 @@ def run(config: ConfigDict, directory: str) -> None:
     datasets = Datasets()
     plan = _plan(config, place, datasets)
     _check(plan.stages, datasets)
-    where = workdir.experiment_directory(place, config.experiment, plan.last)
-    evaluation = None
+    files.check_directory(place / rows.DIRECTORY, write=True)
+    test = None
     if "evaluation" in config:
-      evaluation = evaluate.Evaluation(plan.last, plan.further, config, datasets, where)
-      report.check(where)
+      test = datasets.load(config.dataset, "test")
+      _warn_of_leaks(plan.stages, datasets, test)
+    where = workdirs.experiment_directory(place, config, plan.ends, test)
+    report.check(where)
     signals.work_begins()
     for number, stage in enumerate(plan.stages, 1):
       signals.stop_if_received(f"before {stage.name}")
       complete(stage, datasets, f"[{number}/{len(plan.stages)}] ")
-      workdir.write_index(place)
-    if evaluation:
-      with errors.while_doing(f"making the directory {where}"):
-        where.mkdir(exist_ok=True)
-      # All that it takes to load its networks, or to run it again.
-      record = {"format": stages.FORMAT, "config": stages.as_json(config)}
-      files.write_json(where / "experiment.json", files.seal(record))
-      results = evaluation.run()
-      report.write(where, config, results, [_describe(s) for s in plan.stages])
-      workdir.write_index(place)
-      progress.say(f"wrote {where / 'report.md'}, results.json and pictures.")
+      workdirs.write_index(place)
+    with errors.while_doing(f"making the directory {where}"):
+      where.mkdir(exist_ok=True)
+    if test is not None:
+      evaluation = evaluate.Evaluation(plan.last, plan.further, config, test, where)
+      report.write(where, config, evaluation.run(), list(map(_describe, plan.stages)))
+    workdirs.write_experiment(where, config, plan.stages)
+    workdirs.write_index(place)
+    progress.say(f"wrote {where}.")
+
+
+def _describe(stage: stages.Stage) -> str:
+  record = stage.finished()
+  return f"`{stage.name}`: validation {record.metric} {record.score:.4g}"
 
 
 def _resolve_precision(config: ConfigDict) -> None:
-  """Replaces "auto" by what it means here, in parents too."""
-  config.precision = platform.precision(config.precision)
+  """Replaces "auto" by what it means here, in all parents that there are."""
+  if "precision" in config:
+    config.precision = platform.precision(config.precision)
   for parent in config.get("parents", {}).values():
     _resolve_precision(parent)
 
@@ -88,16 +97,20 @@ class _Plan:
   Attributes:
     last: the experiment's last stage.
     further: stages that serve its evaluation alone, by role.
-    stages: all that are to be finished, in order.
   """
 
   last: stages.Stage
   further: dict[str, stages.Stage]
 
   @property
+  def ends(self) -> list[stages.Stage]:
+    """The stages that nothing is trained from."""
+    return [*self.further.values(), self.last]
+
+  @property
   def stages(self) -> list[stages.Stage]:
-    ends = (*self.further.values(), self.last)
-    return list({s.name: s for end in ends for s in end.lineage()}.values())
+    """All that are to be finished, in order."""
+    return list({s.name: s for end in self.ends for s in end.lineage()}.values())
 
 
 def _plan(config: ConfigDict, place: pathlib.Path, datasets: "Datasets") -> _Plan:
@@ -162,8 +175,8 @@ class _Contents:
     given = assembly.weights_of(config)
     with self._noting():
       weights = self._digest(given)
-    where = config.dataset.path or config.dataset.name
-    return stages.Content(images, weights, {"images": where, "weights": given})
+    chosen = " ".join(f"{k}={v}" for k, v in sorted(_selection(config).items()))
+    return stages.Content(images, weights, {"images": chosen, "weights": given})
 
   def _digest(self, given: str | None) -> str | None:
     if given is None:
@@ -172,7 +185,7 @@ class _Contents:
       return port.content_digest(given)
     except (errors.UsageError, errors.Missing):
       # A finished stage needs the file no longer.
-      if known := stages.weights_of_old(self._place, given):
+      if known := stages.remembered_weights(self._place, given):
         return known
       raise
 
@@ -201,28 +214,60 @@ def _staying(directory: pathlib.Path) -> Iterator[None]:
     os.close(held)
 
 
-def _describe(stage: stages.Stage) -> str:
-  record = stage.finished()
-  return f"`{stage.name}`: validation {record.metric} {record.score:.4g}"
+# Fields of `dataset` that say how images are read, not which there are.
+_READING = (
+  *("cache", "crop_area", "crop_aspect", "image_size", "max_pixels"),
+  *("reduced_decode", "strict", "workers"),
+)
+
+
+def _selection(config: ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a stage's dataset that say which images there are."""
+  chosen = {k: v for k, v in config.dataset.items() if k not in _READING}
+  if chosen["path"]:
+    chosen["path"] = str(files.expand(chosen["path"]).absolute())
+  return {k: v for k, v in chosen.items() if v is not None}
 
 
 class Datasets:
   """Loads each split of each dataset once."""
 
   def __init__(self):
-    self._loaded: dict[tuple[str, str], data.Dataset] = {}
+    self._loaded: dict[str, data.Dataset] = {}
 
   def load(self, config: ConfigDict, split: str) -> data.Dataset:
     """Returns one split ("train", "validation" or "test") of a dataset."""
-    key = (config.to_json_best_effort(sort_keys=True), split)
+    # What the device does to the images makes no other dataset.
+    later = ("crop_area", "crop_aspect", "image_size", "reduced_decode", "workers")
+    fields = {k: v for k, v in config.items() if k not in later}
+    key = files.digest([stages.as_json(fields), split])
     if key not in self._loaded:
       self._loaded[key] = data.load(config, split)
     return self._loaded[key]
 
+  def encoded(self, config: ConfigDict, split: str) -> data.Dataset:
+    """Returns the same, not decoded even if it is to be cached."""
+    config = config.copy_and_resolve_references()
+    config.cache = None
+    return self.load(config, split)
+
   def fingerprint(self, config: ConfigDict) -> str:
     """Returns the fingerprint of what a stage is trained and selected on."""
-    splits = [self.load(config, split) for split in ("train", "validation")]
+    splits = [self.encoded(config, split) for split in ("train", "validation")]
     return "-".join(dataset.fingerprint[:32] for dataset in splits)
+
+
+def _warn_of_leaks(
+  plan: list[stages.Stage], datasets: Datasets, test: data.Dataset
+) -> None:
+  """Says so if a stage is trained on test images, as other splits can make it."""
+  tested = set(zip(test.keys, test.digests, strict=True))
+  for stage in plan:
+    trained_on = datasets.encoded(stage.config.dataset, "train")
+    both = tested & set(zip(trained_on.keys, trained_on.digests, strict=True))
+    if both:
+      some = f"{len(both)} of the {len(test)} test images"
+      progress.say(f"warning: {stage.name} is trained on {some}.")
 
 
 def _check(plan: list[stages.Stage], datasets: Datasets) -> None:
@@ -257,7 +302,7 @@ def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
     UsageError: they do not.
   """
   config, kind = stage.config, stage.kind.name
-  dataset = datasets.load(config.dataset, "train")
+  dataset = datasets.encoded(config.dataset, "train")
   if dataset.num_classes < 2:
     raise errors.UsageError(
       f"dataset '{dataset.name}' has one class only, '{dataset.class_names[0]}': name "
@@ -272,8 +317,8 @@ def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
   if (len(dataset) // images) * config.epochs >= 2**31:
     raise errors.UsageError(f"{kind}: more than 2^31 steps: lower epochs.")
   if classifier := stage.networks().get("classifier"):
-    trained_on = datasets.load(classifier.config.dataset, "train")
-    data.check_num_classes(dataset, trained_on.num_classes)
+    known = datasets.encoded(classifier.config.dataset, "train").class_names
+    data.check_classes(dataset, known)
   return dataset.num_classes
 
 
@@ -287,6 +332,11 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   stage.begin()
   train_data = datasets.load(config.dataset, "train")
   mesh = sharding.make_mesh(config.batch_size)
+  if mesh.size < jax.device_count():
+    progress.say(
+      f"{stage.name}: batch_size {config.batch_size} splits evenly over {mesh.size} of "
+      f"{jax.device_count()} devices: the others wait."
+    )
   patches = sharding.batch(mesh)
   task = assembly.loaded_task(stage, train_data.num_classes, patches)
   trainer = train.Trainer(

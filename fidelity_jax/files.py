@@ -145,7 +145,7 @@ def read_json(path: pathlib.Path, again: str) -> Any:
 def seal(record: Any) -> dict[str, Any]:
   """Returns a record, or a dictionary, as JSON-able values with a checksum."""
   content = msgspec.to_builtins(record)
-  return content | {_SEAL: _digest(content)}
+  return content | {_SEAL: digest(content)}
 
 
 def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
@@ -167,7 +167,7 @@ def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
       f"{again}"
     )
   content = {name: item for name, item in value.items() if name != _SEAL}
-  if value[_SEAL] != _digest(content):
+  if value[_SEAL] != digest(content):
     raise errors.RunError(
       f"{where} is damaged (its content is not what its checksum says): {again}"
     )
@@ -179,8 +179,10 @@ def unseal(value: Any, kind: type[T], where: object, again: str) -> T:
     ) from error
 
 
-def _digest(content: Any) -> str:
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def digest(value: Any, digits: int = 64) -> str:
+  """Returns the first hexadecimal digits of the SHA-256 of a JSON-able value."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def sha256(path: pathlib.Path) -> str:

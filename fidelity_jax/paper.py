@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fidelity_jax.results import Row
+from fidelity_jax.rows import Row
 
 _SETUPS = {"clean": "setup1", "degraded": "setup2", "restored": "setup3"}
 

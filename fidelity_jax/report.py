@@ -14,10 +14,13 @@ from ml_collections import ConfigDict
 
 from fidelity_jax import files, paper
 from fidelity_jax.evaluate import Results
-from fidelity_jax.results import Compared, Condition, Row
+from fidelity_jax.rows import Compared, Condition, Row
 
 # What an experiment's directory has in it.
-NAMES = ("results.json", "report.md", "accuracy.png", "examples.png")
+NAMES = (
+  *("results.json", "report.md", "accuracy.png", "examples.png"),
+  *("examples.npz", "experiment.json"),
+)
 _SOURCES = {
   "oracle": "oracle map",
   "pretrained": "pretrained estimator",
@@ -31,8 +34,8 @@ def title(row: Row) -> str:
   if row.method == "restoration":
     return restoration
   if row.method == "classifier":
-    given = row.trained_on == "given"
-    trained = "given weights" if given else f"trained on {row.trained_on}"
+    other = {"given": "given weights", "none": "not trained"}
+    trained = other.get(row.trained_on, f"trained on {row.trained_on}")
     return f"{trained}, {restoration}"
   ensemble = "with" if row.ensemble else "without"
   return f"proposed, {_SOURCES.get(row.method, row.method)}, {ensemble} ensemble"
@@ -133,13 +136,14 @@ def _spaced(name: str) -> str:
   return name.replace("_", " ").replace("$", r"\$")
 
 
-def _heading(condition: str) -> str:
-  """Returns "noise, sigma 0.3" for "awgn-0.3", "noise, 2D" for "awgn-2d", ..."""
-  kind, _, level = condition.rpartition("-")
-  kind = "noise" if kind == "awgn" else _spaced(kind)
-  if level in ("1d", "2d"):
-    return f"{kind}, {level.upper()}"
-  return f"{kind}, sigma {level}" if kind == "noise" else f"{kind} {level}"
+def _heading(condition: Condition) -> str:
+  """Returns e.g. "noise, sigma 0.3", "noise, 2D", "gaussian blur + noise"."""
+  kind = _spaced(condition.kind).replace("awgn", "noise").replace("+", " + ")
+  if condition.vary in ("1d", "2d"):
+    return f"{kind}, {condition.vary.upper()}"
+  if condition.level is None or condition.kind == "clean":
+    return kind
+  return f"{kind}, {'sigma ' * (kind == 'noise')}{condition.level:g}"
 
 
 def _png(figure: plt.Figure) -> bytes:
@@ -152,9 +156,9 @@ def _png(figure: plt.Figure) -> bytes:
 def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   """Returns the picture of accuracy, or PSNR, against level, a line a method (PNG)."""
   titles, conditions, rows = _grid(results)
-  kind = config.degradation.kind
+  kind = next((c.kind for c in conditions if c.name != "clean"), "clean")
   classified = results.rows[0].accuracy is not None
-  # A clean image that nothing restores has no finite PSNR.
+  # The PSNR of identical images, counted as 100 dB, would flatten all others.
   shown = [c for c in conditions if classified or c.name != "clean"]
   uniform = sorted((c for c in shown if c.vary is None), key=lambda c: c.level)
   varying = [c for c in shown if c.vary is not None]
@@ -194,8 +198,8 @@ def draw_accuracy(config: ConfigDict, results: Results) -> bytes:
   left.set(xlabel=level)
   left.set_xticks([c.level for c in uniform])
   left.set_title("one level everywhere")
-  right.set(xticks=range(len(varying)), xlim=(-0.5, len(varying) - 0.5))
-  right.set_xticklabels([_heading(c.name) for c in varying])
+  right.set(xticks=range(len(varying)), xlim=(-0.5, max(len(varying), 1) - 0.5))
+  right.set_xticklabels([_heading(c) for c in varying])
   right.set_title("varying levels")
   for axes in (left, right):
     axes.grid(alpha=0.3)
@@ -233,7 +237,8 @@ def _example_rows(config: ConfigDict, results: Results) -> list[tuple[str, str, 
 def draw_examples(config: ConfigDict, results: Results) -> bytes:
   """Returns the picture of clean, degraded and restored images and maps (PNG)."""
   examples, names = results.examples, results.class_names
-  conditions = [str(c) for c in examples["condition"]]
+  known = {row.condition.name: row.condition for row in results.rows}
+  conditions = [known[str(name)] for name in examples["condition"]]
   # Each condition shows images of its own, as long as there are enough.
   total = examples["clean"].shape[1]
   count = max(total // len(conditions), 1)
@@ -291,8 +296,8 @@ def _caption(results: Results) -> str:
   first = results.rows[0]
   if first.accuracy is None:
     return "Below each image, its PSNR to the clean one"
-  given = first.trained_on == "given"
-  which = "as given" if given else f"trained on {first.trained_on} images"
+  other = {"given": "as given", "none": "as it started"}
+  which = other.get(first.trained_on, f"trained on {first.trained_on} images")
   text = (
     "Below each image, what is predicted from it: the classifier "
     f"{which} sees the\ndegraded, then the restored image"

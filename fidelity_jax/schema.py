@@ -9,12 +9,17 @@ import re
 
 from ml_collections import ConfigDict
 
-from fidelity_jax import data, degradations, errors, rules, tasks
+from fidelity_jax import data, degradations, errors, rows, rules, tasks
 
+_STAGES = tuple(f"{kind}-" for kind in tasks.KINDS)
 # It names a directory.
 _EXPERIMENT = rules.Rule(
-  "a name of letters, digits and _ . - only",
-  lambda v: isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,99}", v, re.A),
+  "a name of letters, digits and _ . -, which no stage's begins with",
+  lambda v: (
+    isinstance(v, str)
+    and re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,99}", v, re.A)
+    and not v.startswith((*_STAGES, rows.DIRECTORY))
+  ),
 )
 _EVALUATION: rules.Table = {
   "rounds": rules.whole(1, 1_000_000),
@@ -60,6 +65,7 @@ def _check(config: ConfigDict, where: str) -> None:
   parents = config.get("parents", ConfigDict())
   if not isinstance(parents, ConfigDict):
     raise rules.refusal(where, "parents", parents, "must be a ConfigDict")
+  _check_are_stages(parents, where)
   kind.check(config, where)
   _check_parents(kind, config, parents, where)
   # A parent that serves an evaluation is used at the top alone.
@@ -104,6 +110,17 @@ def _check_degradation(config: ConfigDict, side: int, where: str) -> None:
       )
 
 
+def _check_are_stages(parents: ConfigDict, where: str) -> None:
+  """Raises UsageError for a parent, or a part of one, that has no fields at all."""
+  for role, parent in parents.items():
+    path = f"{where}.parents.{role}"
+    if not isinstance(parent, ConfigDict):
+      raise errors.UsageError(f"{path} must be a ConfigDict, not {parent!r}.")
+    for name in ("fidelity", "parents"):
+      if not isinstance(parent.get(name, ConfigDict()), ConfigDict):
+        raise rules.refusal(path, name, parent[name], "must be a ConfigDict")
+
+
 def _check_parents(
   kind: tasks.Kind, config: ConfigDict, parents: ConfigDict, where: str
 ) -> None:
@@ -121,7 +138,7 @@ def _check_parents(
       raise errors.UsageError(
         f"{where}.parents.{role}: a {kind.name} has no such parent."
       )
-    if isinstance(parent, ConfigDict) and parent.get("kind") != role:
+    if parent.get("kind") != role:
       raise rules.refusal(
         where, f"parents.{role}.kind", parent.get("kind"), f"must be {role!r}"
       )

@@ -6,17 +6,17 @@ import numpy as np
 from fidelity_jax import errors
 
 
-def make_mesh(size: int) -> jax.sharding.Mesh:
-  """Returns a mesh over all devices of all hosts with the axis "data".
+def make_mesh(size: int | None = None) -> jax.sharding.Mesh:
+  """Returns a mesh over the devices of all hosts with the axis "data".
 
   Args:
-    size: examples in the batches to be split over it. The devices of a CPU are all the
-      same cores: of these, one alone is taken if the batch does not split evenly.
+    size: examples in the batches to be split over it. On one host, as many devices are
+      taken as split it evenly. None: all are.
   """
   devices = jax.devices()
-  one_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
-  if one_cpu and size % len(devices):
-    devices = devices[:1]
+  if size is not None and jax.process_count() == 1:
+    count = next(n for n in range(min(len(devices), size), 0, -1) if size % n == 0)
+    devices = devices[:count]
   return jax.sharding.Mesh(np.asarray(devices), ("data",))
 
 

@@ -9,7 +9,6 @@ for a stage made of something else. Where weights and images lie is no part of i
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 from ml_collections import ConfigDict
 
-from fidelity_jax import checkpoints, errors, files, tasks
+from fidelity_jax import checkpoints, degradations, errors, files, tasks
 
 PyTree = Any
 
@@ -37,7 +36,7 @@ class Content:
   Attributes:
     images: fingerprint of the images that it is trained and selected on.
     weights: digest of the weights that it starts from, None for none.
-    places: where these are, for the record.
+    places: where these are and how they were chosen, by the same names.
   """
 
   images: str
@@ -114,7 +113,7 @@ class Stage:
   @property
   def digest(self) -> str:
     """Eight hexadecimal digits of the digest of what it is made of."""
-    return _digest(self.made_of)
+    return files.digest(self.made_of, 8)
 
   def lineage(self) -> Iterator["Stage"]:
     """Yields the stages to complete, parents first, each once, then this one."""
@@ -183,10 +182,10 @@ class Stage:
     return None
 
   def _check_half_trained(self) -> None:
-    """Raises RunError if a stage like this one was begun on something else.
+    """Raises RunError if a stage like this one was begun on what was there before.
 
-    That would never be finished, and whoever exchanged images or weights in between
-    may not know it.
+    It would never be finished, and that images or weights were exchanged under the same
+    name may not be known.
     """
     changing = ("images", "weights", "parents")
     own = {k: v for k, v in self.made_of.items() if k not in changing}
@@ -201,11 +200,12 @@ class Stage:
       if {k: v for k, v in begun.made_of.items() if k not in changing} != own:
         continue
       for name in ("images", "weights"):
-        if begun.made_of[name] != self.made_of[name]:
+        same_place = begun.places[name] == self.content.places[name]
+        if same_place and begun.made_of[name] != self.made_of[name]:
           raise errors.RunError(
-            f"{path.parent.name} is half trained on other {name} than there are now "
-            f"({begun.places[name]}): bring those back and finish it, or delete the "
-            f"directory {path.parent} to begin anew."
+            f"{path.parent.name} is half trained on other {name} than are there now "
+            f"({begun.places[name]}): bring those back and finish it, delete the "
+            f"directory {path.parent} to begin anew, or name another with --workdir."
           )
 
   def finished(self) -> Finished | None:
@@ -269,8 +269,12 @@ class Stage:
 
     Args:
       like: arrays or shapes of the same structure.
+
+    Raises:
+      RunError: they cannot be read, or are of another structure.
     """
-    return checkpoints.load_variables(self._variables(self.finished().best_step), like)
+    directory = self._variables(self.finished().best_step)
+    return checkpoints.load_variables(directory, like, verified=True)
 
 
 def resolve(
@@ -292,6 +296,12 @@ def resolve(
   material = {k: v for k, v in config.items() if k not in _IMMATERIAL}
   material |= kind.material(config)
   material["dataset"] = {name: config.dataset[name] for name in _DATASET}
+  # Images that are cached are decoded whole.
+  reduced = config.dataset.reduced_decode and config.dataset.cache is None
+  material["dataset"]["reduced_decode"] = reduced
+  if material["degradation"] is not None:
+    steps = degradations.from_config(config.degradation).steps
+    material["degradation"] = [step.record() for step in steps]
   material["model"] = {k: v for k, v in material["model"].items() if k != "weights"}
   made_of = {
     **{k: as_json(v) for k, v in material.items() if v is not None},
@@ -299,13 +309,8 @@ def resolve(
     "weights": found.weights,
     "parents": {role: parent.digest for role, parent in parents.items()},
   }
-  name = f"{config.kind}-{kind.label(config)}-{_digest(made_of)}"
+  name = f"{config.kind}-{kind.label(config)}-{files.digest(made_of, 8)}"
   return Stage(config, parents, found, made_of, workdir / name)
-
-
-def _digest(value: Any) -> str:
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def as_json(value: Any) -> Any:
@@ -331,14 +336,15 @@ def check_workdir(workdir: pathlib.Path) -> None:
     except (OSError, ValueError, RecursionError):
       # Damage is named when the stage is needed.
       continue
-    if isinstance(content, dict) and content.get("format") != FORMAT:
+    ours = isinstance(content, dict) and {"kind", "sha256"} <= content.keys()
+    if ours and content.get("format") != FORMAT:
       raise errors.RunError(
         f"{path.parent} is a stage of another version of fidelity_jax, which this one "
         "cannot use: name another directory with --workdir, or delete that one."
       )
 
 
-def weights_of_old(workdir: pathlib.Path, place: str) -> str | None:
+def remembered_weights(workdir: pathlib.Path, place: str) -> str | None:
   """Returns the digest that weights had when a stage in the workdir was begun.
 
   A finished stage needs the file no longer.

@@ -267,10 +267,12 @@ def test_a_record_that_breaks_during_the_run_is_named(num_workers):
     train(dataset, num_workers=num_workers)
 
 
-def test_the_class_count_is_checked_against_the_head():
-  data.check_num_classes(make(), 3)
-  with pytest.raises(UsageError, match=r"has 3 classes .* head has 257"):
-    data.check_num_classes(make(), 257)
+def test_the_classes_are_those_that_the_classifier_knows():
+  names = make().class_names
+  data.check_classes(make(), names)
+  for known in (names[:2], [*names[:2], "another"]):
+    with pytest.raises(UsageError, match=r"has 3 classes .*, but the classifier was"):
+      data.check_classes(make(), known)
 
 
 def test_prefetch_keeps_order_and_sharding():

@@ -122,6 +122,7 @@ def test_the_papers_setups(command, tmp_path):
   result = run("clean", fields | {"degradation.level": 0.25})
   assert result.stderr.count(": finished (") == 2
   assert "3/3 rounds" in result.stderr
+  assert len(list(tmp_path.glob("clean-*/report.md"))) == 2
   assert {p: p.read_bytes() for p in before} == before
   # The restorer alone: PSNR with and without it.
   fields = {k: v for k, v in fields.items() if k.startswith(("dataset", "evaluation"))}
@@ -145,17 +146,18 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True)
   theirs = reference(TinyResNet(num_classes=16), 8, **options)
   path = tmp_path / "given.safetensors"
-  safetensors.numpy.save_file(torch_reference.state_dict(theirs), path)
+  state = torch_reference.state_dict(theirs)
+  safetensors.numpy.save_file(state, path)
   fields = {k: v for k, v in _QUICK.items() if k.startswith(("dataset", "evaluation"))}
   for stage in ("", "parents.classifier.", "parents.restorer."):
-    fields |= {f"{stage}model.weights": path, f"{stage}epochs": 0}
-  fields |= {"ensemble.weights": path, "ensemble.epochs": 0, "model.ratio": 2.0}
+    fields |= {f"{stage}model.weights": path.name, f"{stage}epochs": 0}
+  fields |= {"ensemble.weights": path.name, "ensemble.epochs": 0, "model.ratio": 2.0}
   fields |= {"parents.classifier.model.new_head": False}
   fields |= {"parents.classifier.model.stage_sizes": (1,)}
   fields |= {"parents.classifier.model.width": 8, "parents.restorer.model.depth": 3}
   fields |= {"parents.restorer.model.width": 4, "evaluation.examples": 8}
   run = lambda workdir, fields, status: command(
-    _ORACLE, f"--workdir={tmp_path / workdir}", *overrides(fields), check=status
+    _ORACLE, f"--workdir={workdir}", *overrides(fields), check=status, cwd=tmp_path
   )
   # What does not fit is told before anything runs.
   refused = run("refused", fields | {"model.num_convs": 3}, 2).stderr.splitlines()[-1]
@@ -174,6 +176,12 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   # Finished stages need the file no longer.
   path.unlink()
   assert run("run", fields, 0).stderr.count(": finished (") == 4
+  assert {row["trained_on"] for row in _rows(tmp_path / "run")} == {"given"}
+  # Other weights under the same name make other stages.
+  name = next(name for name in state if name.endswith("conv1.weight"))
+  safetensors.numpy.save_file(state | {name: state[name] * 1.5}, path)
+  assert run("run", fields, 0).stderr.count(": finished (") == 0
+  assert len(list((tmp_path / "run").glob("oracle-*/results.json"))) == 2
 
 
 def _nchw(images):

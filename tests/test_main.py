@@ -24,6 +24,7 @@ def test_it_leaves_what_it_promises(toy_run):
     begun = json.loads((directory / "config.json").read_text())
     config = begun["made_of"]
     assert begun["kind"] == config["kind"] == kind
+    assert config["precision"] == "float32"
     assert list(directory.glob("events.out.tfevents.*"))
     records = [
       json.loads(line)
@@ -51,7 +52,7 @@ def test_it_leaves_what_it_promises(toy_run):
   names = ("method", "restorer", "map", "ensemble")
   found = {(*(row[n] for n in names), row["condition"]["name"]) for row in rows}
   assert found == expected
-  behind = {"classifier": 1, "restorer": 1, "calibration": 1, "ensemble": 1}
+  behind = {"classifier", "restorer", "calibration", "ensemble"}
   for row in rows:
     assert (row["experiment"], row["dataset"], row["seed"]) == ("oracle", "demo", 0)
     assert (row["trained_on"], row["backbone"]) == ("clean", "resnet")

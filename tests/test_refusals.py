@@ -64,6 +64,7 @@ FIELDS = [
   ("kind", "restorer", "there is no such field"),
   ("rematerialize", 2, "rematerialize"),
   *(("experiment", v, "a name of letters") for v in ("", "a/b", "..", "ä")),
+  *(("experiment", v, "no stage's") for v in ("restorer-x", "measurements")),
   ("parents.restorer.model.name", "dnccn", "did you mean 'dncnn'"),
   ("model", None, "it has fields; set those"),
   ("model", 3, "config.model"),
@@ -231,6 +232,16 @@ _DEMO = f"{_ORACLE}  c = common.method('oracle', 'demo')\n  c.unlock()\n"
     (
       f"{_DEMO}  c.parents.restorer = c.parents.classifier\n  return c\n",
       "config.parents.restorer.kind = 'classifier' must be 'restorer'",
+    ),
+    (
+      f"{_DEMO}  with c.parents.ignore_type(): c.parents.restorer.model = 3\n"
+      "  return c\n",
+      "config.parents.restorer.model = 3 must be a ConfigDict",
+    ),
+    (
+      f"{_DEMO}  with c.ignore_type(): c.parents.classifier.parents = 3\n"
+      "  return c\n",
+      "config.parents.classifier.parents = 3 must be a ConfigDict",
     ),
     (f"{_DEMO}  c.sede = 3\n  return c\n", "did you mean 'seed'"),
     (f"{_DEMO}  with c.ignore_type(): c.model = 3\n  return c\n", "config.model"),

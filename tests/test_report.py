@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fidelity_jax import evaluate, paper, report
-from fidelity_jax.results import Compared, Condition, Row
+from fidelity_jax import degradations, evaluate, paper, report
+from fidelity_jax.rows import Compared, Condition, Row
 
 _LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -20,9 +20,9 @@ def _config(name="oracle", size="demo"):
 def _conditions():
   for level in _LEVELS:
     kind = "awgn" if level else "clean"
-    yield Condition(f"awgn-{level}" if level else "clean", kind, level, None)
+    yield Condition(f"awgn-{level}" if level else "clean", kind, level, None, [])
   for vary in ("1d", "2d"):
-    yield Condition(f"awgn-{vary}", "awgn", [0.5, 0.0], vary)
+    yield Condition(f"awgn-{vary}", "awgn", [0.5, 0.0], vary, [])
 
 
 def _row(condition, **changes):
@@ -43,7 +43,9 @@ def _row(condition, **changes):
     std=0.5,
     rounds=10,
     images=100,
+    fingerprint="",
     stages={},
+    products={},
   )
   return msgspec.structs.replace(row, **changes)
 
@@ -73,8 +75,8 @@ def _plain(restored):
 
 
 def test_the_papers_numbers_stand_beside_the_same_experiment():
-  noise = Condition("awgn-0.3", "awgn", 0.3, None)
-  varying = Condition("awgn-2d", "awgn", [0.5, 0.0], "2d")
+  noise = Condition("awgn-0.3", "awgn", 0.3, None, [])
+  varying = Condition("awgn-2d", "awgn", [0.5, 0.0], "2d", [])
   proposed = {"method": "oracle", "map": "l1", "ensemble": True}
   known = paper.accuracies(
     [
@@ -97,14 +99,15 @@ def test_the_papers_numbers_stand_beside_the_same_experiment():
     {"backbone": "resnet18"},
     {"restorer": "another"},
     {"trained_on": "given"},
+    {"trained_on": "none"},
     {"method": "oracle", "map": "l2", "ensemble": True},
     {"method": "oracle", "map": "l1", "ensemble": True, "trained_on": "degraded"},
-    {"condition": Condition("awgn-0.35", "awgn", 0.35, None)},
+    {"condition": Condition("awgn-0.35", "awgn", 0.35, None, [])},
   ],
   ids=str,
 )
 def test_and_not_beside_another(changes):
-  row = _row(**{"condition": Condition("awgn-0.3", "awgn", 0.3, None)} | changes)
+  row = _row(**{"condition": Condition("awgn-0.3", "awgn", 0.3, None, [])} | changes)
   assert paper.accuracies([row]) == [None]
 
 
@@ -118,7 +121,42 @@ def test_a_table_without_them():
 
 def test_it_writes_everything(tmp_path):
   report.write(tmp_path, _config(), _results(), [])
-  assert {p.name for p in tmp_path.iterdir()} == set(report.NAMES)
+  names = {"results.json", "report.md", "accuracy.png", "examples.png"}
+  assert {p.name for p in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    "clean",
+    "motion_blur",
+    "gaussian_blur+awgn",
+    [{"kind": "awgn", "level": 0.1}, {"kind": "motion_blur", "level": 5}],
+    {"kind": "salt_and_pepper", "level": 0.2},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("measured", ["accuracy", "psnr"])
+def test_any_degradation_has_its_pictures(spec, measured):
+  rows = []
+  for condition in degradations.conditions(spec):
+    facts = {"accuracy": None} | {measured: 30.0}
+    rows.append(_row(Condition.of(condition), **facts))
+  config = _config("clean")
+  image = np.zeros((1, 2, 8, 8, 3))
+  examples = {name: image for name in ("clean", "degraded", "restored")}
+  examples["condition"] = np.array([rows[-1].condition.name])
+  examples["label"] = np.zeros((1, 2), int)
+  keys = ("classifier", "classifier-restored")
+  if measured == "psnr":
+    keys = ("restoration", "restoration-restored")
+  examples |= {f"value/{k}": np.zeros((1, 2), np.float32) for k in keys}
+  if measured == "accuracy":
+    examples |= {f"value/{k}": np.zeros((1, 2), np.int32) for k in keys}
+  results = evaluate.Results(rows, examples, ["cat", "dog"])
+  for draw in (report.draw_accuracy, report.draw_examples):
+    assert draw(config, results).startswith(b"\x89PNG")
+  assert rows[-1].condition.name in report.markdown(config, results, [])
 
 
 def test_names_are_no_formulas():

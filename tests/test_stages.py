@@ -24,8 +24,9 @@ def _set(config, fields):
     config.update_from_flattened_dict(fields)
 
 
-def _content(images="some", weights=None):
-  return lambda config: stages.Content(images, weights, {"images": "", "weights": None})
+def _content(images="some", weights=None, place="there"):
+  places = {"images": place, "weights": place}
+  return lambda config: stages.Content(images, weights, places)
 
 
 def _resolve(config, tmp_path, content=None):
@@ -54,6 +55,7 @@ def test_a_change_reaches_the_stages_it_matters_to(tmp_path):
   ("field", "value"),
   [
     ("checkpoint_seconds", 3.0),
+    ("degradation.level", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
     ("evaluation.rounds", 3),
     ("ensemble.epochs", 3),
     ("experiment", "mine"),
@@ -87,7 +89,6 @@ def test_what_is_immaterial_changes_nothing(tmp_path, field, value):
     ("seed", 1),
     ("degradation.kind", "gaussian_blur"),
     ("dataset.image_size", 32),
-    ("dataset.reduced_decode", True),
     ("dataset.crop_area", (0.5, 1.0)),
     ("parents.classifier.source", "degraded"),
     ("parents.classifier.model.width", 8),
@@ -107,6 +108,15 @@ def test_images_and_weights_count_by_content(tmp_path):
   digests = [resolve(*c) for c in (("a", "w"), ("b", "w"), ("a", "v"), ("a", None))]
   assert len(set(digests)) == 4
   assert resolve("a", "w") == digests[0]
+
+
+def test_a_cache_counts_where_it_changes_what_is_decoded(tmp_path):
+  names = set()
+  for cache in ("ram", None):
+    config = _config()
+    config.dataset.reduced_decode, config.dataset.cache = True, cache
+    names.add(_resolve(config, tmp_path).name)
+  assert len(names) == 2
 
 
 def test_how_a_classifier_is_steered_is_no_part_of_it(tmp_path):
@@ -302,6 +312,10 @@ def test_a_half_trained_stage_refuses_other_content(finished, tmp_path, what):
   with pytest.raises(errors.RunError, match=f"half trained on other {what}") as caught:
     beside.check()
   assert finished.name in str(caught.value)
+  # From elsewhere they are others' on purpose.
+  content = ("others", None) if what == "images" else ("some", "others")
+  other = _content(*content, place="elsewhere")
+  assert _resolve(_config(), tmp_path, other).parents["restorer"].check() is None
   # Stages of another config have nothing to do with it.
   config = _config()
   config.parents.restorer.epochs += 1
@@ -337,7 +351,7 @@ def test_another_config_under_the_same_name_is_noticed(finished):
 
 
 def test_a_structure_that_does_not_fit_is_an_error(finished):
-  with pytest.raises(errors.RunError, match="is damaged"):
+  with pytest.raises(errors.RunError, match="is what was written, but holds another"):
     finished.load({"params": {"y": jnp.zeros(5)}})
 
 
@@ -350,6 +364,9 @@ def test_nothing_is_finished_without_its_product(finished):
 
 
 def test_a_workdir_of_an_earlier_version_is_named_for_what_it_is(finished, tmp_path):
+  # Neither stages of this version nor what is none of ours.
+  (tmp_path / "bert").mkdir()
+  (tmp_path / "bert" / "config.json").write_text('{"kind": "model", "layers": 12}')
   stages.check_workdir(tmp_path)
   old = {"kind": "restorer", "seed": 0, "parents": {}, "data": "x", "sha256": "y"}
   (tmp_path / "restorer-dncnn5-00000000").mkdir()
@@ -361,7 +378,7 @@ def test_a_workdir_of_an_earlier_version_is_named_for_what_it_is(finished, tmp_p
 def test_weights_that_are_gone_are_remembered(tmp_path):
   place = {"images": "", "weights": "/some/file.pth"}
   content = lambda config: stages.Content("some", "abcd", place)
-  assert stages.weights_of_old(tmp_path, "/some/file.pth") is None
+  assert stages.remembered_weights(tmp_path, "/some/file.pth") is None
   _train(_resolve(_config(), tmp_path, content).parents["restorer"])
-  assert stages.weights_of_old(tmp_path, "/some/file.pth") == "abcd"
-  assert stages.weights_of_old(tmp_path, "/some/other.pth") is None
+  assert stages.remembered_weights(tmp_path, "/some/file.pth") == "abcd"
+  assert stages.remembered_weights(tmp_path, "/some/other.pth") is None

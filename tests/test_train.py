@@ -71,12 +71,12 @@ def test_validation_is_the_mean_over_rounds_of_fixed_degradations(make_trainer):
 
 
 _SHARDED = """
-import dataclasses, sys
-import jax
-from fidelity_jax import assembly, checkpoints, data, degradations, experiment
-from fidelity_jax import models, sharding, tasks, train
+import sys
+from fidelity_jax import data, degradations, models, sharding, tasks, train
+# As many devices as split a batch evenly.
+assert [sharding.make_mesh(n).size for n in (1, 6, 7, 10, 64)] == [1, 3, 1, 2, 4]
+assert sharding.make_mesh().size == 4
 mesh = sharding.make_mesh(8)
-assert mesh.size == 4, mesh
 some = data.load(data.default_config("demo"), "validation")
 inputs = tasks.Inputs(
   degradations.from_config("awgn"), 0, "restorer", 32, 32, sharding.batch(mesh)

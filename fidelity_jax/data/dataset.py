@@ -256,20 +256,21 @@ def join(parts: Iterable[Dataset]) -> Dataset:
   )
 
 
-def check_num_classes(dataset: Dataset, num_classes: int) -> None:
-  """Refuses a dataset that does not fit a classifier's head.
+def check_classes(dataset: Dataset, known: Sequence[str]) -> None:
+  """Refuses a dataset whose classes are not those that a classifier knows.
 
   Args:
     dataset: what is to be classified.
-    num_classes: the number of outputs of the classifier.
+    known: names of the classes that the classifier was trained on.
 
   Raises:
-    UsageError: the two numbers of classes differ.
+    UsageError: they are others.
   """
-  if dataset.num_classes != num_classes:
-    raise UsageError(
-      f"dataset '{dataset.name}' has {dataset.num_classes} classes but the "
-      f"classifier's head has {num_classes}; train the classifier on this dataset "
-      "(given weights: with model.new_head=True) or name the dataset that it was "
-      "trained on"
-    )
+  if dataset.class_names == tuple(known):
+    return
+  first = f"{len(known)} classes ({', '.join(known[:3])}, ...)"
+  raise UsageError(
+    f"dataset '{dataset.name}' has {dataset.num_classes} classes "
+    f"({', '.join(dataset.class_names[:3])}, ...), but the classifier was trained on "
+    f"{first}: name one dataset for both"
+  )

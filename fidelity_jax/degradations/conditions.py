@@ -46,6 +46,11 @@ class Condition:
     (step,) = self.degradation.steps
     return None if step.variation == "uniform" else step.variation
 
+  @property
+  def steps(self) -> list[dict[str, Any]]:
+    """The degradation in full, JSON-able."""
+    return [step.record() for step in self.degradation.steps]
+
   def rounds_needed(self, rounds: int) -> int:
     """Returns `rounds`, or 1 where every round would be the same."""
     return rounds if self.random else 1

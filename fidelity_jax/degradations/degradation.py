@@ -1,6 +1,7 @@
 """The Degradation object: one kind, or a sequence of kinds, over a batch of images."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,18 @@ class Step:
     harmless = 1.0 if kinds.KINDS[self.kind].odd else 0.0
     drawn = len(set(self.levels)) > 1
     return drawn or (kinds.KINDS[self.kind].random and max(self.levels) > harmless)
+
+  def record(self) -> dict[str, Any]:
+    """Returns the step as JSON-able data; equal data mean equal degradations."""
+    options = dict(self.options)
+    # Room for lines of other levels, which changes no result.
+    options.pop("max_length", None)
+    return {
+      "kind": self.kind,
+      "variation": self.variation,
+      "levels": list(self.levels),
+      "options": options,
+    }
 
   @property
   def name(self) -> str:

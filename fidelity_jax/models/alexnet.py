@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax.models import layers, pooling
-from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.backbone import (
+  RATE,
+  TORCHVISION,
+  Backbone,
+  Family,
+  Layout,
+  State,
+)
 from fidelity_jax.models.classifier import Classifier
 
 # Per stage: (channels, kernel, stride, padding) of its convolutions. Each of the three
@@ -97,4 +104,5 @@ FAMILY = Family(
   build=_build,
   layouts=(Layout(_TORCHVISION, _recognize),),
   published={"torchvision/alexnet": f"{TORCHVISION}alexnet-owt-7be5be79.pth"},
+  fields={"dropout": RATE},
 )

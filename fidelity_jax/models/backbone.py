@@ -5,11 +5,12 @@ The registry lists the families; docs/backbones.md says how to add one.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from flax import linen as nn
 
+from fidelity_jax import rules
 from fidelity_jax.models import layers
 from fidelity_jax.models.classifier import Classifier
 
@@ -69,6 +70,17 @@ class Layout:
   prepare: Callable[[State], State] = lambda state: state
 
 
+class Field(NamedTuple):
+  """A configurable field of a family's networks: its type, and what it may hold."""
+
+  type: type
+  rule: rules.Rule
+
+
+# A rate of dropout.
+RATE = Field(float, rules.SMOOTHING)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """Networks that share an architecture.
@@ -80,6 +92,7 @@ class Family:
     layouts: of weights from elsewhere; the first that recognizes tensors reads them.
     published: URLs of weights by name, "PUBLISHER/NAME". A file's name ends in "-" and
       the first hexadecimal digits of its SHA-256.
+    fields: of all variants, by name.
     steering_fields: fields that change nothing unless the network is steered.
   """
 
@@ -87,4 +100,5 @@ class Family:
   build: Callable[..., Classifier]
   layouts: Sequence[Layout]
   published: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
   steering_fields: Sequence[str] = ()

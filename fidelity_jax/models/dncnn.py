@@ -61,11 +61,6 @@ class DnCNN(Restorer):
     """Returns d - R(d), float32 [N, H, W, channels]; see `Restorer`."""
     return degraded - self(degraded, train)
 
-  @property
-  def epsilon(self) -> float:
-    """Of the batch norms."""
-    return layers.ConvNorm.epsilon
-
   @nn.nowrap
   def folded(self) -> "DnCNN":
     """Returns the network without batch norm."""

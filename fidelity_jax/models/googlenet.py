@@ -10,8 +10,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fidelity_jax import rules
 from fidelity_jax.models import layers, pooling
-from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.backbone import (
+  RATE,
+  TORCHVISION,
+  Backbone,
+  Family,
+  Field,
+  Layout,
+  State,
+)
 from fidelity_jax.models.classifier import Classifier
 
 _EPSILON = 1e-3
@@ -242,4 +251,11 @@ FAMILY = Family(
   layouts=(Layout(_TORCHVISION, _recognize),),
   published={"torchvision/googlenet": f"{TORCHVISION}googlenet-1378be20.pth"},
   steering_fields=("transform_steered",),
+  fields={
+    "transform_input": Field(bool, rules.FLAG),
+    "transform_steered": Field(bool, rules.FLAG),
+    "dropout": RATE,
+    "aux_dropout": RATE,
+    "aux_heads": Field(bool, rules.FLAG),
+  },
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fidelity_jax import errors
 from fidelity_jax.models import alexnet, googlenet, resnet, vgg
-from fidelity_jax.models.backbone import Family, Layout, State
+from fidelity_jax.models.backbone import Family, Field, Layout, State
 from fidelity_jax.models.classifier import Classifier
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,6 +20,8 @@ FAMILIES: tuple[Family, ...] = (
 _BY_NAME = {name: family for family in FAMILIES for name in family.variants}
 
 NAMES = tuple(_BY_NAME)
+# Fields of all networks; each network has some of them.
+FIELDS: dict[str, Field] = {k: v for f in FAMILIES for k, v in f.fields.items()}
 
 # What a model's config says beside the network: how it is initialized.
 _INITIALIZATION = ("weights", "new_head")

@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax import errors
+from fidelity_jax import errors, rules
 from fidelity_jax.models import layers, pooling
-from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.backbone import (
+  TORCHVISION,
+  Backbone,
+  Family,
+  Field,
+  Layout,
+  State,
+)
 from fidelity_jax.models.classifier import Classifier
 
 
@@ -173,5 +180,10 @@ FAMILY = Family(
     "torchvision/resnet18": f"{TORCHVISION}resnet18-f37072fd.pth",
     "torchvision/resnet50": f"{TORCHVISION}resnet50-0676ba61.pth",
     "torchvision/resnet50-v2": f"{TORCHVISION}resnet50-11ad3fa6.pth",
+  },
+  fields={
+    "stage_sizes": Field(tuple, rules.several(rules.whole(1, 200), 1, 8)),
+    "width": Field(int, rules.whole(1, 65_536)),
+    "block": Field(str, rules.choice("basic", "bottleneck")),
   },
 )

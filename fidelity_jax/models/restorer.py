@@ -6,7 +6,20 @@ from flax import linen as nn
 
 
 class Restorer(nn.Module):
-  """A network that restores images; `models/restorers.py` lists them by name."""
+  """A network that restores images; `models/restorers.py` lists them by name.
+
+  One with batch norm has an `epsilon`, and overrides `folded`, as `models.fold` needs.
+  """
+
+  @property
+  def epsilon(self) -> float:
+    """Of the batch norms."""
+    return 1e-5
+
+  @nn.nowrap
+  def folded(self) -> "Restorer":
+    """Returns the network without batch norm."""
+    return self
 
   def estimate(self, degraded: jax.Array, train: bool = False) -> jax.Array:
     """Returns the restored image as training sees it, not yet clipped.

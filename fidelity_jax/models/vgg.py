@@ -8,7 +8,14 @@ import numpy as np
 from flax import linen as nn
 
 from fidelity_jax.models import layers, pooling
-from fidelity_jax.models.backbone import TORCHVISION, Backbone, Family, Layout, State
+from fidelity_jax.models.backbone import (
+  RATE,
+  TORCHVISION,
+  Backbone,
+  Family,
+  Layout,
+  State,
+)
 from fidelity_jax.models.classifier import Classifier
 
 # Channels of the 3x3 convolutions per stage; every stage ends in a 2x2 max pool.
@@ -134,4 +141,5 @@ FAMILY = Family(
       f"{TORCHVISION}vgg16_features-amdegroot-88682ab5.pth"
     ),
   },
+  fields={"dropout": RATE},
 )

@@ -3,7 +3,7 @@
 A file per trained thing. It holds a task, which says what trains, what is frozen, the
 loss, the metrics, and which metric selects the checkpoint; and a `Kind`, which says
 which config and which parents such a stage has. The training loop
-(`fidelity_jax.train`) knows no more of tasks, and nothing else tells kinds apart.
+(`fidelity_jax.train`) knows no more of tasks, and what sets kinds apart stands here.
 """
 
 from fidelity_jax.tasks import (

@@ -174,7 +174,7 @@ class Kind:
     fields: config -> the table of its fields beside those that every stage has.
     make: (config, networks of the parents by role, number of classes, inputs) -> task,
       without any arrays. Parents' networks are as they are when frozen.
-    label: config -> what tells a stage from its kin at a glance.
+    label: config -> what tells stages of the kind apart at a glance.
     trained_from: config -> roles of the parents that it is trained from.
     evaluated_with: roles of further parents, which serve its evaluation alone.
     whole: whether its network is the whole method, with its parents' networks in it.
@@ -252,20 +252,27 @@ def take_over(fresh: PyTree, given: PyTree | None) -> PyTree:
   return given
 
 
-def start_stack(
-  module: nn.Module, key: jax.Array, given: PyTree | None
+def start_on_patches(
+  module: nn.Module,
+  key: jax.Array,
+  given: PyTree | None,
+  size: int | None,
+  method: str = "__call__",
 ) -> tuple[PyTree, PyTree]:
-  """Returns (params, model_state) of a network that takes images of any size.
+  """Returns (params, model_state) of a network that is trained on patches.
 
   Args:
     module: the network.
     key: for random initial values.
     given: variables to start from, or None for the network's own.
+    size: side of the patches, pixels; None if the network takes any.
+    method: the method that is trained.
 
   Raises:
     UsageError: they are of another network.
   """
-  variables = take_over(module.init(key, jnp.zeros((1, 8, 8, 3))), given)
+  patch = jnp.zeros((1, size or 8, size or 8, 3))
+  variables = take_over(module.init(key, patch, method=method), given)
   return variables["params"], variables.get("batch_stats", {})
 
 

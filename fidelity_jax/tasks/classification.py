@@ -82,11 +82,7 @@ _FIELDS: rules.Table = {
   "label_smoothing": rules.SMOOTHING,
   "model": {
     "name": rules.choice(*registry.NAMES),
-    "stage_sizes": rules.optional(rules.several(rules.whole(1, 200), 1, 8)),
-    "width": rules.optional(rules.whole(1, 65_536)),
-    "block": rules.optional(rules.choice("basic", "bottleneck")),
-    "transform_input": rules.optional(rules.FLAG),
-    "transform_steered": rules.optional(rules.FLAG),
+    **{name: rules.optional(f.rule) for name, f in registry.FIELDS.items()},
     "weights": base.WEIGHTS,
     "new_head": rules.FLAG,
   },

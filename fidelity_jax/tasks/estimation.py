@@ -41,7 +41,7 @@ class EstimationTask(base.Task):
     return self.estimator
 
   def init(self, key, initial):
-    return base.start_stack(self.estimator, key, initial)
+    return base.start_on_patches(self.estimator, key, initial, self.inputs.patch_size)
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)

@@ -33,12 +33,14 @@ class RestorationTask(base.Task):
     return self.restorer
 
   def init(self, key, initial):
-    return base.start_stack(self.restorer, key, initial)
+    return base.start_on_patches(
+      self.restorer, key, initial, self.inputs.patch_size, "estimate"
+    )
 
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)
-    # The loss sees the restored image before clipping; PSNR sees it after, as
-    # everybody downstream does.
+    # The loss sees the restored image before clipping; PSNR sees it after, as all
+    # later stages do.
     restored, model_state = base.apply_trained(
       self.restorer, params, model_state, degraded, train, key, "estimate"
     )
@@ -50,11 +52,12 @@ class RestorationTask(base.Task):
 
 
 def _fields(config) -> rules.Table:
-  name = config.get("model", {}).get("name")
+  model = config.get("model")
+  name = model.get("name") if isinstance(model, base.ConfigDict) else None
   known = models.restorers.NAMES
   own = models.restorers.fields(name if name in known else known[0])
-  model = {"name": rules.choice(*known), "weights": base.WEIGHTS, **own}
-  return {"model": model, **base.PATCHES}
+  fields = {"name": rules.choice(*known), "weights": base.WEIGHTS, **own}
+  return {"model": fields, **base.PATCHES}
 
 
 def _make(config, parents, num_classes, inputs):

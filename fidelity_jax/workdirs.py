@@ -8,24 +8,55 @@ DIR/index.md              all of it, in a table
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from ml_collections import ConfigDict
 
-from fidelity_jax import errors, files, report, results, stages
+from fidelity_jax import data, degradations, errors, files, report, rows, stages
 
 
 def experiment_directory(
-  workdir: pathlib.Path, name: str, stage: stages.Stage
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  ends: Sequence[stages.Stage],
+  test: data.Dataset | None,
 ) -> pathlib.Path:
   """Returns where an experiment's results belong.
 
   Args:
     workdir: the shared directory.
-    name: the experiment's name.
-    stage: its last stage; its digest tells experiments of one name apart.
+    config: the experiment's.
+    ends: its last stages.
+    test: the images that it is evaluated on, None for none.
+
+  Returns:
+    A directory named by the experiment and a digest of all that its results depend on,
+    but for how often and how fast it measures.
   """
-  return workdir / f"{name}-{stage.digest}"
+  of = {
+    "stages": sorted(stage.name for stage in ends),
+    "conditions": [c.steps for c in degradations.conditions(config.degradation)],
+    "images": test.fingerprint if test else None,
+    "seed": config.seed,
+  }
+  return workdir / f"{config.experiment}-{files.digest(of, 8)}"
+
+
+def write_experiment(
+  directory: pathlib.Path, config: ConfigDict, plan: Sequence[stages.Stage]
+) -> None:
+  """Writes experiment.json: what it takes to find an experiment's networks again.
+
+  Args:
+    directory: the experiment's.
+    config: its config.
+    plan: its stages.
+  """
+  names = [stage.name for stage in plan]
+  record = {"format": stages.FORMAT, "config": stages.as_json(config), "stages": names}
+  files.write_json(directory / "experiment.json", files.seal(record))
 
 
 def write_index(workdir: pathlib.Path) -> None:
@@ -48,28 +79,33 @@ def write_index(workdir: pathlib.Path) -> None:
 
 
 def _experiments(workdir: pathlib.Path) -> tuple[list[str], dict[str, list[str]]]:
-  """Returns the lines of all experiments, and who uses which stage."""
+  """Returns the lines of all experiments, and which experiments use each stage."""
   lines, used = [], {}
-  for path in sorted(workdir.glob("*/results.json")):
+  for path in sorted(workdir.glob("*/experiment.json")):
+    name = path.parent.name
     try:
       content = json.loads(files.read_bytes(path))
-      rows = msgspec.convert(content["rows"], list[results.Row])
-    except (OSError, ValueError, LookupError, TypeError, msgspec.ValidationError):
+      config, names = content["config"], content["stages"]
+      measured: list[rows.Row] = []
+      if "evaluation" in config:
+        content = json.loads(files.read_bytes(path.parent / "results.json"))
+        measured = msgspec.convert(content["rows"], list[rows.Row])
+      facts = [config["dataset"]["name"], config["seed"]]
+      for stage in names:
+        used.setdefault(stage, []).append(name)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
       # What is damaged is written again by its own experiment.
       continue
-    name = path.parent.name
-    by_title: dict[str, list[results.Row]] = {}
-    for row in rows:
+    by_title: dict[str, list[rows.Row]] = {}
+    for row in measured:
       by_title.setdefault(report.title(row), []).append(row)
-      for stage in row.stages.values():
-        if name not in used.setdefault(stage, []):
-          used[stage].append(name)
     for title, same in by_title.items():
       value = sum(row.value for row in same) / len(same)
       unit = "dB" if same[0].accuracy is None else "%"
-      link = f"[{name}]({name}/report.md)"
-      facts = [link, title, same[0].dataset, same[0].seed, f"{value:.1f} {unit}"]
-      lines.append(f"| {' | '.join(map(str, facts))} |")
+      cells = [f"[{name}]({name}/report.md)", title, *facts, f"{value:.1f} {unit}"]
+      lines.append(f"| {' | '.join(map(str, cells))} |")
+    if not measured:
+      lines.append(f"| {name} | | {facts[0]} | {facts[1]} | not evaluated |")
   return lines, used
 
 

@@ -7,8 +7,6 @@ what they have in common.
 
 import base64
 import dataclasses
-import hashlib
-import json
 import pathlib
 import statistics
 from typing import Any
@@ -17,6 +15,9 @@ import msgspec
 import numpy as np
 
 from fidelity_jax import degradations, errors, files
+
+# Of all measurements, below the workdir.
+DIRECTORY = "measurements"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +44,27 @@ class Compared:
 
 
 class Condition(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-  """A condition as data; see `degradations.Condition`."""
+  """A condition as data; see `degradations.Condition`.
+
+  Attributes:
+    name: "clean", "awgn-0.1", ...
+    kind: the kind of degradation, several joined by "+".
+    level: one level, or the two ends of one that varies; None for a sequence.
+    vary: "1d", "2d", "mixture" for a sequence, or None.
+    steps: all of it, also what the others leave out.
+  """
 
   name: str
   kind: str
   level: float | list[float] | None
   vary: str | None
+  steps: list[dict[str, Any]]
 
   @classmethod
   def of(cls, condition: degradations.Condition) -> "Condition":
     """Returns a condition as data."""
-    return cls(condition.name, condition.kind, condition.level, condition.vary)
+    c = condition
+    return cls(c.name, c.kind, c.level, c.vary, c.steps)
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -63,7 +74,8 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     experiment: the experiment's name.
     method: see `Compared`.
     trained_on: what the classifier was trained on: "clean", "degraded" or "restored"
-      images, or "given" if its weights were used as they came.
+      images; "given" if its weights were used as they came, "none" if its last layer
+      was not trained at all.
     backbone: name of the classifier's network.
     restorer: name of the restorer that the image went through, None for none.
     map: name of the fidelity map, None where there is none.
@@ -72,13 +84,15 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     image_size: side of the images, pixels.
     condition: how the images were degraded.
     seed: the experiment's.
-    precision: of the computation, "float32" or "bfloat16".
+    precision: of the experiment's last stage, "float32" or "bfloat16".
     accuracy: mean over images and rounds, percent; None where nothing is classified.
     psnr: mean over images and rounds, dB; None where images are classified.
     std: standard deviation over rounds of the mean over images.
     rounds: how often the noise was drawn.
     images: number of test images.
-    stages: names of the stages behind it, by role.
+    fingerprint: of the test images, 16 hexadecimal digits.
+    stages: names of the stages behind it, which end in their digests, by role.
+    products: digests of what these stages gave, 16 hexadecimal digits, by role.
   """
 
   experiment: str
@@ -98,7 +112,9 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   std: float
   rounds: int
   images: int
+  fingerprint: str
   stages: dict[str, str]
+  products: dict[str, str]
 
   @property
   def value(self) -> float:
@@ -118,14 +134,12 @@ class _Measured(msgspec.Struct, forbid_unknown_fields=True):
   Attributes:
     of: what was measured, see `Measurements`.
     condition: the condition.
-    degradation: the same in full.
     dtype: of the values.
     rounds: the values of all images, base64, by round.
   """
 
   of: dict[str, Any]
   condition: Condition
-  degradation: str
   dtype: str
   rounds: dict[str, str]
 
@@ -141,15 +155,14 @@ class Measurements:
       name: the method's, for people.
       of: all that the values depend on but for condition and round, JSON-able.
       count: number of images.
+
+    Raises:
+      RunError: the directory cannot be used.
     """
     self._of, self._count = of, count
-    digest = _digest(json.dumps(of, sort_keys=True))
-    self.directory = workdir / "measurements" / f"{name}-{digest}"
+    self.directory = workdir / DIRECTORY / f"{name}-{files.digest(of, 8)}"
     self._known: dict[str, _Measured] = {}
 
-  def check(self) -> None:
-    """Raises RunError if the directory cannot be used."""
-    files.check_directory(self.directory.parent, write=True)
     files.check_directory(self.directory, write=True)
 
   def get(self, condition: degradations.Condition, round_: int) -> np.ndarray | None:
@@ -164,7 +177,7 @@ class Measurements:
       if not path.exists():
         return None
       record = files.read_record(path, _Measured, again)
-      if (record.of, record.degradation) != (self._of, repr(condition.degradation)):
+      if (record.of, record.condition) != (self._of, Condition.of(condition)):
         raise errors.RunError(f"{path} is of something else: {again}")
       self._known[path.name] = record
     record = self._known[path.name]
@@ -187,9 +200,7 @@ class Measurements:
     path = self._path(condition)
     known = self._known.get(path.name)
     if known is None:
-      full = repr(condition.degradation)
-      kept = Condition.of(condition)
-      known = _Measured(self._of, kept, full, values.dtype.str, {})
+      known = _Measured(self._of, Condition.of(condition), values.dtype.str, {})
     text = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
     known.rounds[str(round_)] = text
     with errors.while_doing(f"making the directory {self.directory}"):
@@ -199,9 +210,5 @@ class Measurements:
 
   def _path(self, condition: degradations.Condition) -> pathlib.Path:
     # Conditions of one name may differ in options or ends.
-    digest = _digest(repr(condition.degradation))
+    digest = files.digest(condition.steps, 8)
     return self.directory / f"{condition.name}-{digest}.json"
-
-
-def _digest(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
