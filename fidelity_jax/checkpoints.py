@@ -8,9 +8,9 @@ Each checkpoint is a directory named by its optimizer step with three items:
   checksums of all arrays.
 
 Two are kept: the latest, to resume from, and the best, which is the stage's product.
-Which is the best is read from the latest one's progress. Orbax
-writes under a temporary name and renames, so a checkpoint is whole or absent; what is
-read back is compared with the checksums of what was written.
+Which is the best is read from the latest one's progress. Orbax writes under a temporary
+name and renames, so a checkpoint is whole or absent; what is read back is compared with
+the checksums of what was written.
 """
 
 import contextlib

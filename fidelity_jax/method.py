@@ -21,8 +21,8 @@ class Method:
   returns it.
 
   Attributes:
-    classifier: the frozen classifier, batch norm folded.
-    restorer: the frozen restorer, batch norm folded.
+    classifier: the frozen classifier, batch norm folded; None for restoration alone.
+    restorer: the frozen restorer, batch norm folded; None for images as they are.
     calibration: the trainable modules, or None for the classifier as it is.
     ensemble: the ensemble module, or None for the calibrated feature alone.
     estimator: the fidelity map estimator, or None for the oracle map.
@@ -32,8 +32,8 @@ class Method:
       of keeping them; saves memory in end-to-end training.
   """
 
-  classifier: models.Classifier
-  restorer: models.Restorer
+  classifier: models.Classifier | None
+  restorer: models.Restorer | None
   calibration: models.Calibration | None = None
   ensemble: models.Ensemble | None = None
   estimator: models.DnCNN | None = None

@@ -34,8 +34,8 @@ from fidelity_jax.tasks import Task
 
 PyTree = Any
 
-# Validation keeps nothing for a backward pass, so that small training steps need not
-# make for small batches here: as many images, or patches, as this at least.
+# Validation keeps nothing for a backward pass, so its batches can be larger than
+# training's: at least so many images, or patches.
 _VALIDATION_IMAGES, _VALIDATION_PATCHES = 32, 128
 
 

@@ -13,7 +13,6 @@ from fidelity_jax import main
 DEMO = "--config=configs/oracle.py:demo"
 
 
-# What can happen to a finished workdir, and what is said of it.
 def _stage(workdir, kind):
   (path,) = workdir.glob(f"{kind}-*")
   return path
@@ -60,6 +59,7 @@ def _change_json(pattern, **changes):
 _MARKER = "restorer-*/finished.json"
 _CONDITION = "measurements/oracle-restored-ensemble-*/awgn-0.3-*.json"
 _EXAMPLES = "oracle-*/examples.npz"
+# What can happen to a finished workdir, and what is said of it.
 DAMAGES = [
   *((_write(_MARKER, c), "finished.json is damaged") for c in (b"", b"{", b"\xff")),
   *((_write(_MARKER, c), "finished.json is damaged") for c in (b"{}", b"[]", b"null")),
