@@ -59,8 +59,7 @@ def assert_same(ours, theirs):
     assert array.tobytes() == raw(theirs)
   elif isinstance(theirs, dict):
     assert list(ours) == list(theirs)
-    for name in theirs:
-      assert_same(ours[name], theirs[name])
+    assert_same(list(ours.values()), list(theirs.values()))
   elif isinstance(theirs, list | tuple):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
@@ -143,6 +142,19 @@ def test_checkpoints_of_training(form, tmp_path):
   state = reading.read_state(path)
   assert list(state) == list(content["model"])
   np.testing.assert_array_equal(state["0.weight"], network[0].weight.detach().numpy())
+
+
+@FORMS
+def test_state_by_the_addresses_of_parameters(form, tmp_path):
+  """Optimizers kept it so before PyTorch 1.5."""
+  address = 140234567890123
+  moments = {"step": 7, "exp_avg": random("float32", 2, 3)}
+  optimizer = {"state": {address: moments}, "param_groups": [{"params": [address]}]}
+  flags = {True: 1, None: 2, -3: 3, 2**64 - 1: 4}
+  content = {"state_dict": {"a": torch.ones(3)}, "optimizer": optimizer}
+  path = save(content | {"flags": flags}, tmp_path / "a.pth", form)
+  assert_read_as_by_torch(path)
+  np.testing.assert_array_equal(reading.read_state(path)["a"], np.ones(3))
 
 
 @FORMS
@@ -277,6 +289,7 @@ def state(*parts: bytes) -> bytes:
 
 
 LONG = b"\x8a\x09" + (2**64).to_bytes(9, "little")
+FLOAT = b"G" + struct.pack(">d", 0.5)
 # A tuple of the same tuple twice, 60 deep.
 NESTED = b")" + b"q\0h\0\x86" * 60
 MANY = b"(" + b"K\1" * 100_000
@@ -357,6 +370,7 @@ WRONG = {
   ),
   "a key that collides": (b"}" + LONG + b"Ns", "key that is a large number"),
   "a key that is a list": (b"}]Ns", "key that is of type list"),
+  "a key with a fraction": (b"}" + FLOAT + b"Ns", "key that is of type float"),
 }
 
 # What the older form says where it differs.
@@ -404,6 +418,33 @@ def test_hostile_pickles(form, case, tmp_path):
 def test_pickles_that_ask_for_much(body, words, tmp_path):
   path = zipped(tmp_path, b"\x80\2" + body + b"X\0\0\0\0K\1K\1s.")
   assert words in refusal(path, traced=len(body) < 100)
+
+
+def colliding(size: int, count: int) -> list[int]:
+  """Returns `count` whole numbers, the last of which probes past the others.
+
+  In a dictionary of `size` places the others have the places that CPython tries one
+  after the other, each i followed by 5 i + 1.
+  """
+  place, shifted, places = 0, size, {}
+  while len(places) < count - 1:
+    places[place] = None
+    shifted >>= 5
+    place = (5 * place + shifted + 1) % size
+  return [*places, size]
+
+
+@pytest.mark.parametrize("of", ["keys", "memo"])
+def test_numbers_that_collide(of, tmp_path):
+  numbers = colliding(2**17, 87_000)
+  numbers += numbers[-1:] * 200_000
+  if of == "keys":
+    items = b"".join(b"J" + struct.pack("<i", number) + b"N" for number in numbers)
+    body = b"}(" + items + b"u"
+  else:
+    body = b"N" + b"".join(b"r" + struct.pack("<I", number) for number in numbers)
+  path = zipped(tmp_path, state(body))
+  assert "called 'a' among its tensors" in refusal(path, traced=False)
 
 
 @pytest.mark.parametrize("opening", [b"](", b"(", b"}K\1"])

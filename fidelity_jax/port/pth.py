@@ -91,6 +91,17 @@ class Unsupported:
   kind: str
 
 
+class _Number(int):
+  """A whole number as a dictionary's key.
+
+  Other numbers' hashes are the numbers, so that a pickle could choose keys which all
+  collide; those of strings are salted.
+  """
+
+  def __hash__(self) -> int:
+    return hash(str(int(self)))
+
+
 class _Storage:
   """The place of raw bytes in a checkpoint, read when they are first asked for."""
 
@@ -197,19 +208,22 @@ def _rebuild_tensor(
   return Tensor(dtype, shape, storage, offset, strides, conjugated, negated)
 
 
-def _key(key: Any) -> str | int:
+def _key(key: Any) -> str | int | None:
   """Returns a dictionary's key.
 
-  Hashes of strings are salted and cached. Those of tuples take any time, and those of
-  large integers can all be made the same.
+  Hashes of tuples take any time, those of floating-point numbers can be made the same,
+  and very large integers take long to write out.
   """
-  if type(key) is str or (type(key) is int and abs(key) < 2**31):
+  if key is None or type(key) in (str, bool, _Number):
     return key
+  # Old optimizers keep their state by the parameters' addresses.
+  if type(key) is int and abs(key) < 2**64:
+    return _Number(key)
   kind = "a large number" if type(key) is int else f"of type {type(key).__name__}"
   raise _Refused(f"it holds a dictionary with a key that is {kind}")
 
 
-def _dictionary(items: Any = ()) -> dict[str | int, Any]:
+def _dictionary(items: Any = ()) -> dict[str | int | None, Any]:
   pairs = items.items() if isinstance(items, dict) else items
   return {_key(key): value for key, value in pairs}
 
@@ -272,7 +286,7 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
   """
   stack: list[Any] = []
   marks: list[int] = []
-  memo: dict[int, Any] = {}
+  memo: dict[_Number, Any] = {}
   steps = 0
 
   def take(count: int) -> list[Any]:
@@ -313,11 +327,11 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
       continue
     match opcode.name:
       case "BINPUT" | "LONG_BINPUT":
-        memo[argument] = stack[-1]
+        memo[_Number(argument)] = stack[-1]
       case "MEMOIZE":
-        memo[len(memo)] = stack[-1]
+        memo[_Number(len(memo))] = stack[-1]
       case "BINGET" | "LONG_BINGET":
-        stack.append(memo[argument])
+        stack.append(memo[_Number(argument)])
       case "MARK":
         marks.append(len(stack))
       case "TUPLE":
