@@ -156,7 +156,7 @@ class Tensor:
       )
       if source.byteorder != sys.byteorder:
         part = itemsize // 2 if self.dtype.kind == "c" else itemsize
-        flat = array.reshape(-1).view(f"u{part}").byteswap()
+        flat = np.ascontiguousarray(array).reshape(-1).view(f"u{part}").byteswap()
         array = flat.view(self.dtype).reshape(self.shape)
       array = array.conj() if self._conjugated else array
       return -array if self._negated else array
@@ -201,9 +201,6 @@ def _rebuild_tensor(
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
       raise ValueError("a tensor reaches beyond its storage")
-    # With strides of 0, a few bytes can stand for a tensor of any size.
-    if math.prod(shape) * dtype.itemsize > storage.nbytes:
-      return Unsupported("expanded")
   conjugated, negated = bool(metadata.get("conj")), bool(metadata.get("neg"))
   return Tensor(dtype, shape, storage, offset, strides, conjugated, negated)
 
@@ -310,8 +307,7 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
     name = f"{module}.{attribute}"
     if name not in _NAMES:
       raise _Refused(
-        "it is a pickle that holds more than tensors and could run code "
-        f"({ascii(name)[1:-1]:.100})"
+        f"its pickle names {ascii(name)[1:-1]:.100}, which tensors do not need"
       )
     return _NAMES[name]
 
@@ -402,7 +398,10 @@ class _Source(abc.ABC):
     self._handed_out = 0
 
   def hand_out(self, nbytes: int) -> None:
-    """Counts the bytes of a tensor that is about to be made."""
+    """Counts the bytes of a tensor that is about to be made.
+
+    With strides of 0, a few bytes in the file can stand for any number of them.
+    """
     self._handed_out += nbytes
     self._check_growth(self._handed_out)
 
