@@ -94,6 +94,7 @@ def test_views(form, dtype, tmp_path):
     *(image[1:], image[:, :, 3:, 4:], image[1, 2, 3, 4], image[:, 1:2]),
     *(whole[:0], whole[6:, 8:], random(dtype, 0), random(dtype, 3, 0, 2)),
     *(torch.Size((3, 4)), torch.as_strided(whole, (1, 4), (2**62, 2), 3)),
+    *(row.expand(9, 8), row[:1].expand(20), torch.as_strided(row, (5, 4), (1, 1))),
   ]
   path = save(content, tmp_path / "a.pth", form)
   with pth.opened(path) as ours:
@@ -191,6 +192,7 @@ def rewrite(path, change=lambda name, data: data, method=zipfile.ZIP_STORED):
 def test_big_endian(tmp_path):
   names = [name for name in DTYPES if not name.startswith(("uint", "float8"))]
   content = [random(name, 3, 5).T[1:] for name in (*names, "uint8")]
+  content += [random(name, 9)[::2] for name in names]
   content += [random(name, 1)[0] for name in names]
   path = save(content, tmp_path / "a.pth")
 
@@ -469,6 +471,29 @@ def test_names_of_several_lines(tmp_path):
   assert r"calls a tensor 'a\nb\x1b'" in message
 
 
+def test_long_names(tmp_path):
+  path = tmp_path / "a.pth"
+  for content in (
+    {"a" * 100_000: 3},
+    {"a" * 100_000: torch.ones(3, dtype=torch.complex64)},
+    {"a" * 100_000: torch.ones(3, device="meta")},
+    {"\n" * 100_000: torch.ones(3)},
+  ):
+    refusal(save(content, path))
+
+
+def test_wrappers_of_names(tmp_path):
+  path = tmp_path / "a.pth"
+  wrapping = "_orig_mod.module._orig_mod."
+  content = {f"{wrapping}a": torch.ones(3), f"{wrapping}module.b": torch.ones(3)}
+  assert list(reading.read_state(save(content, path))) == ["a", "module.b"]
+  content["_orig_mod.module.c"] = torch.ones(3)
+  expected = ["_orig_mod.a", "_orig_mod.module.b", "c"]
+  assert list(reading.read_state(save(content, path))) == expected
+  (name,) = reading.read_state(save({"module." * 900_000 + "a": torch.ones(3)}, path))
+  assert name == "a"
+
+
 def deflated(data_sizes: dict[str, int], declared=None) -> bytes:
   """Returns a zip file with a tensor on each of some storages of zeros."""
   out = io.BytesIO()
@@ -538,6 +563,12 @@ def test_zip_bombs_of_what_is_stored(tmp_path):
   end = (b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), 0, 0)
   path.write_bytes(directory + struct.pack("<4s4H2LH", *end))
   assert f"its directory is {len(directory)} bytes" in refusal(path)
+
+
+@FORMS
+def test_tensors_that_are_expanded_become_little(form, tmp_path):
+  path = save({"a": torch.ones(1).expand(300_000, 300_000)}, tmp_path / "a.pth", form)
+  assert "more than 16 times as large" in refusal(path)
 
 
 @FORMS
