@@ -230,6 +230,36 @@ def test_published_denoisers(layout, channels, tmp_path):
   assert reference.relative_error(ours, expected.transpose(0, 2, 3, 1)) < 1e-5
 
 
+def test_a_denoiser_among_other_tensors(tmp_path):
+  for prefix in ("model.", "module.dncnn."):
+    state = prefixed(prefix, reference.state_dict(sequential(4, 3, False, True)))
+    state |= {"module.foo": np.zeros(3), "module.head.weight": np.zeros((2, 2))}
+    with pytest.raises(errors.UsageError, match=r"unexpected .*foo, .*head\.weight"):
+      port.load(save_torch(state, tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("name", ["07.weight", "9" * 5000 + ".weight", "٣.weight"])
+def test_names_that_are_no_numbers(name):
+  state = prefixed("model.", reference.state_dict(sequential(4, 3, False, True)))
+  state[f"model.{name}"] = np.zeros((8, 8, 3, 3), np.float32)
+  with pytest.raises(errors.UsageError) as caught:
+    recognizing.recognize(state, "f.pth")
+  assert f"unexpected {name[:100]}" in str(caught.value)
+  assert len(str(caught.value)) < 200
+
+
+def test_long_names(resnet18):
+  for state in (
+    {"a" * 100_000: np.zeros(3)},
+    resnet18 | {"a" * 100_000: np.zeros(3)},
+    {"model.0.weight": np.zeros((8, 3, 3, 3)), "a" * 100_000: np.zeros(3)},
+    {"a" * 100_000: np.zeros(0)},
+  ):
+    with pytest.raises(errors.UsageError) as caught:
+      recognizing.recognize(state, "f.pth")
+    assert "a" * 60 in str(caught.value) and len(str(caught.value)) < 500
+
+
 def test_denoisers_that_do_not_fit(tmp_path):
   state = prefixed("model.", reference.state_dict(sequential(4, 3, True, True)))
   path = tmp_path / "a.pth"
@@ -384,11 +414,56 @@ def test_fgnic_checkpoint_that_does_not_fit(resnet18, tmp_path):
   with pytest.raises(errors.UsageError, match=r"missing mul_fc\.2\.bias"):
     port.load(save_torch(state, path))
   state = {**fgnic(resnet18, 2), "restoration.conv.weight": np.zeros(3)}
-  with pytest.raises(errors.UsageError, match=r"no DnCNN: .*restoration\.conv\.weight"):
+  match = r"no DnCNN: unexpected restoration\.conv\.weight"
+  with pytest.raises(errors.UsageError, match=match):
     port.load(save_torch(state, path))
   state = {**fgnic(resnet18, 2), "memory": np.zeros(3)}
   with pytest.raises(errors.UsageError, match="unexpected memory"):
     port.load(save_torch(state, path))
+
+
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [
+    ("feature_extractor.conv1.weight", (0, 3, 7, 7)),
+    ("classifier.weight", (0, 4)),
+    ("restoration.model.0.weight", (0, 0, 3, 3)),
+    ("ensemble.2.weight", (0, 0)),
+    ("mul_fc.0.weight", (4, 0)),
+  ],
+)
+def test_tensors_without_numbers(resnet18, name, shape):
+  state = fgnic(resnet18, 2) | {name: np.zeros(shape, np.float32)}
+  with pytest.raises(errors.UsageError) as caught:
+    recognizing.recognize(state, "f.pth")
+  assert f"without numbers are {name} {shape}" in str(caught.value)
+
+
+def test_a_backbone_without_numbers(resnet18):
+  for name in ("fc.weight", "conv1.weight"):
+    state = resnet18 | {name: np.zeros((0, *resnet18[name].shape[1:]), np.float32)}
+    with pytest.raises(errors.UsageError, match=f"without numbers are {name}"):
+      recognizing.recognize(state, "f.pth")
+
+
+@pytest.mark.parametrize("name", ["mul_fc", "cat_fc", "ensemble"])
+def test_a_feature_that_is_too_short(name):
+  sizes = {"mul_fc": (1, 4, 1), "cat_fc": (1, 4, 2), "ensemble": (1, 4, 1)}[name]
+  state = prefixed(f"{name}.", two_layers(*sizes))
+  with pytest.raises(errors.UsageError, match=r"feature of [01] \(should be at least"):
+    recognizing.recognize(state, "f.pth")
+
+
+@pytest.mark.parametrize("convs", [1, 2, 10, 11])
+def test_how_many_convolutions_calibration_stacks_have(convs):
+  state = prefixed("cnn_layers_weight.0.", stack(convs))
+  if 2 <= convs <= 10:
+    parts = recognizing.recognize(state, "f.pth")
+    assert parts["calibration"].config["num_convs"] == convs
+  else:
+    match = rf"{convs} convolutions \(should be 2 to 10\)"
+    with pytest.raises(errors.UsageError, match=match):
+      recognizing.recognize(state, "f.pth")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
@@ -525,6 +600,24 @@ def test_a_port_that_is_stopped_leaves_the_one_before(tmp_path, monkeypatch):
   port.save(part("second"), target, "second")
   assert list(port.load(target)["dncnn"].variables["params"]) == ["second"]
   assert [path.name for path in tmp_path.iterdir()] == ["ported"]
+
+
+def test_a_directory_is_replaced_from_within(tmp_path, monkeypatch):
+  conv = {"kernel": np.ones((3, 3, 1, 1), np.float32)}
+  part = lambda source: {"dncnn": port.Part({"params": {source: conv}}, {})}
+  target = tmp_path / "ported"
+  port.save(part("first"), target, "first")
+  monkeypatch.chdir(target)
+  port.save(part("second"), pathlib.Path("."), "second")
+  assert list(port.load(target)["dncnn"].variables["params"]) == ["second"]
+  assert [path.name for path in tmp_path.iterdir()] == ["ported"]
+
+
+def test_a_directory_tells_whether_its_input_is_scaled(tmp_path):
+  conv = {"kernel": np.ones((3, 3, 1, 1), np.float32)}
+  port.save({"dncnn": port.Part({"params": conv}, {})}, tmp_path / "ported", "a test")
+  with pytest.raises(errors.UsageError, match="is ported, and says itself"):
+    port.load(tmp_path / "ported", transform_input=False)
 
 
 def test_content_digests_follow_the_content(tmp_path):

@@ -59,8 +59,7 @@ def assert_same(ours, theirs):
     assert array.tobytes() == raw(theirs)
   elif isinstance(theirs, dict):
     assert list(ours) == list(theirs)
-    for name in theirs:
-      assert_same(ours[name], theirs[name])
+    assert_same(list(ours.values()), list(theirs.values()))
   elif isinstance(theirs, list | tuple):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
@@ -95,6 +94,7 @@ def test_views(form, dtype, tmp_path):
     *(image[1:], image[:, :, 3:, 4:], image[1, 2, 3, 4], image[:, 1:2]),
     *(whole[:0], whole[6:, 8:], random(dtype, 0), random(dtype, 3, 0, 2)),
     *(torch.Size((3, 4)), torch.as_strided(whole, (1, 4), (2**62, 2), 3)),
+    *(row.expand(9, 8), row[:1].expand(20), torch.as_strided(row, (5, 4), (1, 1))),
   ]
   path = save(content, tmp_path / "a.pth", form)
   with pth.opened(path) as ours:
@@ -146,6 +146,19 @@ def test_checkpoints_of_training(form, tmp_path):
 
 
 @FORMS
+def test_state_by_the_addresses_of_parameters(form, tmp_path):
+  """Optimizers kept it so before PyTorch 1.5."""
+  address = 140234567890123
+  moments = {"step": 7, "exp_avg": random("float32", 2, 3)}
+  optimizer = {"state": {address: moments}, "param_groups": [{"params": [address]}]}
+  flags = {True: 1, None: 2, -3: 3, 2**64 - 1: 4}
+  content = {"state_dict": {"a": torch.ones(3)}, "optimizer": optimizer}
+  path = save(content | {"flags": flags}, tmp_path / "a.pth", form)
+  assert_read_as_by_torch(path)
+  np.testing.assert_array_equal(reading.read_state(path)["a"], np.ones(3))
+
+
+@FORMS
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_networks_in_every_protocol(form, protocol, tmp_path):
   network = reference.torchvision().models.resnet18(num_classes=3)
@@ -179,6 +192,7 @@ def rewrite(path, change=lambda name, data: data, method=zipfile.ZIP_STORED):
 def test_big_endian(tmp_path):
   names = [name for name in DTYPES if not name.startswith(("uint", "float8"))]
   content = [random(name, 3, 5).T[1:] for name in (*names, "uint8")]
+  content += [random(name, 9)[::2] for name in names]
   content += [random(name, 1)[0] for name in names]
   path = save(content, tmp_path / "a.pth")
 
@@ -277,6 +291,7 @@ def state(*parts: bytes) -> bytes:
 
 
 LONG = b"\x8a\x09" + (2**64).to_bytes(9, "little")
+FLOAT = b"G" + struct.pack(">d", 0.5)
 # A tuple of the same tuple twice, 60 deep.
 NESTED = b")" + b"q\0h\0\x86" * 60
 MANY = b"(" + b"K\1" * 100_000
@@ -357,6 +372,7 @@ WRONG = {
   ),
   "a key that collides": (b"}" + LONG + b"Ns", "key that is a large number"),
   "a key that is a list": (b"}]Ns", "key that is of type list"),
+  "a key with a fraction": (b"}" + FLOAT + b"Ns", "key that is of type float"),
 }
 
 # What the older form says where it differs.
@@ -406,6 +422,33 @@ def test_pickles_that_ask_for_much(body, words, tmp_path):
   assert words in refusal(path, traced=len(body) < 100)
 
 
+def colliding(size: int, count: int) -> list[int]:
+  """Returns `count` whole numbers, the last of which probes past the others.
+
+  In a dictionary of `size` places the others have the places that CPython tries one
+  after the other, each i followed by 5 i + 1.
+  """
+  place, shifted, places = 0, size, {}
+  while len(places) < count - 1:
+    places[place] = None
+    shifted >>= 5
+    place = (5 * place + shifted + 1) % size
+  return [*places, size]
+
+
+@pytest.mark.parametrize("of", ["keys", "memo"])
+def test_numbers_that_collide(of, tmp_path):
+  numbers = colliding(2**17, 87_000)
+  numbers += numbers[-1:] * 200_000
+  if of == "keys":
+    items = b"".join(b"J" + struct.pack("<i", number) + b"N" for number in numbers)
+    body = b"}(" + items + b"u"
+  else:
+    body = b"N" + b"".join(b"r" + struct.pack("<I", number) for number in numbers)
+  path = zipped(tmp_path, state(body))
+  assert "called 'a' among its tensors" in refusal(path, traced=False)
+
+
 @pytest.mark.parametrize("opening", [b"](", b"(", b"}K\1"])
 def test_deep_containers(opening, tmp_path):
   closing = {b"](": b"e", b"(": b"t", b"}K\1": b"s"}[opening]
@@ -426,6 +469,29 @@ def test_names_of_several_lines(tmp_path):
   body = b"\x80\2}X\4\0\0\0a\nb\x1b" + tensor() + b"s."
   message = refusal(zipped(tmp_path, body, {"0": bytes(16)}))
   assert r"calls a tensor 'a\nb\x1b'" in message
+
+
+def test_long_names(tmp_path):
+  path = tmp_path / "a.pth"
+  for content in (
+    {"a" * 100_000: 3},
+    {"a" * 100_000: torch.ones(3, dtype=torch.complex64)},
+    {"a" * 100_000: torch.ones(3, device="meta")},
+    {"\n" * 100_000: torch.ones(3)},
+  ):
+    refusal(save(content, path))
+
+
+def test_wrappers_of_names(tmp_path):
+  path = tmp_path / "a.pth"
+  wrapping = "_orig_mod.module._orig_mod."
+  content = {f"{wrapping}a": torch.ones(3), f"{wrapping}module.b": torch.ones(3)}
+  assert list(reading.read_state(save(content, path))) == ["a", "module.b"]
+  content["_orig_mod.module.c"] = torch.ones(3)
+  expected = ["_orig_mod.a", "_orig_mod.module.b", "c"]
+  assert list(reading.read_state(save(content, path))) == expected
+  (name,) = reading.read_state(save({"module." * 900_000 + "a": torch.ones(3)}, path))
+  assert name == "a"
 
 
 def deflated(data_sizes: dict[str, int], declared=None) -> bytes:
@@ -497,6 +563,12 @@ def test_zip_bombs_of_what_is_stored(tmp_path):
   end = (b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), 0, 0)
   path.write_bytes(directory + struct.pack("<4s4H2LH", *end))
   assert f"its directory is {len(directory)} bytes" in refusal(path)
+
+
+@FORMS
+def test_tensors_that_are_expanded_become_little(form, tmp_path):
+  path = save({"a": torch.ones(1).expand(300_000, 300_000)}, tmp_path / "a.pth", form)
+  assert "more than 16 times as large" in refusal(path)
 
 
 @FORMS

@@ -7,6 +7,9 @@ what is read.
 import os
 import pathlib
 
+import numpy as np
+from flax import traverse_util
+
 from fidelity_jax import errors, files
 from fidelity_jax.port import published, reading, recognizing, storing
 from fidelity_jax.port.parts import Part, name_classes
@@ -31,22 +34,36 @@ def load(
       such as `torchvision/resnet50`, which is downloaded once.
     class_names: a text file with one class name a line, in the order of the logits.
     transform_input: whether a GoogLeNet in a file expects its input re-scaled (networks
-      fine-tuned from torchvision's ImageNet weights do; the file does not tell).
+      fine-tuned from torchvision's ImageNet weights do; the file does not tell). A
+      directory tells.
 
   Returns:
     See `recognizing.recognize`.
 
   Raises:
-    errors.UsageError: nothing there, not recognized, or not fitting.
+    errors.UsageError: nothing there, not recognized, not fitting, numbers that are not
+      finite, or `transform_input=False` for a directory.
     errors.Missing: a download failed.
     errors.RunError: a downloaded or ported file is damaged.
   """
   path = _find(checkpoint)
   if path.is_dir():
+    if not transform_input:
+      raise errors.UsageError(
+        f"{path} is ported, and says itself whether its input is re-scaled: port its "
+        "checkpoint again with --transform_input=false"
+      )
     parts = storing.read(path)
   else:
     state = reading.read_state(path)
     parts = recognizing.recognize(state, str(path), transform_input)
+  for name, part in parts.items():
+    for place, leaf in traverse_util.flatten_dict(part.variables, sep="/").items():
+      if not np.isfinite(leaf).all():
+        raise errors.UsageError(
+          f"{path}: its {name} holds numbers that are not finite, in {place}: get the "
+          "file again."
+        )
   if class_names:
     name_classes(parts, files.expand(class_names), path)
   return parts

@@ -19,11 +19,12 @@ from fidelity_jax.models.backbone import State, Table
 
 # Convolutions sit at every second place of a PyTorch Sequential, ReLUs between them.
 _SPATIAL = {"multiplication": "cnn_layers_weight", "addition": "cnn_layers_bias"}
+MAX_CONVS = 10
 CALIBRATION: Table = (
   *(
     (rf"{ours}_(\d+)/conv_{i}", rf"{theirs}.\1.{2 * i}")
     for ours, theirs in _SPATIAL.items()
-    for i in range(10)
+    for i in range(MAX_CONVS)
   ),
   (r"channel_multiplication/hidden", "mul_fc.0"),
   (r"channel_multiplication/output", "mul_fc.2"),
@@ -71,9 +72,12 @@ def from_torch(tensor: np.ndarray) -> np.ndarray:
 
 
 def listing(kind: str, names: Sequence[str], limit: int = 20) -> str:
-  """Returns e.g. 'missing a, b', at most `limit` names and how many more."""
+  """Returns e.g. 'missing a, b', at most `limit` names and how many more.
+
+  Names, which a file can make as long as it likes, are cut to 100 characters.
+  """
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
-  return f"{kind} {', '.join(names[:limit])}{more}"
+  return f"{kind} {', '.join(name[:100] for name in names[:limit])}{more}"
 
 
 def convert(state: State, shapes: Any, table: Table, what: str) -> dict[str, Any]:

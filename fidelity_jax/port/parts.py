@@ -32,6 +32,10 @@ class Part:
   config: dict[str, Any]
 
 
+# Numbers as PyTorch writes them: not 01, nor thousands of digits.
+_NUMBER = "(0|[1-9][0-9]{0,3})"
+
+
 def _numbers(pattern: str, state: State) -> list[tuple[int, ...]]:
   matches = (re.match(pattern, name) for name in state)
   return sorted({tuple(int(g) for g in match.groups()) for match in matches if match})
@@ -138,7 +142,7 @@ def dncnn(state: State, what: str) -> Part:
     if not name.endswith("batches_tracked") and value.dtype.kind != "f":
       misshapen.append(f"{name} {value.dtype} (should be floating-point)")
   take = lambda name: used.add(name) or layouts.from_torch(state[name])
-  for (number,) in _numbers(r"(\d+)\.weight$", state):
+  for (number,) in _numbers(rf"{_NUMBER}\.weight\Z", state):
     if state[f"{number}.weight"].ndim == 4:
       kernel = take(f"{number}.weight")
       before = convs[-1]["kernel"].shape[-1] if convs else kernel.shape[2]
@@ -167,8 +171,8 @@ def dncnn(state: State, what: str) -> Part:
     name for name in state if name not in used and not name.endswith("batches_tracked")
   ]
   if misshapen or unused or len(convs) < 2:
-    problems = [f"unexpected {', '.join(unused)}"] if unused else []
-    problems += [f"misshapen {', '.join(misshapen)}"] if misshapen else []
+    problems = [layouts.listing("unexpected", unused)] if unused else []
+    problems += [layouts.listing("misshapen", misshapen)] if misshapen else []
     problems += ["fewer than two convolutions"] if len(convs) < 2 else []
     raise errors.UsageError(f"{what} is no DnCNN: {'; '.join(problems)}")
   params = {f"layer{i}": {"conv": conv} for i, conv in enumerate(convs)}
@@ -184,7 +188,7 @@ def dncnn(state: State, what: str) -> Part:
 def calibration(state: State, what: str) -> Part:
   """Returns the calibration modules that `state` holds, whichever are there."""
   config: dict[str, Any] = {}
-  taps = _numbers(r"cnn_layers_(?:weight|bias)\.(\d+)\.(\d+)\.", state)
+  taps = _numbers(rf"cnn_layers_(?:weight|bias)\.{_NUMBER}\.{_NUMBER}\.", state)
   groups = {
     "spatial_multiplication": "cnn_layers_weight.",
     "spatial_addition": "cnn_layers_bias.",
@@ -196,6 +200,11 @@ def calibration(state: State, what: str) -> Part:
   if taps:
     config["num_taps"] = len({tap for tap, _ in taps})
     config["num_convs"] = len({index for _, index in taps})
+    if not 2 <= config["num_convs"] <= layouts.MAX_CONVS:
+      raise errors.UsageError(
+        f"{what} does not fit: its calibration stacks have {config['num_convs']} "
+        f"convolutions (should be 2 to {layouts.MAX_CONVS})"
+      )
     first = next(name for name in sorted(state) if name.startswith("cnn_layers_"))
     prefix = first.split(".")[0]
     config["channels"] = _shape(state, f"{prefix}.0.0.weight", 4, what)[0]
@@ -203,7 +212,7 @@ def calibration(state: State, what: str) -> Part:
     if any(name.startswith(f"{fc}.") for name in state):
       hidden, size = _shape(state, f"{fc}.0.weight", 2, what)
       config["feature_size"] = size // inputs
-      config["ratio"] = _ratio(hidden, size // inputs)
+      config["ratio"] = _ratio(hidden, size // inputs, what)
   fields = {"feature_size": 2, "num_taps": 1, **config}
   module = models.Calibration(**fields)
   size = (8, 8)
@@ -219,7 +228,7 @@ def calibration(state: State, what: str) -> Part:
 def ensemble(state: State, what: str) -> Part:
   """Returns the ensemble module."""
   size, hidden = _shape(state, "ensemble.2.weight", 2, what)
-  config = {"feature_size": size, "ratio": _ratio(hidden, size)}
+  config = {"feature_size": size, "ratio": _ratio(hidden, size, what)}
   feature = jax.ShapeDtypeStruct((1, size), jnp.float32)
   confidence = jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32)
   module = models.Ensemble(**config)
@@ -227,8 +236,13 @@ def ensemble(state: State, what: str) -> Part:
   return Part(layouts.convert(state, shapes, layouts.ENSEMBLE, what), config)
 
 
-def _ratio(hidden: int, size: int) -> float:
+def _ratio(hidden: int, size: int, what: str) -> float:
   """Returns a ratio that gives `hidden` back as int(size * ratio)."""
+  if size < 2:
+    raise errors.UsageError(
+      f"{what} does not fit: its fully connected layers are for a feature of {size} "
+      "(should be at least 2)"
+    )
   ratio = hidden / size
   return ratio if int(size * ratio) == hidden else (hidden + 0.5) / size
 

@@ -91,6 +91,17 @@ class Unsupported:
   kind: str
 
 
+class _Number(int):
+  """A whole number as a dictionary's key.
+
+  Other numbers' hashes are the numbers, so that a pickle could choose keys which all
+  collide; those of strings are salted.
+  """
+
+  def __hash__(self) -> int:
+    return hash(str(int(self)))
+
+
 class _Storage:
   """The place of raw bytes in a checkpoint, read when they are first asked for."""
 
@@ -145,7 +156,7 @@ class Tensor:
       )
       if source.byteorder != sys.byteorder:
         part = itemsize // 2 if self.dtype.kind == "c" else itemsize
-        flat = array.reshape(-1).view(f"u{part}").byteswap()
+        flat = np.ascontiguousarray(array).reshape(-1).view(f"u{part}").byteswap()
         array = flat.view(self.dtype).reshape(self.shape)
       array = array.conj() if self._conjugated else array
       return -array if self._negated else array
@@ -190,26 +201,26 @@ def _rebuild_tensor(
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.nbytes:
       raise ValueError("a tensor reaches beyond its storage")
-    # With strides of 0, a few bytes can stand for a tensor of any size.
-    if math.prod(shape) * dtype.itemsize > storage.nbytes:
-      return Unsupported("expanded")
   conjugated, negated = bool(metadata.get("conj")), bool(metadata.get("neg"))
   return Tensor(dtype, shape, storage, offset, strides, conjugated, negated)
 
 
-def _key(key: Any) -> str | int:
+def _key(key: Any) -> str | int | None:
   """Returns a dictionary's key.
 
-  Hashes of strings are salted and cached. Those of tuples take any time, and those of
-  large integers can all be made the same.
+  Hashes of tuples take any time, those of floating-point numbers can be made the same,
+  and very large integers take long to write out.
   """
-  if type(key) is str or (type(key) is int and abs(key) < 2**31):
+  if key is None or type(key) in (str, bool, _Number):
     return key
+  # Old optimizers keep their state by the parameters' addresses.
+  if type(key) is int and abs(key) < 2**64:
+    return _Number(key)
   kind = "a large number" if type(key) is int else f"of type {type(key).__name__}"
   raise _Refused(f"it holds a dictionary with a key that is {kind}")
 
 
-def _dictionary(items: Any = ()) -> dict[str | int, Any]:
+def _dictionary(items: Any = ()) -> dict[str | int | None, Any]:
   pairs = items.items() if isinstance(items, dict) else items
   return {_key(key): value for key, value in pairs}
 
@@ -272,7 +283,7 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
   """
   stack: list[Any] = []
   marks: list[int] = []
-  memo: dict[int, Any] = {}
+  memo: dict[_Number, Any] = {}
   steps = 0
 
   def take(count: int) -> list[Any]:
@@ -296,8 +307,7 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
     name = f"{module}.{attribute}"
     if name not in _NAMES:
       raise _Refused(
-        "it is a pickle that holds more than tensors and could run code "
-        f"({ascii(name)[1:-1]:.100})"
+        f"its pickle names {ascii(name)[1:-1]:.100}, which tensors do not need"
       )
     return _NAMES[name]
 
@@ -313,11 +323,11 @@ def _unpickle(stream: io.BytesIO, load_storage: Callable[[Any], _Storage]) -> An
       continue
     match opcode.name:
       case "BINPUT" | "LONG_BINPUT":
-        memo[argument] = stack[-1]
+        memo[_Number(argument)] = stack[-1]
       case "MEMOIZE":
-        memo[len(memo)] = stack[-1]
+        memo[_Number(len(memo))] = stack[-1]
       case "BINGET" | "LONG_BINGET":
-        stack.append(memo[argument])
+        stack.append(memo[_Number(argument)])
       case "MARK":
         marks.append(len(stack))
       case "TUPLE":
@@ -388,7 +398,10 @@ class _Source(abc.ABC):
     self._handed_out = 0
 
   def hand_out(self, nbytes: int) -> None:
-    """Counts the bytes of a tensor that is about to be made."""
+    """Counts the bytes of a tensor that is about to be made.
+
+    With strides of 0, a few bytes in the file can stand for any number of them.
+    """
     self._handed_out += nbytes
     self._check_growth(self._handed_out)
 

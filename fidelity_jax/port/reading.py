@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,30 +23,28 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the tensors of a .safetensors file or a PyTorch checkpoint, by name.
 
   Floating-point tensors of any width become float32. The checksums that PyTorch's zip
-  form carries are compared. Prefixes that wrap every name
-  (`module.`, from DataParallel, and `_orig_mod.`, from torch.compile) are removed. A
-  PyTorch file cannot run code.
+  form carries are compared. Prefixes that wrap every name (`module.`, from
+  DataParallel, and `_orig_mod.`, from torch.compile) are removed, however many there
+  are. A PyTorch file cannot run code.
 
   Args:
-    path: a file; the ending .safetensors tells which kind it is.
+    path: a regular file; the ending .safetensors tells which kind it is.
 
   Raises:
-    errors.UsageError: no such file, no tensors in it, tensors of a kind that networks
-      do not have, or the file wants to run code.
+    errors.UsageError: no tensors in it, tensors of a kind that networks do not have, or
+      it names more than tensors need.
     errors.RunError: the machine has no room or no right to read it.
   """
-  if not os.path.isfile(path):
-    raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
   with errors.while_doing(f"reading {path}"):
     if path.suffix == ".safetensors":
       state = _to_numpy(_read_safetensors(path), path)
     else:
       with pth.opened(path) as content:
         state = _to_numpy(_unwrap(content, path), path)
-  for prefix in ("module.", "_orig_mod."):
-    if state and all(name.startswith(prefix) for name in state):
-      state = {name.removeprefix(prefix): value for name, value in state.items()}
-  return state
+  # Of names, for which being cut between two characters is right.
+  common = os.path.commonprefix(list(state))  # noqa: RUF071
+  wrapping = re.match(r"(?:module\.|_orig_mod\.)*", common)[0]
+  return {name.removeprefix(wrapping): value for name, value in state.items()}
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
@@ -58,7 +57,7 @@ def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
     if errors.circumstance(error):
       raise
     raise errors.UsageError(
-      f"{path} is no readable safetensors file: {error}"
+      f"{path} is no readable safetensors file: {error!s:.300}"
     ) from error
 
 
@@ -76,13 +75,13 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
   for name, value in content.items():
     if not isinstance(name, str) or not name.isprintable():
       raise errors.UsageError(
-        f"{path} calls a tensor {name!r}, which is no name: save the network's "
+        f"{path} calls a tensor {name!r:.100}, which is no name: save the network's "
         "state_dict()"
       )
     if not isinstance(value, pth.Tensor | pth.Unsupported):
       raise errors.UsageError(
-        f"{path} holds a {type(value).__name__} called {name!r} among its tensors: "
-        "save the network's state_dict()"
+        f"{path} holds a {type(value).__name__} called {name!r:.100} among its "
+        "tensors: save the network's state_dict()"
       )
   return content
 
@@ -97,14 +96,14 @@ def _to_numpy(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.nd
   for name, tensor in content.items():
     if isinstance(tensor, pth.Unsupported):
       raise errors.UsageError(
-        f"{path} holds a tensor that is {tensor.kind}, {name}: save the network's "
-        "state_dict() with dense tensors of real numbers on the CPU"
+        f"{path} holds a tensor that is {tensor.kind}, {name:.100}: save the "
+        "network's state_dict() with dense tensors of real numbers on the CPU"
       )
     array = tensor.numpy() if isinstance(tensor, pth.Tensor) else np.asarray(tensor)
     if array.dtype.kind == "c":
       raise errors.UsageError(
-        f"{path} holds a tensor that is complex, {name}: networks here have real "
-        "numbers"
+        f"{path} holds a tensor that is complex, {name:.100}: networks here have "
+        "real numbers"
       )
     # To NumPy, bfloat16 is neither floating-point nor integer.
     if array.dtype.kind not in "iub":

@@ -34,9 +34,14 @@ def recognize(
     which can serve as restorer or estimator.
 
   Raises:
-    errors.UsageError: they are not recognized, or do not fit what they look like;
-      missing, unexpected and misshapen tensors are named.
+    errors.UsageError: they are not recognized, have no numbers, or do not fit what they
+      look like; missing, unexpected and misshapen tensors are named.
   """
+  empty = sorted(f"{name:.60} {v.shape}" for name, v in state.items() if 0 in v.shape)
+  if empty:
+    raise errors.UsageError(
+      f"{where} does not fit: {layouts.listing('without numbers are', empty)}"
+    )
   if any(name.startswith(_FGNIC) for name in state) or set(state) == {
     "classifier.weight",
     "classifier.bias",
@@ -44,13 +49,20 @@ def recognize(
     return _fgnic(state, where, transform_input)
   for prefix in ("model.", "dncnn."):
     if f"{prefix}0.weight" in state:
+      others = sorted(name for name in state if not name.startswith(prefix))
+      if others:
+        raise errors.UsageError(
+          f"{where} looks like a DnCNN, but does not fit: "
+          f"{layouts.listing('unexpected', others)}"
+        )
       return {"dncnn": parts.dncnn(_below(prefix, state), f"{where}: {prefix}*")}
   found = registry.recognize(state)
   if found is None:
     raise errors.UsageError(
-      f"{where} is not recognized: it holds {len(state)} tensors such as "
-      f"{', '.join(sorted(state)[:4])}; known are {', '.join(registry.NAMES)} in their "
-      "publishers' names, FG-NIC's checkpoints, and DnCNN"
+      f"{where} is not recognized: it holds tensors "
+      f"{layouts.listing('such as', sorted(state), 4)}; known are "
+      f"{', '.join(registry.NAMES)} in their publishers' names, FG-NIC's checkpoints, "
+      "and DnCNN"
     )
   config, layout = found
   what = f"{where}, which looks like {config['name']},"
@@ -72,10 +84,12 @@ def _fgnic(state: State, where: str, transform_input: bool) -> dict[str, Part]:
     tensors = _below(prefix, state)
     if tensors:
       stack = _below("model.", tensors)
-      if len(stack) != len(tensors):
+      others = sorted(
+        f"{prefix}{name}" for name in tensors if not name.startswith("model.")
+      )
+      if others:
         raise errors.UsageError(
-          f"{where}: {prefix}* is no DnCNN: it holds tensors such as "
-          f"{prefix}{min(tensors.keys() - {f'model.{k}' for k in stack})}"
+          f"{where}: {prefix}* is no DnCNN: {layouts.listing('unexpected', others)}"
         )
       result[part] = parts.dncnn(stack, f"{where}: {prefix}model.*")
   features = _below("feature_extractor.", state)
@@ -84,8 +98,8 @@ def _fgnic(state: State, where: str, transform_input: bool) -> dict[str, Part]:
     found = registry.recognize(features)
     if found is None:
       raise errors.UsageError(
-        f"{where}: feature_extractor.* is not recognized: it holds tensors such as "
-        f"{', '.join(sorted(features)[:4])}"
+        f"{where}: feature_extractor.* is not recognized: it holds tensors "
+        f"{layouts.listing('such as', sorted(features), 4)}"
       )
     config, layout = found
     if "classifier.weight" in head:

@@ -47,6 +47,8 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, checkpoint: str) ->
     errors.UsageError: the directory exists and is something else, or cannot be written.
     errors.RunError: the disk is full, or a permission is missing.
   """
+  # The temporary directory stands beside it: "." has no name to call that after.
+  directory = pathlib.Path(os.path.abspath(directory))
   if directory.exists() and not is_ported(directory):
     raise errors.UsageError(
       f"{directory} exists and is no ported checkpoint: name another directory"
