@@ -54,3 +54,17 @@ def test_links_lead_somewhere(document):
   for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
     if not target.startswith("http"):
       assert (document.parent / pathlib.Path(target)).exists(), target
+
+
+def test_every_file_and_test_that_is_named_exists():
+  tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+  # Tables and sentences name a module from within the package, or by its name alone.
+  places = [ROOT / part for part in ("", "fidelity_jax", "configs", "tests")]
+  for document in DOCUMENTS:
+    text = document.read_text()
+    named = re.findall(r"\b(?:\w+/)+\w+\.py\b|(?<=`)\w+\.py(?=`)", text)
+    for path in named:
+      exists = any((place / path).exists() for place in places)
+      assert exists, f"{document.name}: {path}"
+    for name in re.findall(r"`(test_\w+)`", text):
+      assert f"def {name}(" in tests, f"{document.name}: {name}"
