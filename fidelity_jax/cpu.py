@@ -1,4 +1,4 @@
-"""All that exists for CPUs' sake, to be deleted in one piece.
+"""Special code for CPUs, to be deleted in one piece.
 
 XLA's CPU compiler was measured against PyTorch. What was slower is computed in other
 ways here; docs/cpu.md says what each is for and which benchmark shows whether a newer

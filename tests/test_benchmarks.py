@@ -1,8 +1,14 @@
 """The benchmarks run, at sizes that say nothing about speed."""
 
+import importlib.util
 import json
+from unittest import mock
 
+import jax
 import pytest
+from conftest import ROOT
+
+from fidelity_jax import cpu
 
 SMALL = ["--batch=1", "--size=64", "--repeats=1"]
 
@@ -34,6 +40,24 @@ def test_backbones(command, tmp_path):
 def test_convolutions(command, tmp_path):
   shapes = ("--shapes=calibration", "--repeats=1")
   assert _run(command, tmp_path, "convolutions", *shapes)
+
+
+def test_cpu_has_every_case(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  spec = importlib.util.spec_from_file_location("cpu", ROOT / "benchmarks" / "cpu.py")
+  benchmark = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(benchmark)
+
+  def chooses(case):
+    function, arrays = benchmark.make(case, 1, 32)
+    return "platform_index" in str(jax.make_jaxpr(function)(*arrays))
+
+  # What was chosen on one side must not be found again on the other.
+  for _ in range(2):
+    with mock.patch.object(cpu, "choose", benchmark.plain):
+      assert not chooses("remat")
+    assert chooses("remat")
+  assert all(chooses(case) for case in benchmark.CASES)
 
 
 @pytest.mark.slow

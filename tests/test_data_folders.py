@@ -111,6 +111,7 @@ def test_what_is_beside_splits_and_classes(folder):
   (root / "annotations" / "cat.xml").write_text("<no image/>")
   (root / "train" / "empty").mkdir()
   shutil.copy(root / "train/cat/image_0000.jpg", root / "test" / "sheet.jpg")
+  shutil.copy(root / "train/cat/image_0000.jpg", root / "whole.jpg")
   (root / "test" / "dog" / "up").symlink_to(root / "test")
   train = data.load(config(root), "train")
   assert train.class_names == ("cat", "dog")
@@ -118,23 +119,81 @@ def test_what_is_beside_splits_and_classes(folder):
     "train/empty/": "a class folder without images",
     "test/sheet.jpg": "an image in no class folder",
     "test/dog/up/": "a symbolic link back to its own parent",
+    "whole.jpg": "an image in no class folder",
   }
+
+
+@pytest.mark.parametrize("flat", [0, 3])
+def test_a_test_without_class_folders_is_drawn_from_train(folder, capsys, flat):
+  root = divide(folder, train=6, val=2)
+  (root / "test").mkdir()
+  for i in range(flat):
+    shutil.copy(folder / f"cat/image_000{i}.jpg", root / "test" / f"{i}.jpg")
+  parts = load_all(config(root))
+  assert [len(part) for part in parts.values()] == [8, 4, 4]
+  assert {key.split("/")[0] for key in parts["test"].keys} == {"train"}
+  said = capsys.readouterr().err
+  assert "test is drawn from train, 25% of each class" in said
+  assert "test/: left out: a split without class folders" in said
+  with pytest.raises(UsageError, match="test/: a split without class folders"):
+    data.load(config(root, strict=True), "train")
+
+
+@pytest.mark.parametrize(
+  ("parts", "third"),
+  [
+    ({"train": 5, "dev": 3}, "dev"),
+    ({"train": 5, "val": 3, "extra": 2}, "extra"),
+    ({"train": 5, "test": 3}, "unlabeled"),
+  ],
+)
+def test_one_more_folder_beside_splits_is_refused(folder, parts, third):
+  root = divide(folder, **parts)
+  if third not in parts:
+    shutil.copytree(folder / "cat", root / third)
+  words = rf"'cat' is in \w+ and in \w+\), but '{third}' is no split's name: move it"
+  with pytest.raises(UsageError, match=words):
+    data.load(config(root), "train")
+  shutil.rmtree(root / third)
+  shutil.copytree(folder, root / ("val" if "val" not in parts else "test"))
+  assert data.load(config(root), "train").class_names == ("cat", "dog")
+
+
+def test_class_folders_in_a_class_called_train_are_doubtful(folder, capsys):
+  root = divide(folder, train=5)
+  (folder / "cat").rename(root / "unlabeled")
+  train = data.load(config(root), "train")
+  assert train.class_names == ("train", "unlabeled")
+  line = "train is taken for a class, because 'unlabeled' is no split"
+  assert line in capsys.readouterr().err
+
+
+def test_splits_that_are_the_same_folder_are_refused(folder):
+  root = divide(folder, train=5)
+  (root / "test").symlink_to(root / "train")
+  with pytest.raises(UsageError, match=r"of test and train in .* are the same folder"):
+    data.load(config(root), "test")
 
 
 @pytest.mark.parametrize(
   ("parts", "change", "words"),
   [
-    ({"train": 5}, None, r"train is the only folder in .*; give .*/divided/train, "),
+    ({"train": 5}, None, r"train is the only split in .*; give .*/divided/train, "),
     ({"val": 3, "test": 3}, None, r"splits \(test and val\), but 'train' is missing"),
     ({"train": 4, "val": 3, "valid": 3}, None, "two mean the same split"),
-    # Images of unknown classes, as ImageNet's for the test are.
+    (
+      {"train": 5, "val": 3},
+      lambda root: [
+        shutil.move(path, root / "val" / f"{path.parent.name}{path.name}")
+        for path in (root / "val").glob("*/*")
+      ],
+      r"divided/val has no sub-folder with images .*; sort .*, or move 'val' away",
+    ),
+    # Both val and test would be missing.
     (
       {"train": 5, "test": 3},
-      lambda root: [
-        shutil.move(path, root / "test" / f"{path.parent.name}{path.name}")
-        for path in (root / "test").glob("*/*")
-      ],
-      r"divided/test has no sub-folder with images .*a class and no split, use a .csv",
+      lambda root: [path.unlink() for path in (root / "test").glob("*/*")],
+      r"train is the only split in .* that has class folders; give .*/divided/train, ",
     ),
     (
       {"train": 5, "val": 3},

@@ -1,5 +1,6 @@
 """Commands, fields and links in the documents exist."""
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -7,6 +8,7 @@ import re
 import pytest
 from conftest import ROOT
 
+CONFIGS = sorted({*(ROOT / "configs").glob("*.py")} - {ROOT / "configs" / "common.py"})
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -54,3 +56,25 @@ def test_links_lead_somewhere(document):
   for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
     if not target.startswith("http"):
       assert (document.parent / pathlib.Path(target)).exists(), target
+
+
+def test_every_file_and_test_that_is_named_exists():
+  tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+  # Tables and sentences name a module from within the package, or by its name alone.
+  places = [ROOT / part for part in ("", "fidelity_jax", "configs", "tests")]
+  for document in DOCUMENTS:
+    text = document.read_text()
+    named = re.findall(r"\b(?:\w+/)+\w+\.py\b|(?<=`)\w+\.py(?=`)", text)
+    for path in named:
+      exists = any((place / path).exists() for place in places)
+      assert exists, f"{document.name}: {path}"
+    for name in re.findall(r"`(test_\w+)`", text):
+      assert f"def {name}(" in tests, f"{document.name}: {name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_say_how_to_run_them_and_how_long_it_takes(path):
+  said = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+  assert f"python -m fidelity_jax.main --config=configs/{path.name}" in said
+  assert re.search("minutes|not run", said, re.IGNORECASE)
+  assert "TIME_" not in said

@@ -13,6 +13,7 @@ import torch
 
 from fidelity_jax import (
   checkpoints,
+  cpu,
   degradations,
   fidelity,
   metrics,
@@ -228,6 +229,9 @@ def test_rematerialization_changes_memory_not_gradients():
     lambda params: models.dncnn.apply_rematerialized(stack, params, x)
   )
   assert less < 0.6 * kept
+  before = cpu.choose.cache_info().misses
+  jax.eval_shape(functools.partial(models.dncnn.apply_rematerialized, stack), params, x)
+  assert cpu.choose.cache_info().misses == before
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
   jax.tree.map(close, plain, again)
 

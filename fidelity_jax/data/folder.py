@@ -17,6 +17,7 @@ from fidelity_jax.errors import UsageError
 
 # What file systems put beside their users' folders.
 _OF_THE_DISK = ("lost+found", "$RECYCLE.BIN", "System Volume Information")
+_STRAY = "an image in no class folder"
 
 
 def build(path: str) -> tuple[Dataset, splits.Chosen]:
@@ -56,11 +57,16 @@ def build(path: str) -> tuple[Dataset, splits.Chosen]:
 
 def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
   skipped, found = [], {}
-  parts = _split_folders(root)
+  parts = _split_folders(root, skipped)
   for part in parts or ("",):
     in_part = _class_images(root, part, skipped)
     if not any(in_part.values()):
-      hint = f"; if '{part}' is a class and no split, use a .csv file" if part else ""
+      hint = ""
+      if part:
+        hint = (
+          f"; sort its images into class folders, or move '{part}' away: a missing val "
+          f"or test is drawn from train; if '{part}' is a class, use a .csv file"
+        )
       raise UsageError(
         f"dataset.path: {root / part} has no sub-folder with images (one per class is "
         f"needed){hint}"
@@ -79,40 +85,93 @@ def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
   return _dataset(root, keys, labels, shown, skipped), own
 
 
-def _split_folders(root: Path) -> dict[str, str]:
+def _split_folders(root: Path, skipped: list[Skipped]) -> dict[str, str]:
   """Returns the splits by sub-folder if a folder is divided into splits, else {}.
 
   It is if no sub-folder with images has another name: a class may be called "train".
+  A test without class folders, as it is published without labels, counts as missing.
 
   Raises:
-    UsageError: train is missing, or alone, or a split is there twice.
+    UsageError: train is missing, or alone; a split is there twice, or is the same
+      folder as another; or one more sub-folder seems to be a split, too.
   """
-  folders, _ = _listed(root)
+  folders, strays = _listed(root)
   found = {n: splits.NAMES.get(n.casefold()) for n in folders}
   parts = {name: split for name, split in found.items() if split}
   if not parts:
     return {}
-  names = " and ".join(parts)
-  other = next((n for n in folders if n not in parts and any(_walk(root, n, []))), None)
-  if other is not None:
-    if len(set(parts.values())) > 1:
-      say_once(f"{root}: {names} are taken for classes, because '{other}' is no split")
+  classes = {name: _class_names(root, name) for name in folders}
+  unlabelled = [n for n, split in parts.items() if split == "test" and not classes[n]]
+  labelled = [name for name in parts if name not in unlabelled]
+  others = [n for n in folders if n not in parts and any(_walk(root, n, []))]
+  if others:
+    if _looks_divided(root, labelled, others, classes) or len(parts) > 1:
+      are = "are taken for classes" if len(parts) > 1 else "is taken for a class"
+      say_once(
+        f"{root}: {' and '.join(parts)} {are}, because '{others[0]}' is no split"
+      )
     return {}
+  if labelled and all(classes[name] for name in labelled):
+    skipped += [Skipped(f"{n}/", "a split without class folders") for n in unlabelled]
+    parts = {name: parts[name] for name in labelled}
+  names = " and ".join(parts)
+  if len({_identity(root / name) for name in parts}) < len(parts):
+    raise UsageError(
+      f"dataset.path: of {names} in {root}, two are the same folder, by a symbolic "
+      "link; remove one: a missing val or test is drawn from train"
+    )
   if len(set(parts.values())) < len(parts):
     raise UsageError(
       f"dataset.path: of {names} in {root}, two mean the same split; move one away"
     )
   if list(parts.values()) == ["train"]:
     raise UsageError(
-      f"dataset.path: {names} is the only folder in {root}; give {root / names}, which "
-      "is then divided into splits, or put a folder 'val' or 'test' beside it"
+      f"dataset.path: {names} is the only split in {root} that has class folders; give "
+      f"{root / names}, which is then divided into splits, or put a folder 'val' or "
+      "'test' of class folders beside it"
     )
   if "train" not in parts.values():
     raise UsageError(
       f"dataset.path: {root} is divided into splits ({names}), but 'train' is missing; "
       "add it, or give a folder of class folders"
     )
+  skipped += [Skipped(name, _STRAY) for name in strays]
   return parts
+
+
+def _class_names(root: Path, part: str) -> list[str]:
+  """Returns the names of the folders with images in `root / part`."""
+  return [n for n in _listed(root / part)[0] if any(_walk(root, f"{part}/{n}", []))]
+
+
+def _looks_divided(
+  root: Path, parts: list[str], others: list[str], classes: dict[str, list[str]]
+) -> bool:
+  """Returns whether folders named as splits, beside others, hold class folders only.
+
+  Args:
+    root: the folder of all of them.
+    parts: the folders named as splits.
+    others: further folders with images.
+    classes: names of the folders with images in each.
+
+  Raises:
+    UsageError: they do, and a class folder's name is in two of all these folders.
+  """
+  if not all(classes[part] and not _listed(root / part)[1] for part in parts):
+    return False
+  for part in parts:
+    for other in (*others, *parts):
+      shared = sorted(set(classes[part]) & set(classes[other]))
+      if other == part or not shared:
+        continue
+      third = other if other in others else others[0]
+      raise UsageError(
+        f"dataset.path: {root} looks divided into splits ('{shared[0]}' is in {part} "
+        f"and in {other}), but '{third}' is no split's name: move it away, rename it "
+        "to val or test, or give a .csv file of paths and labels"
+      )
+  return bool(parts)
 
 
 def _class_images(
@@ -121,7 +180,7 @@ def _class_images(
   """Returns the sorted keys of the images of each class folder in `root / part`."""
   folders, strays = _listed(root / part)
   place = f"{part}/" if part else ""
-  skipped += [Skipped(place + name, "an image in no class folder") for name in strays]
+  skipped += [Skipped(place + name, _STRAY) for name in strays]
   found = {}
   for name in folders:
     found[name] = sorted(_walk(root, place + name, skipped))

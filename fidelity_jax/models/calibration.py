@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fidelity_jax import errors
 from fidelity_jax.models.conv import Conv
-from fidelity_jax.models.layers import dense
+from fidelity_jax.models.layers import dense, torch_default
 from fidelity_jax.resize import check_method, resize1d, resize2d
 
 Map = jax.Array | None
@@ -31,10 +31,6 @@ MODULES = (
   "channel_multiplication",
   "channel_concatenation",
 )
-
-
-def _kernel_init() -> nn.initializers.Initializer:
-  return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _bias_init(fan_in: int) -> nn.initializers.Initializer:
@@ -75,7 +71,7 @@ class ConvStack(nn.Module):
         (3, 3),
         padding="REFLECT",
         dtype=self.dtype,
-        kernel_init=_kernel_init(),
+        kernel_init=torch_default,
         bias_init=_bias_init(9 * x.shape[-1]),
         name=f"conv_{i}",
       )(x)
@@ -100,7 +96,7 @@ class TwoLayers(nn.Module):
     layer = dense(
       features,
       dtype=self.dtype,
-      kernel_init=_kernel_init(),
+      kernel_init=torch_default,
       bias_init=_bias_init(x.shape[-1]),
       name=name,
     )

@@ -1,6 +1,7 @@
 """DnCNN (Zhang et al., 2017): a restorer, and the fidelity estimator's stack."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,12 +103,21 @@ def apply_rematerialized(module: DnCNN, params: Any, x: jax.Array) -> jax.Array:
     x: as for `module`.
   """
   for first in range(0, module.depth, _GROUP):
-    which = range(first, min(first + _GROUP, module.depth))
-    group = functools.partial(_apply_layers, module, which)
-    again = cpu.choose(jax.checkpoint(group), cpu.rematerialized(group))
-    x = again({f"layer{i}": params[f"layer{i}"] for i in which}, x)
+    last = min(first + _GROUP, module.depth)
+    group = {f"layer{i}": params[f"layer{i}"] for i in range(first, last)}
+    x = _group(module, first, last)(group, x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _apply_layers(module: DnCNN, which: range, params: Any, x: jax.Array) -> jax.Array:
-  return module.apply({"params": params}, x, which, method="some_layers")
+# Cached, as `cpu.choose` is: it knows a function again only if it is the same object.
+@functools.lru_cache(maxsize=64)
+def _group(
+  module: DnCNN, first: int, last: int
+) -> Callable[[Any, jax.Array], jax.Array]:
+  """Returns the layers from `first` to before `last`, as a function that recomputes."""
+
+  def apply(params: Any, x: jax.Array) -> jax.Array:
+    which = range(first, last)
+    return module.apply({"params": params}, x, which, method="some_layers")
+
+  return cpu.choose(jax.checkpoint(apply), cpu.rematerialized(apply))
