@@ -59,12 +59,13 @@ def write(
     results: from `evaluate.Evaluation.run`.
     stages: a line for each stage, for the record.
   """
-  rows = msgspec.to_builtins(results.rows)
-  files.write_json(directory / "results.json", {"rows": rows})
   files.write_bytes(directory / "accuracy.png", draw_accuracy(config, results))
   files.write_bytes(directory / "examples.png", draw_examples(config, results))
   text = markdown(config, results, stages)
   files.write_bytes(directory / "report.md", text.encode())
+  # Last: where it is, all else is.
+  rows = msgspec.to_builtins(results.rows)
+  files.write_json(directory / "results.json", {"rows": rows})
 
 
 class _Grid(NamedTuple):

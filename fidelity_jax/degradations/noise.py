@@ -30,7 +30,7 @@ def salt_and_pepper(key: jax.Array, image: jax.Array, level: jax.Array) -> jax.A
     level: p, the probability of replacement: a scalar, or a field [H, W, 1].
 
   Returns:
-    float32 [H, W, C] in [0, 1]: with u uniform in (0, 1), 0 where u < p / 2, 1 where
+    float32 [H, W, C] in [0, 1]: with u uniform in (0, 1], 0 where u < p / 2, 1 where
     u > 1 - p / 2, else the image. p = 0 is the identity.
   """
   u = random_words.uniform(random_words.words(key, image.shape)[0])
