@@ -164,8 +164,9 @@ def restorer(config: ConfigDict, size: str) -> ConfigDict:
   _stack(config, size)
   config.model.name = "dncnn"
   if size:
-    # After more, restored tiles leave the map little to tell about them.
-    config.epochs = 7
+    # After fewer, some seeds gain little by restoration; after many more, restored
+    # tiles leave the map little to tell about them (docs/notebook.md).
+    config.epochs = 12
   return config
 
 
