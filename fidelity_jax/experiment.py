@@ -74,7 +74,8 @@ def run(config: ConfigDict, workdir: str) -> None:
       report.write(where, config, evaluation.run(), list(map(_describe, plan.stages)))
     workdirs.write_experiment(where, config, plan.stages)
     workdirs.write_index(place)
-    progress.say(f"wrote {where}.")
+    what = "experiment.json" if test is None else "report.md, results and pictures"
+    progress.say(f"{what}: in {where}.")
 
 
 def _describe(stage: stages.Stage) -> str:
