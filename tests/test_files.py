@@ -50,7 +50,7 @@ def test_a_record_is_read_back_as_it_was_or_not_at_all(tmp_path):
       read()
   # Of another type, with a checksum that fits.
   for record in ({"step": "3", "score": 1.0}, {"step": 3}):
-    files.write_json(path, record | {"sha256": files._digest(record)})
+    files.write_json(path, record | {"sha256": files.digest(record)})
     with pytest.raises(errors.RunError, match="of another version"):
       read()
   path.write_bytes(b"\xff\xfe")
