@@ -239,8 +239,7 @@ _DEMO = f"{_ORACLE}  c = common.method('oracle', 'demo')\n  c.unlock()\n"
       "config.parents.restorer.model = 3 must be a ConfigDict",
     ),
     (
-      f"{_DEMO}  with c.ignore_type(): c.parents.classifier.parents = 3\n"
-      "  return c\n",
+      f"{_DEMO}  with c.ignore_type(): c.parents.classifier.parents = 3\n  return c\n",
       "config.parents.classifier.parents = 3 must be a ConfigDict",
     ),
     (f"{_DEMO}  c.sede = 3\n  return c\n", "did you mean 'seed'"),
