@@ -161,12 +161,17 @@ class Evaluation:
       without.add("restorer")
     return {r: stage for r, stage in self.networks.items() if r not in without}
 
+  @functools.cached_property
+  def _products(self) -> dict[str, str]:
+    """Digests of what the stages gave, by role."""
+    return {role: s.finished().product for role, s in self.networks.items()}
+
   def _of(self, compared: Compared) -> dict[str, Any]:
     """Returns all that a method's values depend on but for condition and round."""
     behind = self._behind(compared).items()
     return {
       "method": compared.key,
-      "stages": {role: [s.name, s.finished().product] for role, s in behind},
+      "stages": {role: [s.name, self._products[role]] for role, s in behind},
       "images": self.dataset.fingerprint,
       "image_size": self.config.dataset.image_size,
       "seed": self.config.seed,
@@ -275,7 +280,6 @@ class Evaluation:
     if classifier and not classifier.epochs:
       as_given = classifier.model.weights and not classifier.model.new_head
       trained_on = "given" if as_given else "none"
-    products = {role: s.finished().product[:16] for role, s in behind.items()}
     return rows.Row(
       experiment=self.config.experiment,
       method=compared.method,
@@ -294,7 +298,7 @@ class Evaluation:
       images=len(self.dataset),
       fingerprint=self.dataset.fingerprint[:16],
       stages={role: stage.name for role, stage in behind.items()},
-      products=products,
+      products={role: self._products[role][:16] for role in behind},
       **facts,
     )
 

@@ -238,7 +238,7 @@ class Datasets:
 
   def load(self, config: ConfigDict, split: str) -> data.Dataset:
     """Returns one split ("train", "validation" or "test") of a dataset."""
-    # What the device does to the images makes no other dataset.
+    # How images are cropped and resized later makes no other dataset.
     later = ("crop_area", "crop_aspect", "image_size", "reduced_decode", "workers")
     fields = {k: v for k, v in config.items() if k not in later}
     key = files.digest([stages.as_json(fields), split])

@@ -162,7 +162,6 @@ class Measurements:
     self._of, self._count = of, count
     self.directory = workdir / DIRECTORY / f"{name}-{files.digest(of, 8)}"
     self._known: dict[str, _Measured] = {}
-
     files.check_directory(self.directory, write=True)
 
   def get(self, condition: degradations.Condition, round_: int) -> np.ndarray | None:

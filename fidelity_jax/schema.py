@@ -42,8 +42,6 @@ def check(config: ConfigDict) -> None:
 
 def _check(config: ConfigDict, where: str) -> None:
   """Checks a stage's config and its parents'; `where` is its path from the top."""
-  if not isinstance(config, ConfigDict):
-    raise errors.UsageError(f"{where} must be a ConfigDict, not {config!r}.")
   name = config.get("kind")
   if not isinstance(name, str) or name not in tasks.CONFIGURED:
     near = errors.near(name, tasks.CONFIGURED)

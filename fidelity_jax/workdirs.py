@@ -1,9 +1,9 @@
 """The directory that experiments share: what lies where, and an index of it.
 
-DIR/KIND-WHAT-DIGEST/     a stage; see `stages`
-DIR/EXPERIMENT-DIGEST/    an experiment's results, pictures and report
-DIR/measurements/         values per image that rows are made of; see `results`
-DIR/index.md              all of it, in a table
+- `KIND-WHAT-DIGEST/`: a stage; see `stages`.
+- `EXPERIMENT-DIGEST/`: an experiment's results, pictures and report.
+- `measurements/`: values per image that rows are made of; see `rows`.
+- `index.md`: all of it, in tables.
 """
 
 import json
