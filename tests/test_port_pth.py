@@ -303,7 +303,10 @@ CODE = {
   "a name in two strings": (b"X\2\0\0\0osX\6\0\0\0system\x93", "os.system"),
   "a name with dots": (b"X\7\0\0\0torch.uX\3\0\0\0os.\x93", "torch.u.os."),
   "a neighbour": (b"ctorch._utils\n_import_dotted_name\n", "_import_dotted_name"),
-  "a class of this module": (b"cfidelity_jax.port.pth\nTensor\n", "pth.Tensor"),
+  "a class of this module": (
+    b"cfidelity_jax.port.unpickling\nTensor\n",
+    "unpickling.Tensor",
+  ),
   "a long name": (b"c" + b"a" * 5000 + b"\nb\n", "aaaa"),
   "an escape": (b"X\2\0\0\0\x1b\nX\1\0\0\0b\x93", r"\x1b\n.b"),
   "NEWOBJ": (b"ccollections\nOrderedDict\n)\x81", "opcode NEWOBJ"),

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.flax
 
 from fidelity_jax import errors
-from fidelity_jax.port import pth
+from fidelity_jax.port import pth, unpickling
 
 # Where training scripts put the state dict when they save more than that.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params")
@@ -78,7 +78,7 @@ def _unwrap(content: Any, path: pathlib.Path) -> Mapping[str, Any]:
         f"{path} calls a tensor {name!r:.100}, which is no name: save the network's "
         "state_dict()"
       )
-    if not isinstance(value, pth.Tensor | pth.Unsupported):
+    if not isinstance(value, unpickling.Tensor | unpickling.Unsupported):
       raise errors.UsageError(
         f"{path} holds a {type(value).__name__} called {name!r:.100} among its "
         "tensors: save the network's state_dict()"
@@ -94,12 +94,13 @@ def _to_numpy(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.nd
   """
   state = {}
   for name, tensor in content.items():
-    if isinstance(tensor, pth.Unsupported):
+    if isinstance(tensor, unpickling.Unsupported):
       raise errors.UsageError(
         f"{path} holds a tensor that is {tensor.kind}, {name:.100}: save the "
         "network's state_dict() with dense tensors of real numbers on the CPU"
       )
-    array = tensor.numpy() if isinstance(tensor, pth.Tensor) else np.asarray(tensor)
+    ours = isinstance(tensor, unpickling.Tensor)
+    array = tensor.numpy() if ours else np.asarray(tensor)
     if array.dtype.kind == "c":
       raise errors.UsageError(
         f"{path} holds a tensor that is complex, {name:.100}: networks here have "
