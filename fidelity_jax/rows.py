@@ -1,46 +1,38 @@
-"""What is measured, and kept: values per image, and rows that stand alone.
+"""Results: rows that stand alone, and the values per image behind them."""
 
-Values are kept per method, condition and round, so that more rounds, another condition
-or one more method measure only what is new, and experiments that share a workdir share
-what they have in common.
-"""
-
-import base64
 import dataclasses
-import pathlib
-import statistics
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from fidelity_jax import degradations, errors, files
-
-# Of all measurements, below the workdir.
-DIRECTORY = "measurements"
+from fidelity_jax import degradations
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """One of the methods that an evaluation compares.
+  """One of the things that an evaluation measures.
 
   Attributes:
     method: "classifier" (the frozen classifier alone), the source of the map that
-      steers it ("oracle", "pretrained", "end_to_end"), or "restoration" (no classifier
-      at all).
+      steers it ("oracle", "pretrained", "end_to_end"), "restoration" (of the images,
+      without any classifier), or "estimation" (of the map).
     restored: whether the image is restored first.
     ensemble: whether the ensemble has its part, None where there can be none.
+    source: where the map that is estimated comes from, "pretrained" or "end_to_end";
+      None but for "estimation".
   """
 
   method: str
   restored: bool
   ensemble: bool | None = None
+  source: str | None = None
 
   @property
   def key(self) -> str:
     """A short name, unique in an experiment."""
-    parts = [self.method, "restored" * self.restored, "ensemble" * bool(self.ensemble)]
-    return "-".join(part for part in parts if part)
+    parts = [self.method, self.source, "restored" * self.restored]
+    return "-".join(part for part in [*parts, "ensemble" * bool(self.ensemble)] if part)
 
 
 class Condition(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -71,23 +63,35 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   """What was measured of one method under one condition, and of what.
 
   Attributes:
-    experiment: the experiment's name.
+    experiment: the name of the first experiment that has it.
     method: see `Compared`.
+    source: where the map comes from, None where there is none.
     trained_on: what the classifier was trained on: "clean", "degraded" or "restored"
       images; "given" if its weights were used as they came, "none" if its last layer
-      was not trained at all.
+      was not trained at all; None without a classifier.
     backbone: name of the classifier's network.
     restorer: name of the restorer that the image went through, None for none.
     map: name of the fidelity map, None where there is none.
+    resize: how the calibration resizes maps, None without calibration.
+    without: the calibration's modules that are switched off.
     ensemble: see `Compared`.
     dataset: its name.
     image_size: side of the images, pixels.
     condition: how the images were degraded.
-    seed: the experiment's.
-    precision: of the experiment's last stage, "float32" or "bfloat16".
-    accuracy: mean over images and rounds, percent; None where nothing is classified.
-    psnr: mean over images and rounds, dB; None where images are classified.
-    std: standard deviation over rounds of the mean over images.
+    seed: the experiment's, of training and noise.
+    precision: of the last stage behind it, "float32" or "bfloat16".
+    accuracy: percent of images classified right; None where nothing is classified.
+    top5: percent of images whose class is among the first five.
+    ece: expected calibration error of the largest probability, percent.
+    per_class: accuracy of each class, percent, None for a class without images.
+    psnr: of the restored (or degraded) images, dB.
+    ssim: likewise, at most 1.
+    map_error: mean absolute error of the estimated map.
+    ause: area under the sparsification error, see `quality.ause`; 0 if the map ranks
+      pixels as their true errors do.
+    std: standard deviation over rounds of `value`.
+    low: lower end of the 95 % interval of `value`, see `statistics`.
+    high: its upper end.
     rounds: how often the noise was drawn.
     images: number of test images.
     fingerprint: of the test images, 16 hexadecimal digits.
@@ -97,10 +101,13 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
   experiment: str
   method: str
+  source: str | None
   trained_on: str | None
   backbone: str | None
   restorer: str | None
   map: str | None
+  resize: str | None
+  without: list[str]
   ensemble: bool | None
   dataset: str
   image_size: int
@@ -108,8 +115,16 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   seed: int
   precision: str
   accuracy: float | None = None
+  top5: float | None = None
+  ece: float | None = None
+  per_class: list[float | None] | None = None
   psnr: float | None = None
+  ssim: float | None = None
+  map_error: float | None = None
+  ause: float | None = None
   std: float
+  low: float
+  high: float
   rounds: int
   images: int
   fingerprint: str
@@ -118,96 +133,30 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
   @property
   def value(self) -> float:
-    """What was measured: the accuracy, or the PSNR."""
-    return self.psnr if self.accuracy is None else self.accuracy
+    """What it is about: the accuracy, the PSNR or the error of the map."""
+    first = (self.accuracy, self.psnr, self.map_error)
+    return next(value for value in first if value is not None)
 
 
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-  """Returns mean and standard deviation over rounds, the latter 0 for one round."""
-  std = statistics.stdev(values) if len(values) > 1 else 0.0
-  return statistics.fmean(values), std
-
-
-class _Measured(msgspec.Struct, forbid_unknown_fields=True):
-  """What the file of a method and a condition holds.
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """A row with the values that it is made of.
 
   Attributes:
-    of: what was measured, see `Measurements`.
-    condition: the condition.
-    dtype: of the values.
-    rounds: the values of all images, base64, by round.
+    row: the row.
+    values: per round and image, [R, N]: of a classified row "prediction" int32, "rank"
+      int32 (how many classes come before the right one) and "confidence" float32 (the
+      largest probability); of a restoration "psnr" and "ssim", of an estimation "error"
+      and "ause", float32.
   """
 
-  of: dict[str, Any]
-  condition: Condition
-  dtype: str
-  rounds: dict[str, str]
+  row: Row
+  values: dict[str, np.ndarray]
 
-
-class Measurements:
-  """The values of one method on one test set: a number per image, kept in files."""
-
-  def __init__(self, workdir: pathlib.Path, name: str, of: dict[str, Any], count: int):
-    """Finds what was measured before.
-
-    Args:
-      workdir: the directory of all stages.
-      name: the method's, for people.
-      of: all that the values depend on but for condition and round, JSON-able.
-      count: number of images.
-
-    Raises:
-      RunError: the directory cannot be used.
-    """
-    self._of, self._count = of, count
-    self.directory = workdir / DIRECTORY / f"{name}-{files.digest(of, 8)}"
-    self._known: dict[str, _Measured] = {}
-    files.check_directory(self.directory, write=True)
-
-  def get(self, condition: degradations.Condition, round_: int) -> np.ndarray | None:
-    """Returns the values [N] of a round, None if it was not measured.
-
-    Raises:
-      RunError: what was kept is damaged.
-    """
-    path, again = self._path(condition), f"delete {self.directory} to measure again."
-    files.check_file(path)
-    if path.name not in self._known:
-      if not path.exists():
-        return None
-      record = files.read_record(path, _Measured, again)
-      if (record.of, record.condition) != (self._of, Condition.of(condition)):
-        raise errors.RunError(f"{path} is of something else: {again}")
-      self._known[path.name] = record
-    record = self._known[path.name]
-    if str(round_) not in record.rounds:
-      return None
-    raw = base64.b64decode(record.rounds[str(round_)])
-    values = np.frombuffer(raw, np.dtype(record.dtype))
-    if len(values) != self._count:
-      raise errors.RunError(f"{path} is of another number of images: {again}")
-    return values
-
-  def put(
-    self, condition: degradations.Condition, round_: int, values: np.ndarray
-  ) -> None:
-    """Keeps the values [N] of a round.
-
-    Raises:
-      RunError: they cannot be written.
-    """
-    path = self._path(condition)
-    known = self._known.get(path.name)
-    if known is None:
-      known = _Measured(self._of, Condition.of(condition), values.dtype.str, {})
-    text = base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-    known.rounds[str(round_)] = text
-    with errors.while_doing(f"making the directory {self.directory}"):
-      self.directory.mkdir(parents=True, exist_ok=True)
-    files.write_record(path, known)
-    self._known[path.name] = known
-
-  def _path(self, condition: degradations.Condition) -> pathlib.Path:
-    # Conditions of one name may differ in options or ends.
-    digest = files.digest(condition.steps, 8)
-    return self.directory / f"{condition.name}-{digest}.json"
+  @property
+  def main(self) -> np.ndarray:
+    """The values per round and image whose mean is `row.value`, float64 [R, N]."""
+    if "rank" in self.values:
+      return 100.0 * (self.values["rank"] == 0)
+    name = "psnr" if "psnr" in self.values else "error"
+    return self.values[name].astype(np.float64)
