@@ -77,6 +77,8 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ensemble: see `Compared`.
     dataset: its name.
     image_size: side of the images, pixels.
+    degradation: what the experiment is about, "awgn", ...; clean images are one of its
+      conditions.
     condition: how the images were degraded.
     seed: the experiment's, of training and noise.
     precision: of the last stage behind it, "float32" or "bfloat16".
@@ -111,6 +113,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   ensemble: bool | None
   dataset: str
   image_size: int
+  degradation: str
   condition: Condition
   seed: int
   precision: str
