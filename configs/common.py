@@ -12,9 +12,15 @@ layers, the same training with fewer epochs and, to make up for them, higher rat
 `precision="auto"` is bfloat16 on accelerators and float32 on CPUs.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict, config_dict
 
 from fidelity_jax import data, errors, models
+
+# What the demo multiplies these by where the estimator is trained along, which makes
+# larger steps diverge.
+_ALONG = {"learning_rate": 0.8, "warmup_epochs": 2}
 
 
 def experiment(name: str, kind: str, size: str) -> ConfigDict:
@@ -67,18 +73,25 @@ def evaluation(config: ConfigDict, size: str) -> None:
       "batch_size": 64,
       # Images drawn per condition in the picture of examples.
       "examples": 2,
+      # "predictions": keep logits per image and write predictions.npz.
+      "keep": config_dict.placeholder(str),
     }
   )
 
 
-def inherit(config: ConfigDict) -> ConfigDict:
-  """Returns a config whose fields follow those of `config` until overridden."""
+def inherit(config: ConfigDict, names: Iterable[str] | None = None) -> ConfigDict:
+  """Returns a config whose fields follow those of `config` until overridden.
+
+  Args:
+    config: the config to follow.
+    names: the fields to follow; None: all.
+  """
   return ConfigDict(
     {
       name: inherit(config[name])
       if isinstance(config[name], ConfigDict)
       else config.get_oneway_ref(name)
-      for name in config
+      for name in names or config
     }
   )
 
@@ -229,6 +242,9 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
       warmup_epochs=4,
       validation_rounds=3,
     )
+    if source == "end_to_end":
+      config.learning_rate *= _ALONG["learning_rate"]
+      config.warmup_epochs *= _ALONG["warmup_epochs"]
   else:
     _training(config, learning_rate=1e-3, batch_size=64, epochs=50)
   return config
@@ -274,3 +290,75 @@ def method(source: str, size: str) -> ConfigDict:
     parents.estimator.parents.restorer = inherit(parents.restorer)
   evaluation(config, size)
   return config
+
+
+def study(name: str, shows: str, size: str) -> ConfigDict:
+  """Returns a study without experiments: what holds for all that will be added.
+
+  Args:
+    name: the study's, which begins its directory's name.
+    shows: what it is, in a line.
+    size: "" or "demo".
+
+  Raises:
+    UsageError: there is no such size.
+  """
+  config = method("pretrained", size)
+  config.study, config.shows = name, shows
+  config.experiments = ConfigDict()
+  # Their names, in the order of the report.
+  config.order = ()
+  # Axes: every experiment is run with each of their values; None: with the config's.
+  for axis in ("seeds", "backbones", "degradations"):
+    config[axis] = config_dict.placeholder(tuple)
+  # Experiments that run on the config's own backbone alone.
+  config.one_backbone = ()
+  # What the report begins with.
+  config.sections = ("tables", "claims", "curves")
+  # The class whose activations are shown; None: the first.
+  config.class_name = config_dict.placeholder(str)
+  # Names or patterns of the experiments to run, joined by commas; None: all.
+  config.only = config_dict.placeholder(str)
+  # "i/n" for the i-th of n processes that work on the study together.
+  config.shard = config_dict.placeholder(str)
+  return config
+
+
+def add_setup(config: ConfigDict, source: str) -> ConfigDict:
+  """Adds the experiment on a classifier alone to a study; see `one_classifier`."""
+  added = inherit(config.parents.classifier)
+  added.experiment, added.source = source, source
+  added.evaluation = inherit(config.evaluation)
+  added.parents.restorer = inherit(config.parents.restorer)
+  config.experiments[source] = added
+  config.order += (source,)
+  return added
+
+
+def add_method(
+  config: ConfigDict, source: str, size: str, name: str = ""
+) -> ConfigDict:
+  """Adds the experiment on the proposed method to a study; see `method`.
+
+  Args:
+    config: the study.
+    source: where the fidelity map comes from.
+    size: "" or "demo".
+    name: the experiment's, if not that.
+
+  Returns:
+    The experiment's config, whose fields follow the study's until they are set.
+  """
+  # Only a study has the other fields.
+  added = inherit(config, [*method(source, size)])
+  name = name or source
+  added.experiment, added.fidelity.source = name, source
+  if source == "oracle":
+    del added.parents.estimator
+  for field in ("map", "estimator_input") if source != "oracle" else ():
+    added.parents.estimator.fidelity[field] = added.fidelity.get_oneway_ref(field)
+  for field, factor in _ALONG.items() if size and source == "end_to_end" else ():
+    added[field] = config.get_oneway_ref(field) * factor
+  config.experiments[name] = added
+  config.order += (name,)
+  return added

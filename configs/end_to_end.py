@@ -16,8 +16,4 @@ from fidelity_jax.configs import common
 
 
 def get_config(size: str = ""):
-  config = common.method("end_to_end", size)
-  if size:
-    # The estimator that moves along makes larger steps diverge.
-    config.learning_rate, config.warmup_epochs = 4e-3, 8
-  return config
+  return common.method("end_to_end", size)

@@ -62,7 +62,7 @@ def loaded_task(
     num_classes: of its dataset.
     sharding: of the patches over devices.
   """
-  task, initial = _with_parents(stage, num_classes, sharding)
+  task, initial = Loader(num_classes).with_parents(stage, sharding)
   if part := given_part(stage.config):
     place = weights_of(stage.config)
     if port.content_digest(place) != stage.content.weights:
@@ -72,27 +72,6 @@ def loaded_task(
     own = isinstance(task.network, nn.Module)
     initial = part.variables if own else initial | {stage.kind.name: part.variables}
   return dataclasses.replace(task, initial=initial or None)
-
-
-def _with_parents(
-  stage: stages.Stage, num_classes: int, sharding: jax.sharding.Sharding | None = None
-) -> tuple[tasks.Task, PyTree]:
-  """Returns a stage's task with its parents, and variables of those that train on."""
-  trained = task_of(stage, num_classes).trained_parents
-  # What trains starts in full precision, whatever it computes in.
-  parents = {
-    role: load(parent, num_classes, jnp.float32 if role in trained else None)
-    for role, parent in stage.parents.items()
-  }
-  networks = {role: parent.network for role, parent in parents.items()}
-  frozen, initial = {}, {}
-  for role, parent in parents.items():
-    if isinstance(parent.network, Method):
-      frozen |= parent.variables
-    else:
-      (initial if role in trained else frozen)[role] = parent.variables
-  task = _make(stage, networks, num_classes, sharding)
-  return dataclasses.replace(task, frozen=frozen), initial
 
 
 def _start(task: tasks.Task, initial: PyTree) -> PyTree:
@@ -105,47 +84,68 @@ def _start(task: tasks.Task, initial: PyTree) -> PyTree:
   return {"params": params} | ({"batch_stats": state} if state else {})
 
 
-def load(stage: stages.Stage, num_classes: int, dtype: Any = None) -> Frozen:
-  """Returns the network that a finished stage gave, frozen.
+class Loader:
+  """Loads what finished stages gave, frozen, each stage once."""
 
-  Args:
-    stage: a finished stage.
-    num_classes: of its dataset.
-    dtype: of the variables; by default the stage's compute dtype.
-  """
-  dtype = dtype or jnp.dtype(stage.config.precision)
-  task = task_of(stage, num_classes)
-  variables = stage.load(_start(task, None))
-  if isinstance(task.network, Method):
-    task, _ = _with_parents(stage, num_classes)
-    cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
-    trained = {role: {"params": params} for role, params in cast.items()}
-    return Frozen(task.network, task.frozen | trained)
-  fold = lambda v: jax.tree.map(
-    lambda x: x.astype(dtype), models.fold(task.network, v)[1]
-  )
-  return Frozen(task.network.folded(), jax.jit(fold)(variables))
+  def __init__(self, num_classes: int):
+    """Loads nothing yet.
 
+    Args:
+      num_classes: of the stages' datasets.
+    """
+    self._num_classes = num_classes
+    self._loaded: dict[tuple[str, Any], Frozen] = {}
 
-def load_method(
-  stage: stages.Stage, further: dict[str, stages.Stage], num_classes: int
-) -> Frozen:
-  """Returns the method that an experiment evaluates, as far as it has networks for it.
+  def __call__(self, stage: stages.Stage, dtype: Any = None) -> Frozen:
+    """Returns the network that a finished stage gave.
 
-  Args:
-    stage: the experiment's finished last stage.
-    further: finished stages that serve its evaluation alone, by role.
-    num_classes: of the dataset.
-  """
-  own = load(stage, num_classes)
-  if isinstance(own.network, Method):
-    return own
-  parts = {stage.kind.name: own}
-  parts |= {role: load(parent, num_classes) for role, parent in further.items()}
-  networks = {"classifier": None, "restorer": None}
-  networks |= {role: part.network for role, part in parts.items()}
-  variables = {role: part.variables for role, part in parts.items()}
-  return Frozen(Method(**networks), variables)
+    Args:
+      stage: a finished stage.
+      dtype: of the variables; by default the stage's compute dtype.
+    """
+    dtype = jnp.dtype(dtype or stage.config.precision)
+    key = stage.name, dtype
+    if key not in self._loaded:
+      self._loaded[key] = self._load(stage, dtype)
+    return self._loaded[key]
+
+  def _load(self, stage: stages.Stage, dtype: Any) -> Frozen:
+    task = task_of(stage, self._num_classes)
+    variables = stage.load(_start(task, None))
+    if isinstance(task.network, Method):
+      task, _ = self.with_parents(stage)
+      cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
+      trained = {role: {"params": params} for role, params in cast.items()}
+      return Frozen(task.network, task.frozen | trained)
+    fold = lambda v: jax.tree.map(
+      lambda x: x.astype(dtype), models.fold(task.network, v)[1]
+    )
+    return Frozen(task.network.folded(), jax.jit(fold)(variables))
+
+  def with_parents(
+    self, stage: stages.Stage, sharding: jax.sharding.Sharding | None = None
+  ) -> tuple[tasks.Task, PyTree]:
+    """Returns a stage's task with its parents, and variables of those that train on.
+
+    Args:
+      stage: a stage whose parents are finished.
+      sharding: of the patches over devices.
+    """
+    trained = task_of(stage, self._num_classes).trained_parents
+    # What trains starts in full precision, whatever it computes in.
+    parents = {
+      role: self(parent, jnp.float32 if role in trained else None)
+      for role, parent in stage.parents.items()
+    }
+    networks = {role: parent.network for role, parent in parents.items()}
+    frozen, initial = {}, {}
+    for role, parent in parents.items():
+      if isinstance(parent.network, Method):
+        frozen |= parent.variables
+      else:
+        (initial if role in trained else frozen)[role] = parent.variables
+    task = _make(stage, networks, self._num_classes, sharding)
+    return dataclasses.replace(task, frozen=frozen), initial
 
 
 def weights_of(config: ConfigDict) -> str | None:

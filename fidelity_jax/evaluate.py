@@ -1,386 +1,248 @@
-"""Methods x conditions x rounds -> rows (docs/method.md, section 7).
+"""Subjects x conditions x rounds -> values per image and rows (docs/method.md, 7).
 
-All methods see the same noise: it depends on the seed, the condition, the round and
-the example alone.
+The test images are read once. A batch is degraded once for each condition and round,
+and whatever several methods need of it is computed once (`tensors`). All methods see
+the same noise: it depends on the seed, the condition, the round and the example alone.
 """
 
-import dataclasses
-import functools
-import io
 import pathlib
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from fidelity_jax import (
-  assembly,
   data,
   degradations,
-  errors,
-  fidelity,
-  files,
-  platform,
+  measurements,
   progress,
-  randomness,
   rows,
   sharding,
   signals,
-  stages,
+  statistics,
   tasks,
 )
-from fidelity_jax.method import Method
-from fidelity_jax.rows import Compared
-
-PyTree = Any
+from fidelity_jax.subjects import Subject
+from fidelity_jax.tensors import Networks, Tensors
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-  """What an evaluation measured.
+class _Place(NamedTuple):
+  """One draw of noise: everything that degrades an image."""
 
-  Attributes:
-    rows: one for each method and condition.
-    examples: arrays for the picture of examples; see `Evaluation._examples`.
-    class_names: names of the classes.
-  """
-
-  rows: list[rows.Row]
-  examples: dict[str, np.ndarray]
-  class_names: list[str]
-
-
-def compared_methods(
-  networks: dict[str, stages.Stage], source: str | None
-) -> tuple[Compared, ...]:
-  """Returns the methods that some networks make up, for comparison.
-
-  Args:
-    networks: stages by role.
-    source: where the fidelity map comes from, None without calibration.
-  """
-  plain = "classifier" if "classifier" in networks else "restoration"
-  found = [Compared(plain, False)]
-  if "restorer" in networks:
-    found.append(Compared(plain, True))
-  if "calibration" in networks:
-    found.append(Compared(source, True, False))
-  if "ensemble" in networks:
-    found.append(Compared(source, True, True))
-  return tuple(found)
-
-
-def measure(
-  method: Method,
-  wanted: tuple[Compared, ...],
-  variables: PyTree,
-  degraded: jax.Array,
-  clean: jax.Array,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Returns what methods make of degraded images.
-
-  Args:
-    method: the networks.
-    wanted: the methods compared.
-    variables: the networks' variables.
-    degraded: float32 [N, H, W, 3] in [0, 1].
-    clean: likewise; for the oracle map, and for PSNR.
-
-  Returns:
-    (by `Compared.key` the predicted classes, int32 [N], or without a classifier the
-    PSNR, float32 [N]; the images on the way: "restored" [N, H, W, 3] and "map"
-    [N, H, W, C], where there are any).
-  """
-  seen, images = {}, {False: degraded}
-  if method.restorer is not None:
-    images[True] = seen["restored"] = method.restore(variables, degraded)
-  if method.classifier is None:
-    psnr = lambda c: tasks.base.psnr(images[c.restored], clean)
-    return {c.key: psnr(c) for c in wanted}, seen
-  features = {}
-  for c in wanted:
-    if c.method == "classifier":
-      features[c.key] = method.plain(variables, images[c.restored])
-  if method.calibration is not None:
-    restored = images[True]
-    seen["map"] = method.fidelity_map(variables, degraded, restored, clean)
-    confidence = fidelity.confidence(seen["map"], method.map_name)
-    calibrated = method.calibrated(variables, restored, confidence)
-    for c in wanted:
-      if c.ensemble:
-        plain = method.plain(variables, restored)
-        features[c.key] = method.ensemble.apply(
-          variables["ensemble"], calibrated, plain, confidence
-        )
-      elif c.method != "classifier":
-        features[c.key] = calibrated
-  classify = lambda h: jnp.argmax(method.classify(variables, h), -1).astype(jnp.int32)
-  return {key: classify(h) for key, h in features.items()}, seen
+  seed: int
+  condition: degradations.Condition
+  round: int
 
 
 class Evaluation:
-  """The evaluation of one experiment: compiled functions, data and files."""
+  """The evaluation of subjects on one test set."""
 
   def __init__(
-    self,
-    stage: stages.Stage,
-    further: dict[str, stages.Stage],
-    config: ConfigDict,
-    dataset: data.Dataset,
-    directory: pathlib.Path,
+    self, chosen: Sequence[Subject], dataset: data.Dataset, workdir: pathlib.Path
   ):
     """Prepares to evaluate.
 
     Args:
-      stage: the experiment's last stage, which need not be finished yet.
-      further: stages that serve its evaluation alone, by role.
-      config: the experiment's config.
+      chosen: what to measure, of experiments with images of one size; their stages are
+        finished.
       dataset: the test images.
-      directory: the experiment's.
-    """
-    self.config, self.stage, self.further = config, stage, further
-    self.directory, self.dataset = directory, dataset
-    self.conditions = degradations.conditions(config.degradation)
-    self.networks = stage.networks() | further
-    source = config.fidelity.source if "calibration" in self.networks else None
-    self.compared = compared_methods(self.networks, source)
-    self.mesh = sharding.make_mesh()
-    self.sharding = sharding.batch(self.mesh)
-    self._compiled: dict[tuple[Compared, ...], Any] = {}
-
-  def _behind(self, compared: Compared) -> dict[str, stages.Stage]:
-    """Returns the stages that a method's values depend on, by role."""
-    without = set()
-    if not compared.ensemble:
-      without.add("ensemble")
-    if compared.method in ("classifier", "restoration"):
-      without |= {"calibration", "estimator"}
-    if not compared.restored:
-      without.add("restorer")
-    return {r: stage for r, stage in self.networks.items() if r not in without}
-
-  @functools.cached_property
-  def _products(self) -> dict[str, str]:
-    """Digests of what the stages gave, by role."""
-    return {role: s.finished().product for role, s in self.networks.items()}
-
-  def _of(self, compared: Compared) -> dict[str, Any]:
-    """Returns all that a method's values depend on but for condition and round."""
-    behind = self._behind(compared).items()
-    return {
-      "method": compared.key,
-      "stages": {role: [s.name, self._products[role]] for role, s in behind},
-      "images": self.dataset.fingerprint,
-      "image_size": self.config.dataset.image_size,
-      "seed": self.config.seed,
-    }
-
-  @functools.cached_property
-  def _network(self) -> assembly.Frozen:
-    classes = self.dataset.num_classes
-    loaded = assembly.load_method(self.stage, self.further, classes)
-    variables = jax.device_put(loaded.variables, sharding.replicated(self.mesh))
-    return assembly.Frozen(loaded.network, variables)
-
-  def _measure(self, wanted: tuple[Compared, ...]):
-    # One compiled function for all conditions: what differs is done before it.
-    if wanted not in self._compiled:
-      function = functools.partial(measure, self._network.network, wanted)
-      options = platform.compiler_options()
-      self._compiled[wanted] = jax.jit(function, compiler_options=options)
-    return self._compiled[wanted]
-
-  def _degraded(self, condition, batch, round_: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (degraded, clean) of a batch, float32 [N, H, W, 3] in [0, 1]."""
-    seed = self.config.seed
-    key = randomness.purpose_key(seed, f"evaluation/{condition.name}")
-    return _degrade(condition.degradation, key, batch, jnp.int32(round_))
-
-  def _batches(self, dataset: data.Dataset):
-    batches = data.eval_iterator(
-      dataset,
-      image_size=self.config.dataset.image_size,
-      batch_size=sharding.round_up(self.mesh, self.config.evaluation.batch_size),
-      num_workers=0,
-      **sharding.host_shard(self.sharding),
-    )
-    return data.prefetch_to_device(batches, self.sharding)
-
-  def _round(
-    self, condition, round_: int, wanted: tuple[Compared, ...]
-  ) -> dict[str, np.ndarray]:
-    """Returns methods' values [N] in one round of a condition, by `Compared.key`."""
-    found: dict[str, list[jax.Array]] = {c.key: [] for c in wanted}
-    function = self._measure(wanted)
-    for batch in self._batches(self.dataset):
-      degraded, clean = self._degraded(condition, batch, round_)
-      values, _ = function(self._network.variables, degraded, clean)
-      for key, value in values.items():
-        found[key].append(value)
-    # The padding is at the end.
-    whole = lambda parts: np.concatenate(list(map(np.asarray, parts)))
-    return {key: whole(parts)[: len(self.dataset)] for key, parts in found.items()}
-
-  def run(self) -> Results:
-    """Measures every round of every condition that is not measured yet.
+      workdir: the directory of all stages.
 
     Raises:
-      RunError: what was kept is damaged, or cannot be written.
-      Stopped: on SIGTERM or SIGINT, between rounds.
+      RunError: what was kept is damaged.
     """
-    workdir, count = self.stage.directory.parent, len(self.dataset)
-    kept = {
-      c: rows.Measurements(workdir, c.key, self._of(c), count) for c in self.compared
-    }
-    rounds = self.config.evaluation.rounds
-    places = [(c, r) for c in self.conditions for r in range(c.rounds_needed(rounds))]
-    todo = []
-    for condition, round_ in places:
-      is_new = lambda c, at=(condition, round_): kept[c].get(*at) is None
-      if wanted := tuple(filter(is_new, self.compared)):
-        todo.append((condition, round_, wanted))
-    bar = progress.Progress("evaluation", len(todo), unit="round")
-    for done, (condition, round_, wanted) in enumerate(todo, 1):
-      signals.stop_if_received(f"evaluating {condition.name}")
-      values = self._round(condition, round_, wanted)
-      for c in wanted:
-        kept[c].put(condition, round_, values[c.key])
-      if bar.due() or done == len(todo):
-        bar.update(done, condition=condition.name)
-    bar.close()
-    found = []
-    for condition in self.conditions:
-      numbers = range(condition.rounds_needed(rounds))
-      for c in self.compared:
-        measured = [kept[c].get(condition, number) for number in numbers]
-        found.append(self._row(c, condition, measured))
-    return Results(found, self._examples(), list(self.dataset.class_names))
+    self.dataset, self._workdir = dataset, workdir
+    self.subjects = list(chosen)
+    config = self.subjects[0].config
+    self._image_size, self._settings = config.dataset.image_size, config
+    self.mesh = sharding.make_mesh()
+    self._sharding = sharding.batch(self.mesh)
+    batch_size = config.evaluation.batch_size
+    self._batch_size = sharding.round_up(self.mesh, batch_size)
+    self.networks = Networks(dataset.num_classes, self.mesh)
+    kept = {s: self._kept(s) for s in self.subjects}
+    # Several experiments may ask for the same.
+    same = {m.directory: m for m in kept.values()}
+    self._measured = {s: same[m.directory] for s, m in kept.items()}
 
-  def _row(
-    self,
-    compared: Compared,
-    condition: degradations.Condition,
-    measured: list[np.ndarray],
-  ) -> rows.Row:
-    """Returns the row of a method's values [N], round by round."""
-    behind = self._behind(compared)
-    configs = {role: stage.config for role, stage in behind.items()}
+  def of(self, subject: Subject) -> dict[str, Any]:
+    """Returns all that a subject's values depend on but for condition and round."""
+    behind = subject.stages.items()
+    return {
+      "format": 2,
+      "method": subject.compared.key,
+      "stages": {role: [s.name, subject.products[role]] for role, s in behind},
+      "images": self.dataset.fingerprint,
+      "image_size": self._image_size,
+      "seed": subject.config.seed,
+    }
+
+  def _kept(self, subject: Subject) -> measurements.Measurements:
+    key, count = subject.compared.key, len(self.dataset)
+    of = self.of(subject)
+    return measurements.Measurements(self._workdir, key, of, count)
+
+  def _places(self, subject: Subject) -> list[_Place]:
+    rounds = subject.config.evaluation.rounds
+    return [
+      _Place(subject.config.seed, c, number)
+      for c in subject.conditions
+      for number in range(c.rounds_needed(rounds))
+    ]
+
+  def batches(
+    self, dataset: data.Dataset, start: int = 0
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Returns batches of test images on the devices, from one on."""
+    batches = data.eval_iterator(
+      dataset,
+      image_size=self._image_size,
+      batch_size=self._batch_size,
+      start_batch=start,
+      num_workers=0,
+      **sharding.host_shard(self._sharding),
+    )
+    return data.prefetch_to_device(batches, self._sharding)
+
+  def _wanted(self) -> dict[_Place, dict[pathlib.Path, tuple[Subject, int]]]:
+    """Returns what is not measured whole: by place and where it is kept, whose it is
+    and how many batches there are.
+    """
+    wanted: dict[_Place, dict[pathlib.Path, tuple[Subject, int]]] = {}
+    for subject in self.subjects:
+      kept = self._measured[subject]
+      for place in self._places(subject):
+        condition = rows.Condition.of(place.condition)
+        done = kept.done(condition, place.round, subject.names)
+        if done < len(self.dataset):
+          lacking = wanted.setdefault(place, {})
+          lacking[kept.directory] = subject, done // self._batch_size
+    return wanted
+
+  def measure(self) -> None:
+    """Measures what is not measured yet.
+
+    Raises:
+      RunError: it cannot be written.
+      Stopped: on SIGTERM or SIGINT; what was measured is saved.
+    """
+    wanted = self._wanted()
+    if not wanted:
+      return
+    count = -(-len(self.dataset) // self._batch_size)
+    first = min(n for lacking in wanted.values() for _, n in lacking.values())
+    total = sum(
+      count - min(n for _, n in lacking.values()) for lacking in wanted.values()
+    )
+    bar = progress.Progress("evaluation", total, unit="batch")
+    done, saved = 0, time.monotonic()
+    for number, batch in enumerate(self.batches(self.dataset, first), first):
+      found = []
+      for place, lacking in wanted.items():
+        now = [subject for subject, n in lacking.values() if n <= number]
+        if not now:
+          continue
+        if signals.received() is not None:
+          self._save(number, found)
+          signals.stop(f"evaluating {place.condition.name}")
+        tensors = Tensors(
+          self.networks, place.seed, place.condition, batch, place.round
+        )
+        found.append((place, [(s, tensors.values(s)) for s in now]))
+        done += 1
+        if bar.due() or done == total:
+          # The devices are behind the host.
+          jax.block_until_ready(found[-1][1][-1][1])
+          bar.update(
+            done, images=min((number + 1) * self._batch_size, len(self.dataset))
+          )
+      self._take(number, found)
+      if time.monotonic() - saved > self._settings.checkpoint_seconds:
+        self._save(number, [])
+        saved = time.monotonic()
+    self._save(count, [])
+    bar.close()
+
+  def _take(self, number: int, found: list) -> None:
+    for place, values in found:
+      condition = rows.Condition.of(place.condition)
+      for subject, arrays in values:
+        arrays = {name: np.asarray(value) for name, value in arrays.items()}
+        kept = self._measured[subject]
+        kept.add(condition, place.round, number * self._batch_size, arrays)
+
+  def _save(self, number: int, found: list) -> None:
+    self._take(number, found)
+    for kept in {id(m): m for m in self._measured.values()}.values():
+      kept.save()
+
+  def scored(self) -> list[rows.Scored]:
+    """Returns the rows of all subjects and conditions, which are measured."""
+    bootstrap = statistics.Bootstrap(len(self.dataset))
+    found: dict[Any, rows.Scored] = {}
+    for subject in self.subjects:
+      kept = self._measured[subject]
+      for condition in subject.conditions:
+        record = rows.Condition.of(condition)
+        # Clean images are a condition of every kind of degradation.
+        degradation = self._degradation(subject)
+        key = (kept.directory, condition, degradation)
+        if key in found:
+          continue
+        numbers = range(condition.rounds_needed(subject.config.evaluation.rounds))
+        measured = [kept.get(record, number) for number in numbers]
+        values = {
+          name: np.stack([one[name] for one in measured])
+          for name in sorted(subject.names - {"logits"})
+        }
+        found[key] = self._score(subject, record, degradation, values, bootstrap)
+    return list(found.values())
+
+  def logits(self, subject: Subject) -> dict[str, np.ndarray]:
+    """Returns float32 [R, N, K] by the condition's name, if the config keeps them."""
+    kept, found = self._measured[subject], {}
+    for condition in subject.conditions:
+      numbers = range(condition.rounds_needed(subject.config.evaluation.rounds))
+      record = rows.Condition.of(condition)
+      measured = [kept.get(record, number)["logits"] for number in numbers]
+      found[condition.name] = np.stack(measured)
+    return found
+
+  def _degradation(self, subject: Subject) -> str:
+    kinds = [c.kind for c in subject.conditions if c.kind != "clean"]
+    return kinds[0] if kinds else "clean"
+
+  def _score(self, subject, condition, degradation, values, bootstrap) -> rows.Scored:
+    compared, config = subject.compared, subject.config
+    configs = {role: stage.config for role, stage in subject.stages.items()}
     classifier = configs.get("classifier")
-    facts = {}
-    if classifier is None:
-      name, per_round = "psnr", [float(np.mean(v)) for v in measured]
-    else:
-      name = "accuracy"
-      right = [v == self.dataset.labels for v in measured]
-      per_round = [100 * float(np.mean(v)) for v in right]
-    facts[name], std = rows.mean_and_std(per_round)
-    trained_on = classifier.source if classifier else None
-    if classifier and not classifier.epochs:
-      as_given = classifier.model.weights and not classifier.model.new_head
-      trained_on = "given" if as_given else "none"
-    return rows.Row(
-      experiment=self.config.experiment,
+    mapped = compared.ensemble is not None or compared.method == "estimation"
+    steered = configs["calibration"].model if compared.ensemble is not None else None
+    switches = (*tasks.calibration.MODULES, "residual")
+    last = list(configs.values())[-1] if configs else config
+    labels = self.dataset.labels if "rank" in values else None
+    row = rows.Row(
+      experiment=config.experiment,
       method=compared.method,
-      trained_on=trained_on,
+      source=config.fidelity.source if mapped else None,
+      trained_on=subject.trained_on,
       backbone=classifier.model.name if classifier else None,
       restorer=configs["restorer"].model.name if compared.restored else None,
-      map=configs["calibration"].fidelity.map if "calibration" in configs else None,
+      map=config.fidelity.map if mapped else None,
+      resize=steered.resize if steered else None,
+      without=[n for n in switches if not steered[n]] if steered else [],
       ensemble=compared.ensemble,
-      dataset=self.config.dataset.name,
-      image_size=self.config.dataset.image_size,
-      condition=rows.Condition.of(condition),
-      seed=self.config.seed,
-      precision=self.config.precision,
-      std=std,
-      rounds=len(measured),
-      images=len(self.dataset),
+      dataset=config.dataset.name,
+      image_size=config.dataset.image_size,
+      degradation=degradation,
+      condition=condition,
+      seed=config.seed,
+      precision=last.precision,
       fingerprint=self.dataset.fingerprint[:16],
-      stages={role: stage.name for role, stage in behind.items()},
-      products={role: self._products[role][:16] for role in behind},
-      **facts,
+      stages={role: stage.name for role, stage in subject.stages.items()},
+      products={role: digest[:16] for role, digest in subject.products.items()},
+      **statistics.summarize(values, labels, self.dataset.num_classes, bootstrap),
     )
-
-  def _examples(self) -> dict[str, np.ndarray]:
-    """Returns arrays for the picture of examples, computed once and kept.
-
-    "condition" [M] names M conditions; "clean", "degraded" [M, N, H, W, 3], "label"
-    [M, N], where there are any "restored" [M, N, H, W, 3] and "map" [M, N, H, W, C],
-    and each method's values [M, N] under "value/KEY".
-    """
-    path = self.directory / "examples.npz"
-    files.check_file(path)
-    of = [
-      *(self._of(c) for c in self.compared),
-      self.config.evaluation.examples,
-      [c.steps for c in self.conditions],
-    ]
-    digest = files.digest(of)
-    if path.exists():
-      examples = _read_npz(path)
-      if str(examples.get("of")) == digest:
-        return examples
-    examples = self._compute_examples()
-    files.write_bytes(path, _npz(examples | {"of": np.array(digest)}))
-    return examples
-
-  def _compute_examples(self) -> dict[str, np.ndarray]:
-    # The picture shows a middle level, the strongest one and the 2D variation.
-    uniform = [c for c in self.conditions if c.vary not in ("1d", "2d")]
-    shown = [uniform[len(uniform) // 2], uniform[-1], self.conditions[-1]]
-    shown = list(dict.fromkeys(shown))
-    # The test set is sorted by class: examples spread over it are of different classes.
-    count = min(self.config.evaluation.examples * len(shown), len(self.dataset))
-    spread = np.linspace(0, len(self.dataset) - 1, count).round().astype(int)
-    batches = list(self._batches(self.dataset.select(spread)))
-    function = self._measure(self.compared)
-    result: dict[str, list] = {}
-    for condition in shown:
-      parts: dict[str, list] = {}
-      for batch in batches:
-        degraded, clean = self._degraded(condition, batch, 0)
-        values, seen = function(self._network.variables, degraded, clean)
-        seen |= {"degraded": degraded, "clean": clean, "label": batch["label"]}
-        seen |= {f"value/{key}": value for key, value in values.items()}
-        for key, value in seen.items():
-          parts.setdefault(key, []).append(np.asarray(value))
-      for key, values in parts.items():
-        result.setdefault(key, []).append(np.concatenate(values)[:count])
-    arrays = {key: np.stack(values) for key, values in result.items()}
-    return arrays | {"condition": np.array([c.name for c in shown])}
-
-
-@jax.jit
-def _degrade(degradation, key, batch, round_):
-  clean = batch["image"].astype(jnp.float32) / 255
-  keys = randomness.example_keys(key, round_, batch["index"])
-  return degradation(keys, clean), clean
-
-
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, **arrays)
-  return buffer.getvalue()
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the arrays of examples.npz.
-
-  Raises:
-    RunError: it cannot be read or is damaged.
-  """
-  try:
-    # The zip form has checksums, which NumPy compares.
-    with errors.while_doing(f"reading {path}"), np.load(path) as arrays:
-      examples = dict(arrays)
-    count = len(examples["condition"])
-    if any(len(examples[name]) != count for name in ("clean", "degraded", "label")):
-      raise ValueError("its arrays do not fit each other")
-  except errors.RunError:
-    raise
-  except Exception as error:  # zipfile, zlib and NumPy raise many types.
-    raise errors.RunError(
-      f"{path} is damaged ({error}): delete it to compute it again."
-    ) from error
-  return examples
+    return rows.Scored(row, values)

@@ -5,20 +5,25 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
+import platform
 import stat
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from fidelity_jax import errors
 
 T = TypeVar("T")
 
 _SEAL = "sha256"
+# What the record beside arrays is called.
+_RECORD = "record"
 
 
 def expand(path: str | pathlib.Path) -> pathlib.Path:
@@ -85,7 +90,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
   Raises:
     RunError: it cannot be written.
   """
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Processes on several machines may share a directory.
+  owner = f"{platform.node()}.{os.getpid()}"
+  temporary = path.with_name(f".{path.name}.{owner}.tmp")
   with errors.while_doing(f"writing {path}"):
     try:
       with open(temporary, "wb") as file:
@@ -139,6 +146,41 @@ def read_json(path: pathlib.Path, again: str) -> Any:
   except FileNotFoundError as error:
     raise errors.RunError(f"{path} is missing: {again}") from error
   except (OSError, ValueError, RecursionError) as error:
+    raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
+
+
+def write_arrays(
+  path: pathlib.Path, arrays: dict[str, np.ndarray], record: Any
+) -> None:
+  """Writes arrays by name, and a JSON-able record of what they are, as one .npz file.
+
+  Raises:
+    RunError: it cannot be written.
+  """
+  buffer = io.BytesIO()
+  text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+  np.savez_compressed(buffer, **arrays, **{_RECORD: text})
+  write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: pathlib.Path, again: str) -> tuple[dict[str, np.ndarray], Any]:
+  """Returns (arrays by name, the record) of a file that `write_arrays` wrote.
+
+  Args:
+    path: the file.
+    again: what to do if it is damaged, for the message.
+
+  Raises:
+    RunError: it cannot be read or is damaged.
+  """
+  try:
+    # The zip form has checksums, which NumPy compares.
+    with errors.while_doing(f"reading {path}"), np.load(path) as file:
+      arrays = dict(file)
+    return arrays, json.loads(arrays.pop(_RECORD).tobytes())
+  except errors.RunError:
+    raise
+  except Exception as error:  # zipfile, zlib and NumPy raise many types.
     raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
 
 
@@ -280,10 +322,14 @@ def check_file(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
+def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
   """Holds `directory` for this process, creating it where absent.
 
   The lock goes with the process, however it ends.
+
+  Args:
+    directory: the directory.
+    shared: hold it together with other processes that do so, too.
 
   Raises:
     UsageError: if the directory cannot be written.
@@ -306,11 +352,13 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     ) from error
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+      fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise errors.RunError(
-        f"another run is working in {str(directory)!r}: wait for it, or name another "
-        "directory with --workdir."
+        f"another run is working in {str(directory)!r}: wait for it, name another "
+        "directory with --workdir, or let all processes of a study share it by "
+        "--config.shard=i/n."
       ) from error
     except OSError as error:
       raise errors.RunError(
@@ -318,3 +366,24 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         "a disk that can, with --workdir."
       ) from error
     yield
+
+
+@contextlib.contextmanager
+def holding(path: pathlib.Path) -> Iterator[bool]:
+  """Tries to hold a lock of this name; yields whether this process does.
+
+  The lock goes with the process, however it ends.
+
+  Args:
+    path: the lock's file, whose directory is made where absent.
+  """
+  with errors.while_doing(f"making the lock {path}"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield False
+      return
+    yield True

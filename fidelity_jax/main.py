@@ -1,12 +1,13 @@
-r"""Runs an experiment.
+r"""Runs an experiment, or a study of several.
 
   python -m fidelity_jax.main --config=configs/oracle.py:demo --workdir=DIR \
-    [--config.any.field=value ...]
+    [--config.any.field=value ...] [--dry_run]
 
---config=FILE[:VARIANT]: an experiment's config; those of configs/ are also found where
-the package is installed. Any field can be set, in parents too
+--config=FILE[:VARIANT]: an experiment's or a study's config; those of configs/ are also
+found where the package is installed. Any field can be set, in parents too
 (--config.parents.restorer.epochs=3); None unsets a field that may be unset.
 --workdir=DIR: for stages, results and pictures; made where absent.
+--dry_run: print what there is to do, and about how long it takes; change nothing.
 
 Exit status: 0 if all is done, 1 if something failed, 2 if the command, a config or an
 input is wrong, 143 after SIGTERM and 130 after SIGINT (the same command resumes).
@@ -14,6 +15,7 @@ input is wrong, 143 after SIGTERM and 130 after SIGINT (the same command resumes
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -39,16 +41,17 @@ def _run(arguments: list[str]) -> None:
   if {"--help", "-help", "-h"} & set(arguments):
     print(__doc__)
     return
-  config, workdir = parse(arguments)
+  config, workdir, dry_run = parse(arguments)
   from fidelity_jax import experiment, platform
 
   signals.interrupt("while it looked at its inputs", "nothing is lost")
   platform.set_up()
-  experiment.run(config, workdir)
+  command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
+  experiment.run(config, workdir, command, dry_run)
 
 
-def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
-  """Returns the config, with all fields set, and the workdir of a command line.
+def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
+  """Returns the config, with all fields set, the workdir, and whether to run at all.
 
   Args:
     arguments: as in `sys.argv`.
@@ -67,6 +70,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
     "config", None, "experiment's config", flag_values=values, sys_argv=arguments
   )
   flags.DEFINE_string("workdir", None, "directory to work in", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "only print the plan", flag_values=values)
   try:
     rest = values(arguments)
     config = values["config"].value
@@ -113,7 +117,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str]":
         f"config.{path} = {value}: write several values in brackets, and one as "
         f"({value},)."
       )
-  return config, values["workdir"].value
+  return config, values["workdir"].value, values["dry_run"].value
 
 
 def _find_config(arguments: list[str]) -> tuple[list[str], str]:

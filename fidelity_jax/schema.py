@@ -9,22 +9,23 @@ import re
 
 from ml_collections import ConfigDict
 
-from fidelity_jax import data, degradations, errors, rows, rules, tasks
+from fidelity_jax import data, degradations, errors, measurements, rules, tasks
 
 _STAGES = tuple(f"{kind}-" for kind in tasks.KINDS)
 # It names a directory.
-_EXPERIMENT = rules.Rule(
+EXPERIMENT = rules.Rule(
   "a name of letters, digits and _ . -, which no stage's begins with",
   lambda v: (
     isinstance(v, str)
     and re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,99}", v, re.A)
-    and not v.startswith((*_STAGES, rows.DIRECTORY))
+    and not v.startswith((*_STAGES, measurements.DIRECTORY))
   ),
 )
 _EVALUATION: rules.Table = {
   "rounds": rules.whole(1, 1_000_000),
   "batch_size": rules.whole(1, 1_000_000),
   "examples": rules.whole(1, 32),
+  "keep": rules.optional(rules.choice("predictions")),
 }
 
 
@@ -49,7 +50,7 @@ def _check(config: ConfigDict, where: str) -> None:
   kind = tasks.CONFIGURED[name]
   table = tasks.base.TRAINING | kind.fields(config)
   if where == "config":
-    table = table | {"experiment": _EXPERIMENT}
+    table = table | {"experiment": EXPERIMENT}
     if kind.evaluated:
       table["evaluation"] = _EVALUATION
   fields = {k: v for k, v in config.items() if k not in ("kind", "parents")}

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from ml_collections import ConfigDict
 
-from fidelity_jax import checkpoints, degradations, errors, files, tasks
+from fidelity_jax import checkpoints, degradations, environment, errors, files, tasks
 
 PyTree = Any
 
@@ -73,6 +73,7 @@ class Finished(msgspec.Struct, forbid_unknown_fields=True):
     score: its value.
     product: digest of the product's arrays.
     files: SHA-256 of the product's files, by path.
+    hardware: what it was trained on, "" if that was not noted.
   """
 
   best_step: int
@@ -80,6 +81,7 @@ class Finished(msgspec.Struct, forbid_unknown_fields=True):
   score: float
   product: str
   files: dict[str, str]
+  hardware: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +261,30 @@ class Stage:
         f"{self.name} is trained, but {self._variables(step)} or its config.json is "
         f"missing: {self._again}"
       )
-    files.write_record(self._marker, Finished(step, metric, score, product, found))
+    record = Finished(step, metric, score, product, found, environment.hardware())
+    files.write_record(self._marker, record)
 
   def _variables(self, step: int) -> pathlib.Path:
     return checkpoints.variables_directory(self._checkpoints, step)
+
+  def records(self) -> list[dict[str, float]]:
+    """Returns what metrics.jsonl holds, a record for each epoch so far.
+
+    Lines that cannot be read are left out: they are for looking at.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+      for line in files.read_bytes(self.directory / "metrics.jsonl").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+          record = json.loads(line)
+          if isinstance(record, dict):
+            found.append(record)
+    return found
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the latest checkpoint, None if there is none."""
+    steps = [int(p.name) for p in self._checkpoints.glob("*") if p.name.isdecimal()]
+    return max(steps, default=None)
 
   def load(self, like: PyTree) -> PyTree:
     """Returns the variables that the finished stage trained.

@@ -323,7 +323,7 @@ class Trainer:
       progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")
     writer = metrics.MetricWriter(self.directory, done.records)
     if start is None and self.total_steps == 0:
-      done = self._finish_epoch(0, state, done, writer, {})
+      done = self._finish_epoch(0, state, done, writer, {}, time.monotonic())
       saved.save(0, state.variables(), state.training(), done)
     start = start or 0
     bar = progress.Progress(self.title, self.total_steps, start)
@@ -345,7 +345,7 @@ class Trainer:
             "steps_per_second": self.steps_per_epoch / took,
           }
           state = state.replace(averages=metrics.zeros_like(state.averages))
-          done = self._finish_epoch(step, state, done, writer, record)
+          done = self._finish_epoch(step, state, done, writer, record, epoch_start)
           improved = done.best_step == step
           epoch_start = time.monotonic()
         # Read once a step, so that the message below agrees with the decision here.
@@ -383,8 +383,9 @@ class Trainer:
     done: checkpoints.Progress,
     writer: metrics.MetricWriter,
     record: dict[str, float],
+    start: float,
   ) -> checkpoints.Progress:
-    """Validates and records; returns `done` with this epoch in it."""
+    """Validates and records; returns `done` with this epoch, begun at `start`."""
     validation = self.validate(state)
     for name, value in validation.items():
       if not math.isfinite(value):
@@ -393,6 +394,8 @@ class Trainer:
           "look at the weights that the stage starts from."
         )
     record = {"step": step, **record, **validation}
+    # Of an epoch that was interrupted, since then.
+    record["seconds"] = round(time.monotonic() - start, 3)
     writer.write(record)
     done = msgspec.structs.replace(done, records=[*done.records, record])
     score = self.task.score_sign * validation[f"validation/{self.task.score}"]

@@ -1,61 +1,66 @@
 """The directory that experiments share: what lies where, and an index of it.
 
 - `KIND-WHAT-DIGEST/`: a stage; see `stages`.
-- `EXPERIMENT-DIGEST/`: an experiment's results, pictures and report.
-- `measurements/`: values per image that rows are made of; see `rows`.
+- `NAME-DIGEST/`: results, pictures and report of an experiment or a study.
+- `measurements/`: values per image that rows are made of; see `measurements`.
 - `index.md`: all of it, in tables.
 """
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from ml_collections import ConfigDict
 
-from fidelity_jax import data, degradations, errors, files, report, rows, stages
+from fidelity_jax import data, degradations, errors, files, plan, rows, stages, titles
 
 
-def experiment_directory(
+def results_directory(
   workdir: pathlib.Path,
-  config: ConfigDict,
-  ends: Sequence[stages.Stage],
-  test: data.Dataset | None,
+  name: str,
+  planned: plan.Plan,
+  tests: Mapping[str, data.Dataset],
 ) -> pathlib.Path:
-  """Returns where an experiment's results belong.
+  """Returns where the results of an experiment or a study belong.
 
   Args:
     workdir: the shared directory.
-    config: the experiment's.
-    ends: its last stages.
-    test: the images that it is evaluated on, None for none.
+    name: the experiment's or the study's.
+    planned: its experiments.
+    tests: the images that they are evaluated on, by experiment.
 
   Returns:
-    A directory named by the experiment and a digest of all that its results depend on,
-    but for how often and how fast it measures.
+    A directory of that name and a digest of all that its results depend on, but for how
+    often and how fast it measures.
   """
-  of = {
-    "stages": sorted(stage.name for stage in ends),
-    "conditions": [c.steps for c in degradations.conditions(config.degradation)],
-    "images": test.fingerprint if test else None,
-    "seed": config.seed,
-  }
-  return workdir / f"{config.experiment}-{files.digest(of, 8)}"
+  of: Any = [
+    {
+      "stages": sorted(stage.name for stage in one.ends),
+      "conditions": [c.steps for c in degradations.conditions(one.config.degradation)],
+      "images": tests[one.name].fingerprint if one.name in tests else None,
+      "seed": one.config.seed,
+    }
+    for one in planned.experiments
+  ]
+  return workdir / f"{name}-{files.digest(of[0] if len(of) == 1 else of, 8)}"
 
 
-def write_experiment(
-  directory: pathlib.Path, config: ConfigDict, plan: Sequence[stages.Stage]
-) -> None:
-  """Writes experiment.json: what it takes to find an experiment's networks again.
+def write_experiments(directory: pathlib.Path, planned: plan.Plan) -> None:
+  """Writes experiment.json: what it takes to find the networks again.
 
   Args:
-    directory: the experiment's.
-    config: its config.
-    plan: its stages.
+    directory: of the results.
+    planned: the experiments.
   """
-  names = [stage.name for stage in plan]
-  record = {"format": stages.FORMAT, "config": stages.as_json(config), "stages": names}
+  experiments = [
+    {
+      "config": stages.as_json(one.config),
+      "stages": [stage.name for stage in one.stages],
+    }
+    for one in planned.experiments
+  ]
+  record = {"format": stages.FORMAT, "experiments": experiments}
   files.write_json(directory / "experiment.json", files.seal(record))
 
 
@@ -85,23 +90,30 @@ def _experiments(workdir: pathlib.Path) -> tuple[list[str], dict[str, list[str]]
     name = path.parent.name
     try:
       content = json.loads(files.read_bytes(path))
-      config, names = content["config"], content["stages"]
+      experiments = content["experiments"]
       measured: list[rows.Row] = []
-      if "evaluation" in config:
+      if any("evaluation" in one["config"] for one in experiments):
         content = json.loads(files.read_bytes(path.parent / "results.json"))
         measured = msgspec.convert(content["rows"], list[rows.Row])
+      config = experiments[0]["config"]
       facts = [config["dataset"]["name"], config["seed"]]
-      for stage in names:
+      for stage in {s for one in experiments for s in one["stages"]}:
         used.setdefault(stage, []).append(name)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
       # What is damaged is written again by its own experiment.
       continue
-    by_title: dict[str, list[rows.Row]] = {}
+    by_title: dict[tuple, list[rows.Row]] = {}
     for row in measured:
-      by_title.setdefault(report.title(row), []).append(row)
-    for title, same in by_title.items():
+      if row.method == "restoration" and measured[0].method != "restoration":
+        continue
+      if row.method != "estimation":
+        key = (titles.title(row), titles.group(row), row.dataset, row.seed)
+        by_title.setdefault(key, []).append(row)
+    for (title, group, *facts), same in by_title.items():
       value = sum(row.value for row in same) / len(same)
       unit = "dB" if same[0].accuracy is None else "%"
+      if len({other for _, other, *_ in by_title}) > 1:
+        title = f"{title} ({group})"
       cells = [f"[{name}]({name}/report.md)", title, *facts, f"{value:.1f} {unit}"]
       lines.append(f"| {' | '.join(map(str, cells))} |")
     if not measured:

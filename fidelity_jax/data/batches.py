@@ -280,6 +280,7 @@ def eval_iterator(
   *,
   image_size: int,
   batch_size: int,
+  start_batch: int = 0,
   num_workers: int = 0,
   shard_index: int = 0,
   shard_count: int = 1,
@@ -293,6 +294,7 @@ def eval_iterator(
     dataset: the examples.
     image_size: side of the crops, in pixels.
     batch_size: examples per batch, over all hosts: a multiple of `shard_count`.
+    start_batch: number of the first batch; the ones before it cost nothing.
     num_workers: worker processes; 0 for threads of this process.
     shard_index: this host's number.
     shard_count: number of hosts; each gets a contiguous part of every batch.
@@ -305,4 +307,4 @@ def eval_iterator(
   """
   shard = _shard(batch_size, shard_index, shard_count)
   make = _EvalBatches(dataset, image_size, batch_size, shard)
-  return BatchIterator(make, -(-len(dataset) // batch_size), 0, num_workers)
+  return BatchIterator(make, -(-len(dataset) // batch_size), start_batch, num_workers)

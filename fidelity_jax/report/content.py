@@ -7,6 +7,9 @@ import numpy as np
 
 from fidelity_jax import claims, rows, statistics
 
+# What a report can begin with.
+SECTIONS = ("tables", "curves", "claims", "activations", "histories")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
@@ -91,8 +94,8 @@ class Content:
   Attributes:
     name: of the experiment or study.
     shows: in a line, what it is.
-    sections: which of "tables", "curves", "claims", "activations", "histories" lead the
-      page; the others follow where there is anything to show.
+    sections: which of `SECTIONS` lead the page; the others follow where there is
+      anything to show.
     command: the command that made it.
     rows: its rows.
     comparisons: between methods, on the same images and noise.

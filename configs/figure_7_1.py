@@ -1,0 +1,21 @@
+r"""The method and the baselines on other networks (paper, Figure 7.1).
+
+  python -m fidelity_jax.main --config=configs/figure_7_1.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/figure_7_1.py --workdir=runs/paper \
+    --config.dataset.path=DIR
+
+AlexNet, VGG-16 and GoogLeNet; `--config.backbones` names others.
+"""
+
+from fidelity_jax.configs import common
+
+
+def get_config(size: str = ""):
+  shows = "The proposed method and the baselines on other networks"
+  config = common.study("figure_7_1", shows, size)
+  for source in ("clean", "degraded", "restored"):
+    common.add_setup(config, source)
+  common.add_method(config, "end_to_end", size)
+  config.backbones = ("alexnet", "vgg16", "googlenet")
+  config.sections = ("curves", "tables", "claims")
+  return config

@@ -1,0 +1,29 @@
+r"""Four further degradations, on every network (paper, Figure A.2), and the method.
+
+  python -m fidelity_jax.main --config=configs/figure_a_2.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/figure_a_2.py --workdir=runs/paper \
+    --config.dataset.path=DIR
+
+Classifiers trained on clean images, with and without restoration; and, which the paper
+leaves to future research, the whole method trained for each degradation, on one of the
+networks.
+"""
+
+from fidelity_jax.configs import common
+
+
+def get_config(size: str = ""):
+  shows = "Other degradations: classifiers on every network, and the whole method"
+  config = common.study("figure_a_2", shows, size)
+  common.add_setup(config, "clean")
+  common.add_method(config, "end_to_end", size)
+  config.degradations = (
+    "salt_and_pepper",
+    "gaussian_blur",
+    "motion_blur",
+    "rectangular_crop",
+  )
+  config.backbones = ("resnet50", "alexnet", "vgg16", "googlenet", "resnet18")
+  config.one_backbone = ("end_to_end",)
+  config.sections = ("curves", "tables", "claims")
+  return config

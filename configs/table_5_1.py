@@ -1,0 +1,20 @@
+r"""The paper's main comparison: twelve rows under eight conditions (Table 5.1).
+
+  python -m fidelity_jax.main --config=configs/table_5_1.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/table_5_1.py --workdir=runs/paper \
+    --config.dataset.path=DIR
+
+Three classifiers, a restorer, an estimator, three calibrated models with ensembles.
+"""
+
+from fidelity_jax.configs import common
+
+
+def get_config(size: str = ""):
+  shows = "The proposed method against classifiers trained in three ways"
+  config = common.study("table_5_1", shows, size)
+  for source in ("clean", "degraded", "restored"):
+    common.add_setup(config, source)
+  for source in ("oracle", "pretrained", "end_to_end"):
+    common.add_method(config, source, size)
+  return config

@@ -1,0 +1,32 @@
+r"""Maps, ways to resize them, and modules left out (paper, Table 6.1).
+
+  python -m fidelity_jax.main --config=configs/table_6_1.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/table_6_1.py --workdir=runs/paper \
+    --config.dataset.path=DIR
+
+The oracle map without ensemble, ten times, beside restoration alone.
+"""
+
+from fidelity_jax.configs import common
+
+
+def get_config(size: str = ""):
+  shows = "Fidelity maps, resizing, and what each module contributes"
+  config = common.study("table_6_1", shows, size)
+  # No experiment here has an ensemble.
+  config.ensemble.enabled = False
+  common.add_method(config, "oracle", size)
+  common.add_setup(config, "clean")
+  for name in ("l2", "cosine"):
+    common.add_method(config, "oracle", size, name).fidelity.map = name
+  for name in ("bicubic", "nearest"):
+    common.add_method(config, "oracle", size, name).model.resize = name
+  for name in (
+    "spatial_multiplication",
+    "residual",
+    "spatial_addition",
+    "channel_multiplication",
+    "channel_concatenation",
+  ):
+    common.add_method(config, "oracle", size, f"without_{name}").model[name] = False
+  return config

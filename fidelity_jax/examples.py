@@ -1,0 +1,164 @@
+"""Some test images of an experiment on their way, and mean inputs of the head."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from fidelity_jax import degradations, errors, files
+from fidelity_jax.evaluate import Evaluation
+from fidelity_jax.report.content import Activations, Examples
+from fidelity_jax.rows import Condition
+from fidelity_jax.subjects import Subject
+from fidelity_jax.tensors import Tensors
+
+
+def draw(
+  evaluation: Evaluation, chosen: Sequence[Subject], directory: pathlib.Path
+) -> Examples:
+  """Returns what a picture of examples shows, computed once and kept.
+
+  Args:
+    evaluation: the experiment's.
+    chosen: what the experiment measures.
+    directory: where to keep it.
+
+  Raises:
+    RunError: what was kept is damaged.
+  """
+  config = chosen[0].config
+  shown = _shown(chosen[0].conditions)
+  path = directory / f"examples-{config.experiment}.npz"
+  of = {
+    "subjects": [evaluation.of(s) for s in chosen],
+    "examples": config.evaluation.examples,
+    "conditions": [c.steps for c in shown],
+  }
+  compute = lambda: _examples(evaluation, chosen, shown)
+  mapped = any(s.compared.ensemble is not None for s in chosen)
+  return Examples(
+    experiment=config.experiment,
+    compared=tuple(s.compared for s in chosen),
+    map_name=config.fidelity.map if mapped else None,
+    trained_on=next((s.trained_on for s in chosen if s.trained_on), None),
+    conditions=tuple(map(Condition.of, shown)),
+    arrays=_kept(path, of, compute),
+  )
+
+
+def _shown(
+  conditions: Sequence[degradations.Condition],
+) -> list[degradations.Condition]:
+  """Returns a middle level, the strongest one and the 2D variation."""
+  uniform = [c for c in conditions if c.vary not in ("1d", "2d")]
+  shown = [uniform[len(uniform) // 2], uniform[-1], conditions[-1]]
+  return list(dict.fromkeys(shown))
+
+
+def _kept(path: pathlib.Path, of: dict, compute) -> dict[str, np.ndarray]:
+  """Returns arrays that a file holds, if they are of this, or computes them."""
+  files.check_file(path)
+  digest = files.digest(of)
+  if path.exists():
+    arrays, record = files.read_arrays(path, "delete it to compute it again.")
+    if record == digest:
+      return arrays
+  arrays = compute()
+  files.write_arrays(path, arrays, digest)
+  return arrays
+
+
+def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
+  dataset, config = evaluation.dataset, chosen[0].config
+  # The test set is sorted by class: examples spread over it are of different classes.
+  count = min(config.evaluation.examples * len(shown), len(dataset))
+  spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+  batches = list(evaluation.batches(dataset.select(spread)))
+  result: dict[str, list] = {}
+  for condition in shown:
+    parts: dict[str, list] = {}
+    for batch in batches:
+      tensors = Tensors(evaluation.networks, config.seed, condition, batch, 0)
+      seen = {"degraded": tensors.degraded, "clean": tensors.clean}
+      seen["label"] = batch["label"]
+      for subject in chosen:
+        compared = subject.compared
+        if compared.restored:
+          seen["restored"] = tensors.images(subject)
+        if compared.ensemble is not None:
+          seen["map"] = tensors.fidelity_map(subject)
+        if compared.method != "estimation":
+          name = "psnr" if compared.method == "restoration" else "prediction"
+          seen[f"value/{compared.key}"] = tensors.values(subject)[name]
+      for key, value in seen.items():
+        parts.setdefault(key, []).append(np.asarray(value))
+    for key, values in parts.items():
+      result.setdefault(key, []).append(np.concatenate(values)[:count])
+  return {key: np.stack(values) for key, values in result.items()}
+
+
+def activations(
+  evaluation: Evaluation,
+  chosen: Sequence[Subject],
+  class_name: str | None,
+  directory: pathlib.Path,
+) -> Activations:
+  """Returns the mean inputs of the head over the images of a class.
+
+  Args:
+    evaluation: the experiment's.
+    chosen: what the experiment measures, a classifier among it.
+    class_name: the class; None: the first.
+    directory: where to keep what was computed.
+
+  Raises:
+    UsageError: there is no such class among the test images.
+    RunError: what was kept is damaged.
+  """
+  config, names = chosen[0].config, evaluation.dataset.class_names
+  name = class_name or names[0]
+  errors.check_choice("class in config.class_name", name, names)
+  own = np.flatnonzero(evaluation.dataset.labels == list(names).index(name))
+  if not len(own):
+    raise errors.UsageError(
+      f"config.class_name: there is no test image of {name!r}: name another class."
+    )
+  plain = [s for s in chosen if s.compared.method == "classifier"]
+  uniform = [c for c in plain[0].conditions if c.vary is None]
+  path = directory / f"activations-{config.experiment}.npz"
+  of = {
+    "subjects": [evaluation.of(s) for s in plain],
+    "class": name,
+    "rounds": config.evaluation.rounds,
+    "conditions": [c.steps for c in uniform],
+  }
+  compute = lambda: _activations(evaluation, plain, uniform, own)
+  arrays = _kept(path, of, compute)
+  return Activations(
+    class_name=name,
+    images=len(own),
+    conditions=tuple(map(Condition.of, uniform)),
+    degraded=arrays["degraded"],
+    restored=arrays.get("restored"),
+    backbone=plain[0].stages["classifier"].config.model.name,
+  )
+
+
+def _activations(evaluation, plain, uniform, own) -> dict[str, np.ndarray]:
+  config = plain[0].config
+  batches = list(evaluation.batches(evaluation.dataset.select(own)))
+  found: dict[str, list[np.ndarray]] = {}
+  for condition in uniform:
+    rounds = condition.rounds_needed(config.evaluation.rounds)
+    sums: dict[str, float | np.ndarray] = {}
+    for batch in batches:
+      for number in range(rounds):
+        tensors = Tensors(evaluation.networks, config.seed, condition, batch, number)
+        for subject in plain:
+          key = "restored" if subject.compared.restored else "degraded"
+          features = np.asarray(tensors.features(subject), np.float64)
+          total = (features * np.asarray(batch["mask"])[:, None]).sum(0)
+          sums[key] = sums.get(key, 0.0) + total
+    for key, total in sums.items():
+      found.setdefault(key, []).append(total / (len(own) * rounds))
+  return {key: np.stack(values) for key, values in found.items()}

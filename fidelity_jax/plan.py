@@ -1,0 +1,316 @@
+"""What there is to do: the stages of experiments, checked before any is trained."""
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from fidelity_jax import (
+  assembly,
+  data,
+  errors,
+  platform,
+  port,
+  progress,
+  sharding,
+  stages,
+  subjects,
+  tasks,
+)
+from fidelity_jax.datasets import Datasets, selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """An experiment and its stages.
+
+  Attributes:
+    config: the experiment's, resolved, its precision included.
+    last: its last stage.
+    further: stages that serve its evaluation alone, by role.
+  """
+
+  config: ConfigDict
+  last: stages.Stage
+  further: dict[str, stages.Stage]
+
+  @property
+  def name(self) -> str:
+    """The experiment's name."""
+    return self.config.experiment
+
+  @property
+  def ends(self) -> list[stages.Stage]:
+    """The stages that nothing is trained from."""
+    return [*self.further.values(), self.last]
+
+  @property
+  def stages(self) -> list[stages.Stage]:
+    """All that are to be finished, parents first."""
+    return list({s.name: s for end in self.ends for s in end.lineage()}.values())
+
+  def subjects(self) -> list[subjects.Subject]:
+    """What is measured; nothing if the experiment is not evaluated."""
+    if "evaluation" not in self.config:
+      return []
+    return subjects.of_experiment(self.config, self.last, self.further)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Experiments that share one workdir.
+
+  Attributes:
+    experiments: one or several.
+  """
+
+  experiments: list[Planned]
+
+  @property
+  def stages(self) -> list[stages.Stage]:
+    """All stages, each once, parents first."""
+    return list({s.name: s for e in self.experiments for s in e.stages}.values())
+
+  def serving(self, stage: stages.Stage) -> list[str]:
+    """Returns the names of the experiments that need a stage."""
+    needs = lambda e: any(s.name == stage.name for s in e.stages)
+    return [e.name for e in self.experiments if needs(e)]
+
+
+def make(configs: list[ConfigDict], workdir: pathlib.Path, datasets: Datasets) -> Plan:
+  """Returns the stages of experiments.
+
+  Args:
+    configs: theirs, checked and resolved.
+    workdir: the directory of all stages.
+    datasets: what loads their images.
+
+  Raises:
+    UsageError: a dataset or weights are impossible.
+    RunError: names all that is missing.
+  """
+  with _missing_together() as noting:
+    content = _Contents(workdir, datasets, noting)
+    planned = [_planned(config, workdir, content) for config in configs]
+  return Plan(planned)
+
+
+def _planned(config, workdir, content) -> Planned:
+  resolve = lambda stage_config: stages.resolve(stage_config, workdir, content)
+  if "ensemble" in config and config.ensemble.enabled:
+    last = resolve(tasks.calibration.ensemble_config(config))
+  else:
+    last = resolve(config)
+  further = {
+    role: resolve(config.parents[role])
+    for role in tasks.KINDS[config.kind].evaluated_with
+    if role in config.get("parents", {})
+  }
+  return Planned(config, last, further)
+
+
+Noting = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _missing_together() -> Iterator[Noting]:
+  """Gives a context that notes what is missing; raises for all of it at the end.
+
+  Raises:
+    RunError: names everything.
+  """
+  missing = {}
+
+  @contextlib.contextmanager
+  def noting():
+    try:
+      yield
+    except errors.Missing as error:
+      missing[str(error)] = None
+
+  yield noting
+  if missing:
+    raise errors.RunError(
+      f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
+      "photographs: write ':demo' after the config's path."
+    )
+
+
+class _Contents:
+  """Finds what stages are made of besides their configs."""
+
+  def __init__(self, place: pathlib.Path, datasets: "Datasets", noting: Noting):
+    self._place, self._datasets, self._noting = place, datasets, noting
+
+  def __call__(self, config: ConfigDict) -> stages.Content:
+    images = weights = ""
+    with self._noting():
+      images = self._datasets.fingerprint(config.dataset)
+    given = assembly.weights_of(config)
+    with self._noting():
+      weights = self._digest(given)
+    chosen = " ".join(f"{k}={v}" for k, v in sorted(selection(config).items()))
+    return stages.Content(images, weights, {"images": chosen, "weights": given})
+
+  def _digest(self, given: str | None) -> str | None:
+    if given is None:
+      return None
+    try:
+      return port.content_digest(given)
+    except (errors.UsageError, errors.Missing):
+      # A finished stage needs the file no longer.
+      if known := stages.remembered_weights(self._place, given):
+        return known
+      raise
+
+
+def resolve_precision(config: ConfigDict) -> None:
+  """Replaces "auto" by what it means here, in all parents that there are."""
+  if "precision" in config:
+    config.precision = platform.precision(config.precision)
+  for parent in config.get("parents", {}).values():
+    resolve_precision(parent)
+
+
+def warn_of_leaks(
+  plan: list[stages.Stage], datasets: Datasets, test: data.Dataset
+) -> None:
+  """Says so if a stage is trained on test images, as other splits can make it."""
+  tested = set(zip(test.keys, test.digests, strict=True))
+  for stage in plan:
+    trained_on = datasets.encoded(stage.config.dataset, "train")
+    both = tested & set(zip(trained_on.keys, trained_on.digests, strict=True))
+    if both:
+      some = f"{len(both)} of the {len(test)} test images"
+      progress.say(f"warning: {stage.name} is trained on {some}.")
+
+
+def check(plan: list[stages.Stage], datasets: Datasets) -> None:
+  """Fails now on what would fail after hours: weights that are missing or do not fit,
+  batch sizes, stages in the workdir that were made of something else.
+
+  Raises:
+    UsageError: something does not fit.
+    RunError: names everything that is missing.
+  """
+  with _missing_together() as noting:
+    for stage in plan:
+      if stage.check():
+        _check_data(stage, datasets)
+        continue
+      given = None
+      with noting():
+        given = assembly.given_part(stage.config)
+      classes = _check_data(stage, datasets)
+      mesh = sharding.make_mesh(stage.config.batch_size)
+      sharding.check_batch(mesh, stage.config.batch_size, stage.kind.name)
+      assembly.check(stage, classes, given)
+
+
+def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
+  """Checks that a stage's batch and parents fit its images.
+
+  Returns:
+    The number of classes.
+
+  Raises:
+    UsageError: they do not.
+  """
+  config, kind = stage.config, stage.kind.name
+  dataset = datasets.encoded(config.dataset, "train")
+  if dataset.num_classes < 2:
+    raise errors.UsageError(
+      f"dataset '{dataset.name}' has one class only, '{dataset.class_names[0]}': name "
+      "one with several (dataset.path: the folder above the class folders)."
+    )
+  images = tasks.base.images_per_step(config)
+  if images > len(dataset):
+    raise errors.UsageError(
+      f"{kind}: a batch of {images} images is larger than the training set "
+      f"of {len(dataset)}: lower batch_size."
+    )
+  if (len(dataset) // images) * config.epochs >= 2**31:
+    raise errors.UsageError(f"{kind}: more than 2^31 steps: lower epochs.")
+  if classifier := stage.networks().get("classifier"):
+    known = datasets.encoded(classifier.config.dataset, "train").class_names
+    data.check_classes(dataset, known)
+  return dataset.num_classes
+
+
+def seconds(records: list[dict[str, float]]) -> float | None:
+  """Returns how long a stage's epochs took, with validation; None if nothing tells.
+
+  Args:
+    records: the stage's, see `stages.Stage.records`.
+  """
+  return sum(record.get("seconds", 0.0) for record in records) or None
+
+
+def describe(plan: Plan, datasets: Datasets) -> str:
+  """Returns a plan as a table, and the time that is left as far as it can be told.
+
+  The time of a stage is estimated from the rate of those of its kind in the workdir.
+
+  Args:
+    plan: the plan, checked.
+    datasets: what loads the stages' images.
+  """
+  lines = [("stage", "state", "needed by", "steps left", "time left")]
+  left = {stage.name: _steps_left(stage, datasets) for stage in plan.stages}
+  rates = _rates(plan)
+  total, unknown = 0.0, 0
+  for stage in plan.stages:
+    children = [s.name for s in plan.stages if stage.name in _parents(s)]
+    users = children or plan.serving(stage)
+    record, steps = stage.finished(), left[stage.name]
+    state, estimate = "to do", ""
+    if record is not None:
+      state = f"finished, {record.metric} {record.score:.4g}"
+    elif (stage.directory / "config.json").exists():
+      state = "begun"
+    if steps and stage.kind.name in rates:
+      needed = steps * rates[stage.kind.name]
+      total += needed
+      estimate = f"~{progress.format_seconds(needed)}"
+    elif steps:
+      unknown += 1
+      estimate = "?"
+    lines.append((stage.name, state, ", ".join(users), str(steps), estimate))
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+  table = [
+    "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+    for line in lines
+  ]
+  text = f"About {progress.format_seconds(total)} of training are left"
+  if unknown:
+    text += f", and {unknown} stages of kinds that nothing was trained of here"
+  experiments = ", ".join(one.name for one in plan.experiments)
+  return "\n".join(
+    [*(line.rstrip() for line in table), "", f"Experiments: {experiments}.", f"{text}."]
+  )
+
+
+def _parents(stage: stages.Stage) -> list[str]:
+  return [parent.name for parent in stage.parents.values()]
+
+
+def _steps_left(stage: stages.Stage, datasets: Datasets) -> int:
+  if stage.finished():
+    return 0
+  images = tasks.base.images_per_step(stage.config)
+  train = datasets.encoded(stage.config.dataset, "train")
+  total = len(train) // images * stage.config.epochs
+  return total - int(stage.latest_step() or 0)
+
+
+def _rates(plan: Plan) -> dict[str, float]:
+  """Returns seconds per step by kind of stage, the median over stages begun."""
+  found: dict[str, list[float]] = {}
+  for stage in plan.stages:
+    records = stage.records()
+    if (took := seconds(records)) and records[-1].get("step"):
+      found.setdefault(stage.kind.name, []).append(took / records[-1]["step"])
+  return {kind: statistics.median(rates) for kind, rates in found.items()}

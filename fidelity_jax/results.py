@@ -1,0 +1,129 @@
+"""Measures what experiments and studies ask for, and gathers what reports show."""
+
+import datetime
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fidelity_jax import (
+  claims,
+  data,
+  environment,
+  evaluate,
+  examples,
+  files,
+  plan,
+  rows,
+  stages,
+  statistics,
+  study,
+  subjects,
+)
+from fidelity_jax.report.content import Activations, Content, Examples, StageRecord
+
+# Experiments whose images on their way are shown.
+_PICTURED = 2
+
+
+def gather(
+  work: study.Study,
+  planned: plan.Plan,
+  tests: Mapping[str, data.Dataset],
+  missing: Mapping[str, str],
+  where: pathlib.Path,
+  command: str,
+) -> Content | None:
+  """Measures all experiments that are evaluated and whose stages are all there.
+
+  Returns:
+    What their report shows; None if none is evaluated at all.
+  """
+  if not tests:
+    return None
+  start = time.monotonic()
+  scored: list[rows.Scored] = []
+  pictured: list[Examples] = []
+  activations: list[Activations] = []
+  whole = lambda one: not any(stage.name in missing for stage in one.stages)
+  there = [one for one in planned.experiments if one.name in tests and whole(one)]
+  # Experiments on the same images are evaluated together.
+  together: dict[tuple[str, int], list[plan.Planned]] = {}
+  for one in there:
+    key = tests[one.name].fingerprint, one.config.dataset.image_size
+    together.setdefault(key, []).append(one)
+  for group in together.values():
+    chosen = {one.name: one.subjects() for one in group}
+    dataset = tests[group[0].name]
+    everything = [subject for found in chosen.values() for subject in found]
+    evaluation = evaluate.Evaluation(everything, dataset, where.parent)
+    evaluation.measure()
+    scored += evaluation.scored()
+    for one in group:
+      if one.config.evaluation.keep is not None:
+        _keep(evaluation, chosen[one.name], where / f"predictions-{one.name}.npz")
+    mapped = sorted(group, key=lambda one: one.last.kind.whole, reverse=True)
+    for one in mapped[: _PICTURED - len(pictured)]:
+      pictured.append(examples.draw(evaluation, chosen[one.name], where))
+    if "activations" in work.sections:
+      for one in group:
+        found = (evaluation, chosen[one.name], work.class_name, where)
+        activations.append(examples.activations(*found))
+  images = min((one.row.images for one in scored), default=1)
+  bootstrap = statistics.Bootstrap(images)
+  return Content(
+    name=work.name,
+    shows=work.shows,
+    sections=work.sections,
+    command=command,
+    rows=[one.row for one in scored],
+    comparisons=statistics.comparisons(scored, bootstrap),
+    verdicts=[] if work.lone else claims.verdicts(scored, bootstrap),
+    stages=[_record(stage, planned) for stage in planned.stages],
+    missing=list(missing.values()),
+    class_names=list(next(iter(tests.values())).class_names),
+    examples=pictured,
+    activations=activations,
+    environment={
+      **environment.versions(),
+      "hardware": environment.hardware(),
+      "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    },
+    seconds=time.monotonic() - start,
+  )
+
+
+def _keep(
+  evaluation: evaluate.Evaluation,
+  chosen: Sequence[subjects.Subject],
+  path: pathlib.Path,
+) -> None:
+  """Writes the logits of all images, float32 [R, N, K] by method and condition."""
+  files.check_file(path)
+  arrays = {
+    f"{subject.compared.key}/{name}": logits
+    for subject in chosen
+    if "logits" in subject.names
+    for name, logits in evaluation.logits(subject).items()
+  }
+  dataset = evaluation.dataset
+  arrays |= {"labels": np.asarray(dataset.labels), "images": np.array(dataset.keys)}
+  files.write_arrays(path, arrays, {"class_names": list(dataset.class_names)})
+
+
+def _record(stage: stages.Stage, planned: plan.Plan) -> StageRecord:
+  record, epochs = stage.finished(), stage.records()
+  return StageRecord(
+    name=stage.name,
+    kind=stage.kind.name,
+    finished=record is not None,
+    metric=record.metric if record else None,
+    score=record.score if record else None,
+    seconds=plan.seconds(epochs),
+    hardware=record.hardware or None if record else None,
+    config=stage.made_of,
+    records=epochs,
+    parents={role: parent.name for role, parent in stage.parents.items()},
+    experiments=planned.serving(stage),
+  )

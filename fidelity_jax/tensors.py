@@ -1,0 +1,237 @@
+"""What is made of a batch of test images, each thing once for all methods.
+
+Networks of one structure share a compiled program, whatever their weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fidelity_jax import (
+  assembly,
+  degradations,
+  fidelity,
+  platform,
+  quality,
+  randomness,
+  sharding,
+  stages,
+  tasks,
+)
+from fidelity_jax.method import Method
+from fidelity_jax.subjects import Subject
+
+PyTree = Any
+
+
+class _Part(NamedTuple):
+  """A network of a finished stage.
+
+  Attributes:
+    of: name of the stage that trained it.
+    network: the module.
+    variables: its variables, on the devices.
+  """
+
+  of: str
+  network: Any
+  variables: PyTree
+
+
+class Networks:
+  """Finished stages' networks, each loaded once."""
+
+  def __init__(self, num_classes: int, mesh: jax.sharding.Mesh):
+    self._load = assembly.Loader(num_classes)
+    self._replicated = sharding.replicated(mesh)
+    self._parts: dict[tuple[str, str], _Part] = {}
+
+  def of(self, behind: dict[str, stages.Stage]) -> dict[str, _Part]:
+    """Returns the networks of stages by role; end-to-end, the estimator with them."""
+    found = {}
+    for role in ("classifier", "restorer", "estimator", "calibration", "ensemble"):
+      if stage := behind.get(role):
+        found[role] = self._part(stage, role)
+        if role == "calibration" and stage.config.fidelity.source == "end_to_end":
+          found["estimator"] = self._part(stage, "estimator")
+    return found
+
+  def _part(self, stage: stages.Stage, role: str) -> _Part:
+    if (stage.name, role) not in self._parts:
+      network, variables = self._load(stage)
+      if isinstance(network, Method):
+        network, variables = getattr(network, role), variables[role]
+      variables = jax.device_put(variables, self._replicated)
+      self._parts[stage.name, role] = _Part(stage.name, network, variables)
+    return self._parts[stage.name, role]
+
+
+@functools.cache
+def _compiled(function: Callable, *static: Any) -> Callable:
+  """Returns a function compiled with its first arguments fixed.
+
+  Networks are compared by structure: those of one share a program.
+  """
+  bound = functools.partial(function, *static)
+  return jax.jit(bound, compiler_options=platform.compiler_options())
+
+
+def _restore(restorer, variables, degraded):
+  return restorer.apply(variables, degraded, method="restore")
+
+
+def _estimate(estimator, variables, images):
+  return estimator.apply(variables, images)
+
+
+def _plain(method: Method, variables, images):
+  return method.plain(variables, images)
+
+
+def _calibrated(method: Method, variables, restored, fidelity_map):
+  confidence = fidelity.confidence(fidelity_map, method.map_name)
+  return method.calibrated(variables, restored, confidence)
+
+
+def _ensemble(ensemble, map_name, variables, calibrated, plain, fidelity_map):
+  confidence = fidelity.confidence(fidelity_map, map_name)
+  return ensemble.apply(variables, calibrated, plain, confidence)
+
+
+def _classified(method: Method, keep: bool, variables, features, label):
+  logits = method.classify(variables, features)
+  own = jnp.take_along_axis(logits, label[:, None], 1)
+  # Of equal logits the first counts, as in argmax.
+  before = jnp.arange(logits.shape[1]) < label[:, None]
+  values = {
+    "prediction": jnp.argmax(logits, -1).astype(jnp.int32),
+    "rank": jnp.sum((logits > own) | ((logits == own) & before), -1, dtype=jnp.int32),
+    "confidence": jnp.max(jax.nn.softmax(logits), -1),
+  }
+  return values | ({"logits": logits} if keep else {})
+
+
+def _restoration(images, clean):
+  return {"psnr": tasks.base.psnr(images, clean), "ssim": quality.ssim(images, clean)}
+
+
+def _estimation(map_name, fidelity_map, restored, clean):
+  true = fidelity.oracle_map(restored, clean, map_name)
+  # A high similarity is a small error.
+  expected = 1 - fidelity_map if map_name == "cosine" else fidelity_map
+  return {
+    "error": jnp.mean(jnp.abs(fidelity_map - true), axis=(1, 2, 3)),
+    "ause": quality.ause(expected, jnp.abs(restored - clean)),
+  }
+
+
+@jax.jit
+def _degrade(degradation, key, batch, round_):
+  clean = batch["image"].astype(jnp.float32) / 255
+  keys = randomness.example_keys(key, round_, batch["index"])
+  return degradation(keys, clean), clean
+
+
+class Tensors:
+  """What is made of one degraded batch, each thing once."""
+
+  def __init__(
+    self,
+    networks: Networks,
+    seed: int,
+    condition: degradations.Condition,
+    batch: dict[str, jax.Array],
+    round_: int,
+  ):
+    """Degrades a batch.
+
+    Args:
+      networks: gives networks.
+      seed: of the noise.
+      condition: what is done to the images.
+      batch: "image" uint8 [N, H, W, 3], "index" and "label" int32 [N].
+      round_: number of the draw.
+    """
+    self._networks, self._label = networks, batch["label"]
+    key = randomness.purpose_key(seed, f"evaluation/{condition.name}")
+    made = _degrade(condition.degradation, key, batch, jnp.int32(round_))
+    self.degraded, self.clean = made
+    self._made: dict[tuple, Any] = {}
+
+  def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]
+
+  def images(self, subject: Subject) -> jax.Array:
+    """Returns what the subject sees, float32 [N, H, W, 3] in [0, 1]."""
+    if not subject.compared.restored:
+      return self.degraded
+    restorer = self._networks.of(subject.stages)["restorer"]
+    restore = _compiled(_restore, restorer.network)
+    make = lambda: restore(restorer.variables, self.degraded)
+    return self._once(("restored", restorer.of), make)
+
+  def fidelity_map(self, subject: Subject) -> jax.Array:
+    """Returns the subject's map, float32 [N, H, W, C]."""
+    parts, config = self._networks.of(subject.stages), subject.config.fidelity
+    restored = self.images(subject)
+    if config.source == "oracle":
+      oracle = lambda: _oracle(config.map, restored, self.clean)
+      return self._once(("oracle", config.map, parts["restorer"].of), oracle)
+    estimator = parts["estimator"]
+    seen = restored if config.estimator_input == "restored" else self.degraded
+    estimate = _compiled(_estimate, estimator.network)
+    key = ("map", estimator.of, config.estimator_input, parts["restorer"].of)
+    return self._once(key, lambda: estimate(estimator.variables, seen))
+
+  def features(self, subject: Subject) -> jax.Array:
+    """Returns what the subject gives the classifier's head, [N, F]."""
+    compared, parts = subject.compared, self._networks.of(subject.stages)
+    images = self.images(subject)
+    classifier = parts["classifier"]
+    variables = {"classifier": classifier.variables}
+    alone = Method(classifier.network, None)
+    seen = parts["restorer"].of if compared.restored else None
+    plain = lambda: self._once(
+      ("plain", classifier.of, seen),
+      lambda: _compiled(_plain, alone)(variables, images),
+    )
+    if compared.method == "classifier":
+      return plain()
+    fidelity_map, name = self.fidelity_map(subject), subject.config.fidelity.map
+    calibration = parts["calibration"]
+    steered = dataclasses.replace(alone, calibration=calibration.network, map_name=name)
+    both = variables | {"calibration": calibration.variables}
+    calibrated = self._once(
+      ("calibrated", calibration.of),
+      lambda: _compiled(_calibrated, steered)(both, images, fidelity_map),
+    )
+    if not compared.ensemble:
+      return calibrated
+    ensemble = parts["ensemble"]
+    combine = _compiled(_ensemble, ensemble.network, name)
+    return combine(ensemble.variables, calibrated, plain(), fidelity_map)
+
+  def values(self, subject: Subject) -> dict[str, jax.Array]:
+    """Returns what is measured of the subject, arrays [N] by name."""
+    if subject.compared.method == "restoration":
+      return _compiled(_restoration)(self.images(subject), self.clean)
+    if subject.compared.method == "estimation":
+      measure = _compiled(_estimation, subject.config.fidelity.map)
+      fidelity_map = self.fidelity_map(subject)
+      return measure(fidelity_map, self.images(subject), self.clean)
+    classifier = self._networks.of(subject.stages)["classifier"]
+    alone = Method(classifier.network, None)
+    classify = _compiled(_classified, alone, "logits" in subject.names)
+    variables = {"classifier": classifier.variables}
+    return classify(variables, self.features(subject), self._label)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _oracle(map_name, restored, clean):
+  return fidelity.oracle_map(restored, clean, map_name)
