@@ -136,7 +136,7 @@ class Evaluation:
     total = sum(
       count - min(n for _, n in lacking.values()) for lacking in wanted.values()
     )
-    bar = progress.Progress("evaluation", total, unit="batch")
+    bar = progress.Progress("evaluation", total)
     done, saved = 0, time.monotonic()
     for number, batch in enumerate(self.batches(self.dataset, first), first):
       found = []

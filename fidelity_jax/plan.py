@@ -69,15 +69,15 @@ class Plan:
 
   experiments: list[Planned]
 
-  @property
-  def stages(self) -> list[stages.Stage]:
-    """All stages, each once, parents first."""
-    return list({s.name: s for e in self.experiments for s in e.stages}.values())
-
   def serving(self, stage: stages.Stage) -> list[str]:
     """Returns the names of the experiments that need a stage."""
     needs = lambda e: any(s.name == stage.name for s in e.stages)
     return [e.name for e in self.experiments if needs(e)]
+
+  @property
+  def stages(self) -> list[stages.Stage]:
+    """All stages, each once, parents first."""
+    return list({s.name: s for e in self.experiments for s in e.stages}.values())
 
 
 def make(configs: list[ConfigDict], workdir: pathlib.Path, datasets: Datasets) -> Plan:
