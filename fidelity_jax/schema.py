@@ -29,19 +29,20 @@ _EVALUATION: rules.Table = {
 }
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, where: str = "config") -> None:
   """Checks an experiment's config, its parents' included.
 
   Args:
     config: the resolved config.
+    where: its path, for messages.
 
   Raises:
     UsageError: names the first impossible value, and what it may be.
   """
-  _check(config, "config")
+  _check(config, where, top=True)
 
 
-def _check(config: ConfigDict, where: str) -> None:
+def _check(config: ConfigDict, where: str, top: bool = False) -> None:
   """Checks a stage's config and its parents'; `where` is its path from the top."""
   name = config.get("kind")
   if not isinstance(name, str) or name not in tasks.CONFIGURED:
@@ -49,7 +50,7 @@ def _check(config: ConfigDict, where: str) -> None:
     raise rules.refusal(where, "kind", name, f"is not possible; {near}")
   kind = tasks.CONFIGURED[name]
   table = tasks.base.TRAINING | kind.fields(config)
-  if where == "config":
+  if top:
     table = table | {"experiment": EXPERIMENT}
     if kind.evaluated:
       table["evaluation"] = _EVALUATION
@@ -70,7 +71,7 @@ def _check(config: ConfigDict, where: str) -> None:
   # A parent that serves an evaluation is used at the top alone.
   used = kind.trained_from(config)
   for role, parent in parents.items():
-    if role in used or where == "config":
+    if role in used or top:
       _check(parent, f"{where}.parents.{role}")
 
 

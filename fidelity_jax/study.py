@@ -100,7 +100,7 @@ def read(config: ConfigDict) -> Study:
   found = [e for values in _combinations(config) for e in _expand(config, values)]
   experiments = list({e.experiment: e for e in found}.values())
   for experiment in experiments:
-    schema.check(experiment)
+    schema.check(experiment, f"config.experiments.{experiment.experiment}")
   if config.only is not None:
     experiments = _chosen(experiments, config.only)
   return Study(
