@@ -143,6 +143,9 @@ def test_calibration_error_by_hand():
   found = statistics.calibration_error(confidence, right)
   assert found == pytest.approx(100 * expected)
   assert statistics.calibration_error(np.array([[1.0], [0.0]]), np.eye(2)[:1].T) == 0
+  # A bin has its upper end: 9 / 15 is with 0.58.
+  found = statistics.calibration_error(np.array([0.6, 0.58]), np.array([True, False]))
+  assert found == pytest.approx(100 * abs(0.5 - 0.59))
 
 
 def test_calibrated_predictions_have_no_calibration_error():
