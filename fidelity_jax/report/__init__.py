@@ -1,4 +1,4 @@
-"""What a reader gets of an experiment or a study: one page, tables, figures, numbers."""
+"""What a reader gets of an experiment or a study: a page, tables, figures, numbers."""
 
 import pathlib
 

@@ -87,12 +87,15 @@ def _apart(found: Sequence[Group]) -> tuple[str, list[str]]:
   names = [group.name.split(", ") for group in found]
   # What stands below a panel's axis needs no heading, unless there is no other.
   kinds = [group.first.degradation for group in found]
-  parts = [[part for part in name if part != kind] for name, kind in zip(names, kinds)]
+  parts = [
+    [part for part in name if part != kind]
+    for name, kind in zip(names, kinds, strict=True)
+  ]
   shared = [part for part in parts[0] if all(part in other for other in parts)]
   heads = [[part for part in own if part not in shared] for own in parts]
   if len(found) == 1:
     return "", [_joined(names[0])]
-  heads = [own or [kind] for own, kind in zip(heads, kinds)]
+  heads = [own or [kind] for own, kind in zip(heads, kinds, strict=True)]
   return _joined(shared), [_joined(own) for own in heads]
 
 

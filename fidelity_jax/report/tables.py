@@ -131,15 +131,14 @@ def _notes(entry: Entry, measure: Measure) -> tuple[str, ...]:
   if entry.paper is not None:
     apart = text.difference(entry.value - entry.paper, digits)
     lines.append(f"paper {text.number(entry.paper, digits)} ({apart})")
-  spreads = []
-  if entry.over_rounds is not None:
-    named = " noise" if entry.over_seeds is not None else ""
-    spreads.append(f"± {entry.over_rounds:.{digits}f}{named}")
-  if entry.over_seeds is not None:
-    spreads.append(f"± {entry.over_seeds:.{digits}f} training")
-  if spreads:
-    lines.append(", ".join(spreads))
-  lines.append(text.interval(entry.low, entry.high, digits))
+  ends = text.interval(entry.low, entry.high, digits)
+  noise = entry.over_rounds is not None
+  spread = f"± {entry.over_rounds:.{digits}f}" if noise else ""
+  if entry.over_seeds is None:
+    return (*lines, f"{spread} {ends}".strip())
+  training = f"± {entry.over_seeds:.{digits}f} training"
+  lines.append(f"{spread} noise, {training}" if noise else training)
+  lines.append(ends)
   return tuple(lines)
 
 
@@ -288,8 +287,9 @@ _SIGNS = {"holds": "✓", "does not hold": "✗", "cannot be told": "?"}
 def of_verdicts(verdicts: Sequence[claims.Verdict]) -> Table:
   """Returns a line for each of the paper's claims."""
   lines = []
+  several = len({c.group for verdict in verdicts for c in verdict.comparisons}) > 1
   for verdict in verdicts:
-    basis = [_basis(c) for c in verdict.comparisons]
+    basis = [_basis(c, several) for c in verdict.comparisons]
     first = verdict.comparisons[0] if verdict.comparisons else None
     lines.append(
       [
@@ -316,10 +316,11 @@ def of_verdicts(verdicts: Sequence[claims.Verdict]) -> Table:
   )
 
 
-def _basis(c: statistics.Comparison) -> str:
-  """Returns a comparison in a line."""
+def _basis(c: statistics.Comparison, several: bool) -> str:
+  """Returns a comparison in a line, with its group if there are several."""
+  where = f" ({c.group})" if several else ""
   return (
-    f"{c.first} less {c.second}, {c.condition} ({c.group}): "
+    f"{c.first} less {c.second}, {c.condition}{where}: "
     f"{text.difference(c.difference)} {text.interval(c.low, c.high)}, "
     f"p {text.p_value(c.p)}"
   )
