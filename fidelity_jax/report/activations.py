@@ -68,7 +68,7 @@ def ordered(degraded: np.ndarray) -> np.ndarray:
 
 def _panel(axes: Axes, one: Activations, values: np.ndarray) -> None:
   levels = len(values) - 1
-  colours = matplotlib.colormaps["plasma"](np.linspace(0.25, 0.82, max(levels, 1)))
+  colours = matplotlib.colormaps["plasma"](np.linspace(0.3, 0.84, max(levels, 1)))
   neurons = np.arange(values.shape[1])
   window = max(values.shape[1] // 50, 1)
   many = values.size > _MOST_POINTS

@@ -78,7 +78,7 @@ def draw(
 
 def _across(width: float, titles: Collection[str]) -> int:
   """Returns how many columns a legend has in a figure of a width in inches."""
-  column = 0.65 + 0.075 * max(map(len, titles))
+  column = 0.6 + 0.062 * max(map(len, titles))
   return max(1, min(4, int(width / column)))
 
 

@@ -17,7 +17,7 @@ _MEANINGS = {
 }
 _WIDEST = 8
 _STEERED = ("oracle", "pretrained", "end_to_end")
-_RIGHT, _WRONG = "#1a8f4c", "#d9402f"
+_RIGHT, _WRONG = "#2a9a58", "#dc4a39"
 
 
 def chosen(examples: Sequence[Examples]) -> list[Examples]:

@@ -76,7 +76,11 @@ def _cell(cell: Cell) -> str:
   if cell.best:
     shown = f"**{shown}**"
   if not cell.text and cell.stages:
-    shown = ", ".join(f"{role}: {text.markdown(name)}" for name, role in cell.stages)
+    shown = "<br>".join(
+      f"{text.markdown(role)}: {text.markdown(name)}"
+      for role, links in cell.stages
+      for name, _ in links
+    )
   return "<br>".join([shown, *map(text.markdown, cell.notes)])
 
 

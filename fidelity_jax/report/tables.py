@@ -7,6 +7,8 @@ from fidelity_jax import claims, paper, statistics
 from fidelity_jax.report import content, groups, text
 from fidelity_jax.report.groups import MEASURES, Entry, Group, Measure
 
+Links = tuple[str, tuple[tuple[str, str], ...]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -18,7 +20,7 @@ class Cell:
     notes: lines of small print below.
     best: whether it is the best of its column.
     hint: what is shown when it is pointed at.
-    stages: names of the stages that it is a link to, with the links' texts.
+    stages: the stages that it links to: (role, names and texts of the role's links).
     state: the verdict, "finished" or "missing-stage", for its colour.
   """
 
@@ -27,7 +29,7 @@ class Cell:
   notes: tuple[str, ...] = ()
   best: bool = False
   hint: str = ""
-  stages: tuple[tuple[str, str], ...] = ()
+  stages: tuple[Links, ...] = ()
   state: str = ""
 
 
@@ -136,8 +138,9 @@ def _notes(entry: Entry, measure: Measure) -> tuple[str, ...]:
   spread = f"± {entry.over_rounds:.{digits}f}" if noise else ""
   if entry.over_seeds is None:
     return (*lines, f"{spread} {ends}".strip())
-  training = f"± {entry.over_seeds:.{digits}f} training"
-  lines.append(f"{spread} noise, {training}" if noise else training)
+  if noise:
+    lines.append(f"{spread} noise")
+  lines.append(f"± {entry.over_seeds:.{digits}f} training")
   lines.append(ends)
   return tuple(lines)
 
@@ -195,18 +198,17 @@ def _of_the_paper(entries: list[Entry]) -> str:
   return note
 
 
-def _stages(entries: Iterable[Entry]) -> tuple[tuple[str, str], ...]:
-  """Returns (stage's name, text of its link) of all stages behind a line."""
+def _stages(entries: Iterable[Entry]) -> tuple[Links, ...]:
+  """Returns links to all stages behind a line; several of a role by their seeds."""
   found = {}
   for entry in entries:
     for row in entry.rows:
       for role, name in row.stages.items():
-        found.setdefault(name, (role, row.seed))
-  # A stage serves several seeds if it was not trained for each of them.
-  roles = [role for role, _ in found.values()]
+        # A stage serves several seeds if it was not trained for each of them.
+        found.setdefault(role, {}).setdefault(name, str(row.seed))
   return tuple(
-    (name, f"{role} {seed}" if roles.count(role) > 1 else role)
-    for name, (role, seed) in found.items()
+    (role, tuple(names.items()) if len(names) > 1 else ((next(iter(names)), role),))
+    for role, names in found.items()
   )
 
 
@@ -334,7 +336,7 @@ def of_stages(stages: Sequence[content.StageRecord]) -> Table:
     score = text.NONE if stage.score is None else f"{stage.score:.4g}"
     lines.append(
       [
-        Cell(stage.name, stages=((stage.name, "details"),)),
+        Cell(stage.name, stages=(("details", ((stage.name, "details"),)),)),
         Cell(stage.kind),
         Cell("finished" if stage.finished else "not finished", state=state),
         Cell(score, stage.score, (stage.metric,) if stage.metric else ()),
@@ -352,5 +354,5 @@ def of_stages(stages: Sequence[content.StageRecord]) -> Table:
   )
 
 
-def _links(parents: dict[str, str]) -> tuple[tuple[str, str], ...]:
-  return tuple((name, role) for role, name in parents.items())
+def _links(parents: dict[str, str]) -> tuple[Links, ...]:
+  return tuple((role, ((name, role),)) for role, name in parents.items())
