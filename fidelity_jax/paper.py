@@ -7,7 +7,6 @@ IVRL/EPFL 2021; its Tables 5.1 and 6.1.
 import functools
 import importlib.resources
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from fidelity_jax.rows import Row
@@ -22,44 +21,100 @@ def tables() -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
+def accuracy(row: Row) -> float | None:
+  """Returns the accuracy in percent that the paper has for a row's method.
+
+  It is on Caltech-256 with ResNet-50 and DnCNN, whatever the row's dataset and networks
+  are: see `same_experiment`. None where Tables 5.1 and 6.1 have no such number: another
+  degradation or level than theirs, a classifier that was not trained, no classifier at
+  all, more than one thing that is not as in the paper's main method.
+
+  Args:
+    row: any.
+  """
+  column = _column(row)
+  if column is None:
+    return None
+  if row.method == "classifier":
+    setup = _SETUPS.get(row.trained_on)
+    return _table_5_1().get((setup, row.restorer is not None, None, column))
+  if row.trained_on != "clean":
+    return None
+  other = _other(row)
+  if not other:
+    return _table_5_1().get((row.method, True, row.ensemble, column))
+  if len(other) > 1 or row.method != "oracle" or row.ensemble:
+    return None
+  return _table_6_1().get((other[0], column))
+
+
+def same_experiment(row: Row) -> bool:
+  """Returns whether the paper has a row's number for the very same experiment.
+
+  That is its dataset, Caltech-256 at 224 pixels, its backbone, ResNet-50, and its
+  restorer, DnCNN, if there is one.
+
+  Args:
+    row: any.
+  """
+  return (
+    accuracy(row) is not None
+    and row.dataset == "caltech256"
+    and row.image_size == 224
+    and row.backbone == "resnet50"
+    and row.restorer in (None, "dncnn")
+  )
+
+
+def _column(row: Row) -> str | None:
+  """Returns the column of a row's condition, None if the tables have no such one."""
+  condition = row.condition
+  if row.degradation != "awgn":
+    return None
+  if condition.kind == "clean":
+    return "clean"
+  if condition.kind != "awgn":
+    return None
+  if condition.vary is None:
+    return f"{condition.level:g}"
+  if condition.vary in ("1d", "2d") and sorted(condition.level) == [0.0, 0.5]:
+    return condition.vary
+  return None
+
+
+def _other(row: Row) -> list[str]:
+  """Returns what is not as in the paper's main method, as Table 6.1 calls it."""
+  other = [] if row.map == "l1" else [f"fidelity map: {row.map}"]
+  if row.resize not in (None, "bilinear"):
+    other.append(f"downsampling: {row.resize}")
+  for name in row.without:
+    words = "residual mechanism" if name == "residual" else name.replace("_", " ")
+    other.append(f"without {words}")
+  return other
+
+
 @functools.cache
-def _table_5_1() -> dict[tuple[str, bool, bool | None, str], float]:
-  """Returns Table 5.1 by (setup or method, restored, ensemble, condition)."""
+def _table_5_1() -> dict[tuple[str | None, bool, bool | None, str], float]:
+  """Returns Table 5.1 by (setup or method, restored, ensemble, column)."""
   table = tables()["table_5_1"]
-  names = [c if c == "clean" else f"awgn-{c}" for c in table["columns"]]
   return {
     (
       row["classifier_or_method"],
       row["restoration_at_test"] != "none",
       row["ensemble"],
-      name,
-    ): accuracy
+      column,
+    ): value
     for row in table["rows"]
-    for name, accuracy in zip(names, row["accuracy"], strict=True)
+    for column, value in zip(table["columns"], row["accuracy"], strict=True)
   }
 
 
-def accuracies(rows: Sequence[Row]) -> list[float | None]:
-  """Returns the accuracy in percent that Table 5.1 has for each row.
-
-  None where the row is of another experiment: the paper's is about Caltech-256,
-  ResNet-50, DnCNN, AWGN, the l1 map and 224 px, and classifiers that it trained.
-  """
-  return [_accuracy(row) for row in rows]
-
-
-def _accuracy(row: Row) -> float | None:
-  same = (
-    row.dataset == "caltech256"
-    and row.image_size == 224
-    and row.backbone == "resnet50"
-    and row.restorer in (None, "dncnn")
-    and row.map in (None, "l1")
-    and row.trained_on in _SETUPS
-    and (row.method == "classifier" or row.trained_on == "clean")
-  )
-  if not same:
-    return None
-  method = _SETUPS[row.trained_on] if row.method == "classifier" else row.method
-  key = (method, row.restorer is not None, row.ensemble, row.condition.name)
-  return _table_5_1().get(key)
+@functools.cache
+def _table_6_1() -> dict[tuple[str, str], float]:
+  """Returns Table 6.1 by (row, column)."""
+  table = tables()["table_6_1"]
+  return {
+    (row["row"], column): value
+    for row in table["rows"]
+    for column, value in zip(table["columns"], row["accuracy"], strict=True)
+  }

@@ -91,26 +91,6 @@ def test_the_papers_numbers_stand_beside_the_same_experiment():
   assert "(paper: 56.05)" in text and "(paper: 10.44)" in text
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"dataset": "demo"},
-    {"image_size": 64},
-    {"backbone": "resnet18"},
-    {"restorer": "another"},
-    {"trained_on": "given"},
-    {"trained_on": "none"},
-    {"method": "oracle", "map": "l2", "ensemble": True},
-    {"method": "oracle", "map": "l1", "ensemble": True, "trained_on": "degraded"},
-    {"condition": Condition("awgn-0.35", "awgn", 0.35, None, [])},
-  ],
-  ids=str,
-)
-def test_and_not_beside_another(changes):
-  row = _row(**{"condition": Condition("awgn-0.3", "awgn", 0.3, None, [])} | changes)
-  assert paper.accuracies([row]) == [None]
-
-
 def test_a_table_without_them():
   text = report.markdown(_config(), _results(dataset="demo"), ["`stage`: ok"])
   assert "(paper:" not in text
