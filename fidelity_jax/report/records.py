@@ -1,0 +1,60 @@
+"""The numbers of a report for programs: results.json and results.csv."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from fidelity_jax import titles
+from fidelity_jax.report import groups, text
+from fidelity_jax.report.content import Content
+from fidelity_jax.rows import Row
+
+_APART = ("condition", "per_class", "stages", "products", "without")
+
+
+def as_json(content: Content) -> dict[str, Any]:
+  """Returns what results.json holds."""
+  return {
+    "rows": msgspec.to_builtins(content.rows),
+    "comparisons": msgspec.to_builtins(content.comparisons),
+    "verdicts": msgspec.to_builtins(content.verdicts),
+    "missing": list(content.missing),
+    "class_names": list(content.class_names),
+  }
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+  """Returns what results.csv holds: a line for each row; empty where there is none."""
+  scalars = [field for field in Row.__struct_fields__ if field not in _APART]
+  columns = ["title", "group", *scalars, "value", "paper", "without", "condition"]
+  columns += ["condition_kind", "condition_level", "condition_vary"]
+  columns += ["stages", "products"]
+  buffer = io.StringIO()
+  writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+  writer.writeheader()
+  for row in rows:
+    level = row.condition.level
+    values = {field: getattr(row, field) for field in scalars} | {
+      "title": titles.title(row),
+      "group": titles.group(row),
+      "value": row.value,
+      "paper": groups.Entry((row,)).paper,
+      "without": "+".join(row.without),
+      "condition": row.condition.name,
+      "condition_kind": row.condition.kind,
+      "condition_level": ";".join(map(repr, level))
+      if isinstance(level, list)
+      else level,
+      "condition_vary": row.condition.vary,
+      "stages": text.pairs(row.stages),
+      "products": text.pairs(row.products),
+    }
+    printed = {
+      name: text.printable(value) if isinstance(value, str) else value
+      for name, value in values.items()
+    }
+    writer.writerow(printed)
+  return buffer.getvalue()
