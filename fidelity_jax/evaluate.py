@@ -121,8 +121,11 @@ class Evaluation:
           lacking[kept.directory] = subject, done // self._batch_size
     return wanted
 
-  def measure(self) -> None:
+  def measure(self) -> bool:
     """Measures what is not measured yet.
+
+    Returns:
+      Whether there was anything to measure.
 
     Raises:
       RunError: it cannot be written.
@@ -130,7 +133,7 @@ class Evaluation:
     """
     wanted = self._wanted()
     if not wanted:
-      return
+      return False
     count = -(-len(self.dataset) // self._batch_size)
     first = min(n for lacking in wanted.values() for _, n in lacking.values())
     total = sum(
@@ -164,6 +167,7 @@ class Evaluation:
         saved = time.monotonic()
     self._save(count, [])
     bar.close()
+    return True
 
   def _take(self, number: int, found: list) -> None:
     for place, values in found:

@@ -15,6 +15,7 @@ from fidelity_jax import (
   examples,
   files,
   plan,
+  platform,
   rows,
   stages,
   statistics,
@@ -42,7 +43,7 @@ def gather(
   """
   if not tests:
     return None
-  start = time.monotonic()
+  start, measured = time.monotonic(), False
   scored: list[rows.Scored] = []
   pictured: list[Examples] = []
   activations: list[Activations] = []
@@ -53,12 +54,12 @@ def gather(
   for one in there:
     key = tests[one.name].fingerprint, one.config.dataset.image_size
     together.setdefault(key, []).append(one)
-  for group in together.values():
+  for group in (part for found in together.values() for part in passes(found)):
     chosen = {one.name: one.subjects() for one in group}
     dataset = tests[group[0].name]
     everything = [subject for found in chosen.values() for subject in found]
     evaluation = evaluate.Evaluation(everything, dataset, where.parent)
-    evaluation.measure()
+    measured |= evaluation.measure()
     scored += evaluation.scored()
     for one in group:
       if one.config.evaluation.keep is not None:
@@ -90,8 +91,25 @@ def gather(
       "hardware": environment.hardware(),
       "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     },
-    seconds=time.monotonic() - start,
+    seconds=time.monotonic() - start if measured else None,
   )
+
+
+def passes(group: list[plan.Planned]) -> list[list[plan.Planned]]:
+  """Splits experiments so that the networks of each part fit the memory together.
+
+  Args:
+    group: experiments whose stages are finished.
+  """
+  room, parts, held = platform.memory() / 2, [[]], {}
+  for one in group:
+    own = {stage.name: stage.size() for stage in one.stages}
+    if parts[-1] and sum((held | own).values()) > room:
+      parts.append([])
+      held = {}
+    parts[-1].append(one)
+    held |= own
+  return parts
 
 
 def _keep(

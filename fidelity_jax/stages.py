@@ -267,6 +267,11 @@ class Stage:
   def _variables(self, step: int) -> pathlib.Path:
     return checkpoints.variables_directory(self._checkpoints, step)
 
+  def size(self) -> int:
+    """Returns the size of the finished stage's product, in bytes."""
+    directory = self._variables(self.finished().best_step)
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
   def records(self) -> list[dict[str, float]]:
     """Returns what metrics.jsonl holds, a record for each epoch so far.
 

@@ -4,8 +4,8 @@
 
 Moments, the COUNT-th of which is fatal: "step" (after a training step), "write" (inside
 a checkpoint write, seen by its temporary directory), "validate" (in a validation),
-"finish" (a stage is trained and not yet marked), "evaluate" (before a round of a
-condition).
+"finish" (a stage is trained and not yet marked), "evaluate" (before a batch
+is degraded).
 """
 
 import os
@@ -45,7 +45,7 @@ def main() -> None:
   elif moment == "validate":
     train.Trainer.validate = before(train.Trainer.validate)
   elif moment == "evaluate":
-    evaluate.Evaluation._round = before(evaluate.Evaluation._round)
+    evaluate.Tensors = before(evaluate.Tensors)
   elif moment == "write":
     (workdir,) = [a.split("=", 1)[1] for a in sys.argv if a.startswith("--workdir=")]
     threading.Thread(target=_watch, args=(workdir, reached), daemon=True).start()

@@ -30,7 +30,8 @@ def _rows(workdir, name="oracle"):
 
 
 def _methods(workdir, name="oracle"):
-  return {(row["method"], row["ensemble"]) for row in _rows(workdir, name)}
+  classified = [row for row in _rows(workdir, name) if row["accuracy"] is not None]
+  return {(row["method"], row["ensemble"]) for row in classified}
 
 
 def _variables(stage):
@@ -94,51 +95,50 @@ def test_estimated_maps(toy_copy, command):
   assert result.stderr.count(": finished (") == 2
 
 
-def test_the_papers_setups(command, tmp_path):
-  """Classifiers on clean, degraded and restored images, and the restorer, together."""
-  shared = ("dataset", "evaluation", "parents.restorer")
-  fields = {k: v for k, v in _QUICK.items() if k.startswith(shared)}
-  own = {k: v for k, v in _QUICK.items() if k.startswith("parents.classifier.")}
-  fields |= {k.removeprefix("parents.classifier."): v for k, v in own.items()}
-  workdir = f"--workdir={tmp_path}"
+def _at_the_top(role, chosen=("dataset", "evaluation")):
+  """Returns the toy's fields for an experiment that ends in a stage of this role."""
+  own = {k: v for k, v in TOY.items() if k.startswith(f"parents.{role}.")}
+  fields = {k: v for k, v in TOY.items() if k.startswith(chosen)}
+  return fields | {k.removeprefix(f"parents.{role}."): v for k, v in own.items()}
+
+
+def test_a_classifier_alone_and_a_restorer_alone(toy_copy, command):
+  """Where the oracle's experiment was: nothing is trained, only new is measured."""
+  workdir = f"--workdir={toy_copy}"
   run = lambda name, fields: command(
     f"--config=configs/{name}.py:demo", workdir, *overrides(fields), check=0
   )
-  for name in ("clean", "degraded", "restored"):
-    result = run(name, fields)
-    # The restorer is trained once.
-    assert result.stderr.count(": finished (") == (0 if name == "clean" else 1)
-    rows = _rows(tmp_path, name)
-    assert {row["trained_on"] for row in rows} == {name}
-    assert {row["restorer"] for row in rows} == {None, "dncnn"}
-    assert {row["method"] for row in rows} == {"classifier"}
-  (stage,) = tmp_path.glob("classifier-resnet-restored-*")
-  begun = json.loads((stage / "config.json").read_text())
-  assert list(begun["parents"]) == ["restorer"]
-  (stage,) = tmp_path.glob("classifier-resnet-clean-*")
-  assert json.loads((stage / "config.json").read_text())["parents"] == {}
-  # Of another level only what is new is measured: 0.25, and two that end there.
-  before = {p: p.read_bytes() for p in tmp_path.glob("measurements/*/*.json")}
+  fields = _at_the_top("classifier", ("dataset", "evaluation", "parents.restorer"))
+  result = run("clean", fields)
+  assert result.stderr.count(": finished (") == 2
+  assert "steps/s" not in result.stderr
+  rows = [row for row in _rows(toy_copy, "clean") if row["method"] == "classifier"]
+  assert {row["restorer"] for row in rows} == {None, "dncnn"}
+  assert {row["trained_on"] for row in rows} == {"clean"}
+  # Of another level only what is new is measured: two rounds of 0.25 and of 1D and 2D
+  # that end there, in two batches each.
+  before = {p: p.read_bytes() for p in toy_copy.glob("measurements/*/*.npz")}
   result = run("clean", fields | {"degradation.level": 0.25})
   assert result.stderr.count(": finished (") == 2
-  assert "3/3 rounds" in result.stderr
-  assert len(list(tmp_path.glob("clean-*/report.md"))) == 2
+  assert "evaluation  12/12 steps" in result.stderr
+  assert len(list(toy_copy.glob("clean-*/report.md"))) == 2
   assert {p: p.read_bytes() for p in before} == before
-  # The restorer alone: PSNR with and without it.
-  fields = {k: v for k, v in fields.items() if k.startswith(("dataset", "evaluation"))}
-  own = {k: v for k, v in _QUICK.items() if k.startswith("parents.restorer.")}
-  fields |= {k.removeprefix("parents.restorer."): v for k, v in own.items()}
-  assert run("restorer", fields).stderr.count(": finished (") == 1
-  psnr = {
-    (row["restorer"], row["condition"]["name"]): row["psnr"]
-    for row in _rows(tmp_path, "restorer")
-  }
+  # The restorer alone: PSNR and SSIM with and without it.
+  result = run("restorer", _at_the_top("restorer"))
+  assert result.stderr.count(": finished (") == 1
+  assert "steps/s" not in result.stderr
+  rows = _rows(toy_copy, "restorer")
+  psnr = {(row["restorer"], row["condition"]["name"]): row["psnr"] for row in rows}
   # Noise of 0.1 has 20 dB, and more where clipping takes some of it.
   assert 20 < psnr[None, "awgn-0.1"] < 21
   assert psnr[None, "clean"] == pytest.approx(100)
   assert psnr["dncnn", "awgn-0.1"] != psnr[None, "awgn-0.1"]
-  index = (tmp_path / "index.md").read_text()
-  assert all(f"[{name}-" in index for name in ("clean", "restored", "restorer"))
+  assert all(row["low"] <= row["psnr"] <= row["high"] for row in rows)
+  ssim = {(row["restorer"], row["condition"]["name"]): row["ssim"] for row in rows}
+  assert ssim[None, "clean"] == pytest.approx(1)
+  assert 0 < ssim[None, "awgn-0.5"] < ssim[None, "awgn-0.1"] < 1
+  index = (toy_copy / "index.md").read_text()
+  assert all(f"[{name}-" in index for name in ("clean", "oracle", "restorer"))
 
 
 def test_an_authors_checkpoint_as_it_is(command, tmp_path):
@@ -166,7 +166,7 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   assert "model.depth 3 (the config's is 4)" in refused.stderr.splitlines()[-1]
   assert not list((tmp_path / "refused").glob("*/"))
   run("run", fields, 0)
-  with np.load(experiment(tmp_path / "run") / "examples.npz") as examples:
+  with np.load(experiment(tmp_path / "run") / "examples-oracle.npz") as examples:
     clean, degraded = (_nchw(examples[name]) for name in ("clean", "degraded"))
     predicted = examples["value/oracle-restored-ensemble"].ravel()
   with torch.no_grad():

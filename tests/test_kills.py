@@ -62,6 +62,7 @@ def _curves(workdir):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
       record.pop("steps_per_second", None)
+      record.pop("seconds")
     curves[path.parent.name] = records
   return curves
 

@@ -107,7 +107,11 @@ def test_axes():
 def test_the_ablations_of_table_6_1():
   found = _experiments("table_6_1")
   differing = {
-    name: (e.fidelity.map, e.model.resize, [k for k, v in e.model.items() if v is False])
+    name: (
+      e.fidelity.map,
+      e.model.resize,
+      [k for k, v in e.model.items() if v is False],
+    )
     for name, e in found.items()
     if name != "clean"
   }

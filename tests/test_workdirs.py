@@ -57,8 +57,8 @@ def _change_json(pattern, **changes):
 
 
 _MARKER = "restorer-*/finished.json"
-_CONDITION = "measurements/oracle-restored-ensemble-*/awgn-0.3-*.json"
-_EXAMPLES = "oracle-*/examples.npz"
+_CONDITION = "measurements/oracle-restored-ensemble-*/awgn-0.3-*.npz"
+_EXAMPLES = "oracle-*/examples-oracle.npz"
 # What can happen to a finished workdir, and what is said of it.
 DAMAGES = [
   *((_write(_MARKER, c), "finished.json is damaged") for c in (b"", b"{", b"\xff")),
@@ -85,9 +85,8 @@ DAMAGES = [
   (lambda w: flip(_product(w, "ensemble"), 50), "is damaged"),
   (lambda w: os.truncate(_product(w, "classifier"), 10), "is damaged"),
   (lambda w: _product(w, "calibration").unlink(), "is missing"),
-  *((_write(_CONDITION, c), ".json is damaged") for c in (b"", b"[]", b"{}")),
-  *((_write(_CONDITION, c), ".json is damaged") for c in (b"null", b"[" * 9)),
-  (_change_json(_CONDITION, rounds={}), ".json is damaged"),
+  *((_write(_CONDITION, c), ".npz is damaged") for c in (b"", b"PK\3\4", b"[]")),
+  (lambda w: flip(next(w.glob(_CONDITION)), 300), ".npz is damaged"),
   (
     lambda w: shutil.copy(
       next(w.glob(_CONDITION.replace("0.3", "0.2"))), next(w.glob(_CONDITION))
@@ -106,12 +105,15 @@ DAMAGES = [
   (_swap("measurements/classifier-restored-*"), "is a file, where a directory"),
   (_swap("oracle-*"), "is a file, where a directory belongs"),
   (_swap("index.md"), "index.md is no regular file"),
-  *((_write(_EXAMPLES, c), "examples.npz is damaged") for c in (b"", b"PK\3\4", b"x")),
-  (lambda w: flip(next(w.glob(_EXAMPLES)), 3000), "examples.npz is damaged"),
+  *(
+    (_write(_EXAMPLES, c), "examples-oracle.npz is damaged")
+    for c in (b"", b"PK\3\4", b"x")
+  ),
+  (lambda w: flip(next(w.glob(_EXAMPLES)), 3000), "examples-oracle.npz is damaged"),
   (_swap(_EXAMPLES), "is no regular file"),
   *(
     (_swap(f"oracle-*/{name}"), f"{name} is no regular file")
-    for name in ("report.md", "accuracy.png", "examples.png")
+    for name in ("report.md", "report.html", "results.csv", "accuracy.png")
   ),
 ]
 
