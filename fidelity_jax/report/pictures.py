@@ -91,6 +91,9 @@ def drawn(
   with _style():
     figure, caption = draw()
     pixels = _saved(figure, "png", dpi=110, facecolor="white") if png else b""
+    if png:
+      # Laid out once is enough.
+      figure.set_layout_engine("none")
     vector = _saved(figure, "svg", dpi=80).decode()
   caption = text.printable(caption)
   inline = _inline(vector, name, title)
