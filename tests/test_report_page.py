@@ -292,3 +292,13 @@ def test_figures_have_their_ids_and_titles_for_themselves(page):
     """return [...document.querySelectorAll("h1, h2, h3")].map(h => +h.tagName[1])"""
   )
   assert levels[0] == 1 and levels.count(1) == 1
+
+
+def test_it_fits_on_paper(page):
+  show = page(1000)
+  show.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+  try:
+    # Nothing scrolls on paper.
+    assert show.execute_script("return document.documentElement.scrollWidth") <= 1000
+  finally:
+    show.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -17,7 +17,7 @@ from fidelity_jax.report import text
 
 # Told apart with any colour vision and on white as on black; after Okabe and Ito.
 COLOURS = (
-  *("#0072b2", "#d55e00", "#009e73", "#c0609a", "#d18f00", "#3d9fdb"),
+  *("#1478bd", "#d55e00", "#009e73", "#c0609a", "#d18f00", "#56b4e9"),
   *("#8a8a2b", "#9c6b4e", "#7f7f7f"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
