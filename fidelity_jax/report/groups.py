@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -131,7 +132,7 @@ class Group:
     name: see `titles.group`.
     field: what the rows are about: "accuracy", "psnr" or "map_error".
     titles: of the methods, in the order in which they were measured.
-    conditions: likewise.
+    conditions: by level; then those whose level varies, or that have none.
     entries: by title and name of the condition; not every pair need be there.
   """
 
@@ -162,13 +163,12 @@ class Group:
   @functools.cached_property
   def uniform(self) -> list[Condition]:
     """Conditions of one level everywhere, from the mildest to the harshest."""
-    along = [c for c in self.conditions if c.vary is None and c.level is not None]
-    return sorted(along, key=lambda c: c.level)
+    return [c for c in self.conditions if _is_uniform(c)]
 
   @property
   def others(self) -> list[Condition]:
     """Conditions whose level varies, or that have none."""
-    return [c for c in self.conditions if c not in self.uniform]
+    return [c for c in self.conditions if not _is_uniform(c)]
 
   @property
   def harshest(self) -> Condition:
@@ -194,16 +194,25 @@ def _group(name: str, field: str, rows: list[Row]) -> Group:
   entries = collections.defaultdict(list)
   for row, title in zip(rows, _unique_titles(rows), strict=True):
     entries[title, row.condition.name].append(row)
+  conditions = {row.condition.name: row.condition for row in rows}
   return Group(
     name=name,
     field=field,
     titles=list(dict.fromkeys(title for title, _ in entries)),
-    conditions=list({row.condition.name: row.condition for row in rows}.values()),
+    conditions=sorted(conditions.values(), key=_by_level),
     entries={
       key: Entry(tuple(sorted(found, key=lambda row: row.seed)))
       for key, found in entries.items()
     },
   )
+
+
+def _is_uniform(condition: Condition) -> bool:
+  return condition.vary is None and condition.level is not None
+
+
+def _by_level(condition: Condition) -> float:
+  return condition.level if _is_uniform(condition) else math.inf
 
 
 def _unique_titles(rows: list[Row]) -> list[str]:

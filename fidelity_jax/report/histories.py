@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from fidelity_jax.report import text
 from fidelity_jax.report.content import StageRecord
 
-_TRAIN, _VALIDATION = "#7f7f7f", "#0072b2"
+_TRAIN, _VALIDATION = "#7f7f7f", "#1478bd"
 _UNITS = {"accuracy": "accuracy (%)", "psnr_gain": "PSNR gain (dB)"}
 
 

@@ -17,7 +17,7 @@ from fidelity_jax.report import text
 
 # Told apart with any colour vision and on white as on black; after Okabe and Ito.
 COLOURS = (
-  *("#0072b2", "#d55e00", "#009e73", "#c0609a", "#d18f00", "#3d9fdb"),
+  *("#1478bd", "#d55e00", "#009e73", "#c0609a", "#d18f00", "#56b4e9"),
   *("#8a8a2b", "#9c6b4e", "#7f7f7f"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
@@ -91,6 +91,9 @@ def drawn(
   with _style():
     figure, caption = draw()
     pixels = _saved(figure, "png", dpi=110, facecolor="white") if png else b""
+    if png:
+      # Laid out once is enough.
+      figure.set_layout_engine("none")
     vector = _saved(figure, "svg", dpi=80).decode()
   caption = text.printable(caption)
   inline = _inline(vector, name, title)

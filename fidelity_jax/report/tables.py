@@ -289,13 +289,15 @@ _SIGNS = {"holds": "✓", "does not hold": "✗", "cannot be told": "?"}
 def of_verdicts(verdicts: Sequence[claims.Verdict]) -> Table:
   """Returns a line for each of the paper's claims."""
   lines = []
-  several = len({c.group for verdict in verdicts for c in verdict.comparisons}) > 1
+  several = len({verdict.group for verdict in verdicts}) > 1
   for verdict in verdicts:
-    basis = [_basis(c, several) for c in verdict.comparisons]
+    basis = [_basis(c) for c in verdict.comparisons]
     first = verdict.comparisons[0] if verdict.comparisons else None
     lines.append(
       [
-        Cell(verdict.claim, notes=(verdict.where,)),
+        Cell(
+          verdict.claim, notes=(verdict.where, *((verdict.group,) if several else ()))
+        ),
         Cell(
           f"{_SIGNS.get(verdict.verdict, text.NONE)} {verdict.verdict}",
           state=verdict.verdict.replace(" ", "-"),
@@ -314,17 +316,19 @@ def of_verdicts(verdicts: Sequence[claims.Verdict]) -> Table:
     columns=("claim", "verdict", "why", "difference here", "the paper's"),
     hints=("",) * 5,
     lines=lines,
-    notes=("Differences in percentage points, with the 95 % interval in brackets.",),
+    notes=(
+      "Differences in percentage points, with the 95 % interval in brackets; here the "
+      "first of each claim's. A claim holds if all its intervals are on the side that "
+      "is claimed, and does not if any is on the other; else it cannot be told.",
+    ),
   )
 
 
-def _basis(c: statistics.Comparison, several: bool) -> str:
-  """Returns a comparison in a line, with its group if there are several."""
-  where = f" ({c.group})" if several else ""
+def _basis(c: statistics.Comparison) -> str:
+  """Returns a comparison in a line."""
   return (
-    f"{c.first} less {c.second}, {c.condition}{where}: "
-    f"{text.difference(c.difference)} {text.interval(c.low, c.high)}, "
-    f"p {text.p_value(c.p)}"
+    f"{c.first} less {c.second}, {c.condition}: {text.difference(c.difference)} "
+    f"{text.interval(c.low, c.high)}, p {text.p_value(c.p)}"
   )
 
 
