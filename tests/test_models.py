@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_reference as reference
+from flax import traverse_util
 
 from fidelity_jax import errors, models
 from fidelity_jax.models import layers, registry
@@ -45,6 +46,62 @@ def test_published_sizes(name, parameters, features, taps):
   assert module.num_classes == 1000
   sizes = module.tap_sizes((224, 160))
   assert len(sizes) == taps and sizes[0] == (224, 160)
+
+
+@pytest.mark.parametrize(
+  "name, size, hidden, features, taps",
+  [
+    ("alexnet", 63, (512, 512), 1152, 5),
+    ("vgg16", 32, (512, 512), 3136, 7),
+    ("googlenet", 16, (), 128, 6),
+  ],
+)
+def test_a_narrow_network(name, size, hidden, features, taps):
+  """An eighth of torchvision's in every layer; it runs, and takes no wide weights."""
+  module = models.create({"name": name, "width": 8}, 5)
+  wide = models.create({"name": name}, 5)
+  assert (module.feature_size, module.num_taps) == (features, taps)
+  assert tuple(module.head.hidden) == hidden
+  assert module.tap_sizes((size, size)) == wide.tap_sizes((size, size))
+  narrow = shapes(module, size)
+  layers_of = lambda variables: traverse_util.flatten_dict(variables["params"])
+  given = shapes(wide, size)
+  wide_layers = layers_of(given)
+  for path, leaf in layers_of(narrow).items():
+    expected = 5 if path[-2] == "logits" else wide_layers.pop(path).shape[-1] / 8
+    assert leaf.shape[-1] == expected, path
+  assert all(path[-2] == "logits" for path in wide_layers)
+  with pytest.raises(errors.UsageError, match=r"do not fit the network: .*not \("):
+    models.transfer(narrow, given, new_head=True)
+
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: rng.random(x.shape, np.float32) / 8, narrow)
+  images, seen = reference.images(2, size), []
+
+  @jax.jit
+  def run(variables, shift):
+    def steer(index, feature):
+      seen.append(index)
+      return feature + shift * (index + 1)
+
+    return module.apply(variables, images, tap=steer)
+
+  logits, _ = run(variables, 0.0)
+  assert logits.shape == (2, 5) and np.isfinite(logits).all()
+  assert seen == list(range(taps))
+  assert not np.allclose(run(variables, 1.0)[0], logits)
+
+
+def test_widths_that_do_not_give_whole_numbers_of_channels_are_refused():
+  with pytest.raises(errors.UsageError, match=r"model\.width is 20; .*multiple of 8"):
+    models.create({"name": "googlenet", "width": 20}, 5)
+  rule = registry.FIELDS["width"].rule
+  assert rule.holds(20) and not any(map(rule.holds, (0, -8, 8.0, True, "8")))
+  narrowest = models.create({"name": "alexnet", "width": 1}, 5)
+  assert narrowest.feature_size == 4 * 36
+  families = [f for f in registry.FAMILIES if "width" in f.fields]
+  assert len(families) == 4
+  assert all(f.fields["width"] is registry.FIELDS["width"] for f in families)
 
 
 @pytest.mark.parametrize("convs", [2, 3])
@@ -315,6 +372,12 @@ def test_completed_values():
     "width": 64,
     "block": "bottleneck",
   }
+  assert registry.complete({"name": "alexnet"}) == {
+    "name": "alexnet",
+    "width": 64,
+    "dropout": 0.5,
+  }
+  assert registry.complete({"name": "vgg16", "width": 16})["width"] == 16
   googlenet = {"name": "googlenet", "transform_steered": False}
   assert registry.complete(googlenet)["transform_input"] is False
   from_weights = registry.complete({**googlenet, "weights": "a.pth"})

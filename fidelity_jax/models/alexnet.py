@@ -10,15 +10,17 @@ from fidelity_jax.models import layers, pooling
 from fidelity_jax.models.backbone import (
   RATE,
   TORCHVISION,
+  WIDTH,
   Backbone,
   Family,
   Layout,
   State,
+  scaled,
 )
 from fidelity_jax.models.classifier import Classifier
 
-# Per stage: (channels, kernel, stride, padding) of its convolutions. Each of the three
-# stages ends in a 3x3 max pool of stride 2.
+# Per stage: (channels at width 64, kernel, stride, padding) of its convolutions. Each
+# of the three stages ends in a 3x3 max pool of stride 2.
 _STAGES = (
   ((64, 11, 4, 2),),
   ((192, 5, 1, 2),),
@@ -27,26 +29,32 @@ _STAGES = (
 
 
 class AlexNet(Backbone):
-  """The part of AlexNet before its fully connected layers; 5 taps, 9216 features.
+  """The part of AlexNet before its fully connected layers; 5 taps.
 
   Taps: the input, the feature before each max pool, and the feature before the
   adaptive average pool to 6x6. Convolutions are called `conv1` ... `conv5`. Images of
-  63 pixels and more.
+  63 pixels and more. Features: 9216 at torchvision's width.
 
   Attributes:
+    width: channels of the first convolution; the others keep their ratio to it.
     dtype: compute dtype.
   """
 
+  width: int = 64
   dtype: Any = jnp.float32
 
   num_taps: ClassVar[int] = 5
-  feature_size: ClassVar[int] = 256 * 6 * 6
+
+  @property
+  def feature_size(self) -> int:
+    """Length of the feature vector."""
+    return scaled(256, self.width) * 6 * 6
 
   @nn.compact
   def __call__(
     self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns (features [N, 9216] in (C, H, W) order, no auxiliary inputs).
+    """Returns (features [N, feature_size] in (C, H, W) order, no auxiliary inputs).
 
     Args:
       x: normalized images [N, H, W, 3].
@@ -64,7 +72,7 @@ class AlexNet(Backbone):
       for features, kernel, stride, pad in convs:
         number += 1
         conv = layers.Conv(
-          features,
+          scaled(features, self.width),
           (kernel, kernel),
           strides=(stride, stride),
           padding=((pad, pad), (pad, pad)),
@@ -78,10 +86,10 @@ class AlexNet(Backbone):
     return layers.flatten_chw(layers.adaptive_average_pool(x, 6)), ()
 
 
-def _build(num_classes: int, dtype: Any, *, dropout: float) -> Classifier:
-  rates = (dropout, dropout, 0.0)
-  head = layers.Head(num_classes, (4096, 4096), rates, dtype=dtype)
-  return Classifier(AlexNet(dtype), head)
+def _build(num_classes: int, dtype: Any, *, width: int, dropout: float) -> Classifier:
+  rates, hidden = (dropout, dropout, 0.0), (scaled(4096, width),) * 2
+  head = layers.Head(num_classes, hidden, rates, dtype=dtype)
+  return Classifier(AlexNet(width, dtype), head)
 
 
 _TORCHVISION = (
@@ -100,9 +108,9 @@ def _recognize(state: State) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-  variants={"alexnet": dict(dropout=0.5)},
+  variants={"alexnet": dict(width=64, dropout=0.5)},
   build=_build,
   layouts=(Layout(_TORCHVISION, _recognize),),
   published={"torchvision/alexnet": f"{TORCHVISION}alexnet-owt-7be5be79.pth"},
-  fields={"dropout": RATE},
+  fields={"width": WIDTH, "dropout": RATE},
 )

@@ -79,6 +79,18 @@ class Field(NamedTuple):
 
 # A rate of dropout.
 RATE = Field(float, rules.SMOOTHING)
+# Channels of the first convolution. All other layers keep their ratio to it.
+WIDTH = Field(int, rules.whole(1, 65_536))
+
+
+def scaled(size: int, width: int) -> int:
+  """Returns a layer's size in a network narrower or wider than torchvision's.
+
+  Args:
+    size: channels or units in torchvision's network, whose first convolution has 64.
+    width: channels of this network's first convolution.
+  """
+  return size * width // 64
 
 
 @dataclasses.dataclass(frozen=True)

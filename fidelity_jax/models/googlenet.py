@@ -10,24 +10,26 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fidelity_jax import rules
+from fidelity_jax import errors, rules
 from fidelity_jax.models import layers, pooling
 from fidelity_jax.models.backbone import (
   RATE,
   TORCHVISION,
+  WIDTH,
   Backbone,
   Family,
   Field,
   Layout,
   State,
+  scaled,
 )
 from fidelity_jax.models.classifier import Classifier
 
 _EPSILON = 1e-3
 
-# Per Inception block: channels of the 1x1 branch, of the two 3x3 branches' (1x1
-# reduction, 3x3 convolution), and of the pooling branch's projection. A pool follows
-# 3b and 4e.
+# Per Inception block, at width 64: channels of the 1x1 branch, of the two 3x3 branches'
+# (1x1 reduction, 3x3 convolution), and of the pooling branch's projection. A pool
+# follows 3b and 4e.
 _BLOCKS = {
   "3a": (64, (96, 128), (16, 32), 32),
   "3b": (128, (128, 192), (32, 96), 64),
@@ -72,12 +74,14 @@ class Inception(nn.Module):
   """Four branches side by side: 1x1, two of 1x1 then 3x3, and max pool then 1x1.
 
   Attributes:
-    widths: output channels, as in `_BLOCKS`.
+    widths: output channels at width 64, as in `_BLOCKS`.
+    width: channels of the network's first convolution.
     norm: batch norm (off in a folded network).
     dtype: compute dtype.
   """
 
   widths: tuple[int, tuple[int, int], tuple[int, int], int]
+  width: int = 64
   norm: bool = True
   dtype: Any = jnp.float32
 
@@ -86,7 +90,7 @@ class Inception(nn.Module):
     """Returns the branches' outputs, concatenated by channels: [N, H, W, C]."""
     single, middle, large, pooled = self.widths
     conv = lambda features, kernel, name: _ConvReLU(
-      features, kernel, norm=self.norm, dtype=self.dtype, name=name
+      scaled(features, self.width), kernel, norm=self.norm, dtype=self.dtype, name=name
     )
     branches = [conv(single, 1, "branch1")(x, train)]
     for name, (reduced, features) in (("branch2", middle), ("branch3", large)):
@@ -103,28 +107,34 @@ class AuxiliaryHead(nn.Module):
   Attributes:
     num_classes: length of the logits.
     dropout: rate before the last layer, `logits`.
+    width: channels of the network's first convolution.
     dtype: compute dtype; logits are float32.
   """
 
   num_classes: int
   dropout: float = 0.7
+  width: int = 64
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns float32 logits [N, num_classes] of a feature [N, h, w, C]."""
     x = layers.adaptive_average_pool(x, 4)
-    x = layers.flatten_chw(_ConvReLU(128, dtype=self.dtype, name="conv")(x, train))
-    head = layers.Head(self.num_classes, (1024,), (0.0, self.dropout), dtype=self.dtype)
+    channels, hidden = scaled(128, self.width), scaled(1024, self.width)
+    x = _ConvReLU(channels, dtype=self.dtype, name="conv")(x, train)
+    x = layers.flatten_chw(x)
+    rates = (0.0, self.dropout)
+    head = layers.Head(self.num_classes, (hidden,), rates, dtype=self.dtype)
     nn.share_scope(self, head)
     return head(x, train)
 
 
 class GoogLeNet(Backbone):
-  """The part of GoogLeNet before its fully connected layer; 6 taps, 1024 features.
+  """The part of GoogLeNet before its fully connected layer; 6 taps.
 
   Taps: the input, the feature before each of the four max pools of the main path, and
   the feature before the global average pool. Images of 15 pixels and more.
+  Features: 1024 at torchvision's width.
 
   `transform_input` re-scales the input from ImageNet's mean and deviation to 0.5 and
   0.5, which torchvision's own ImageNet weights expect. It acts after tap 0, so that a
@@ -137,18 +147,25 @@ class GoogLeNet(Backbone):
     transform_input: whether to re-scale.
     transform_steered: whether to re-scale where a tap is given, too. Without
       `transform_input` it changes nothing.
+    width: channels of the first convolution, a multiple of 8; the others keep their
+      ratio to it.
     norm: batch norm (off in a folded network).
     dtype: compute dtype.
   """
 
   transform_input: bool = False
   transform_steered: bool = True
+  width: int = 64
   norm: bool = True
   dtype: Any = jnp.float32
 
   num_taps: ClassVar[int] = 6
-  feature_size: ClassVar[int] = 1024
   epsilon: ClassVar[float] = _EPSILON
+
+  @property
+  def feature_size(self) -> int:
+    """Length of the feature vector."""
+    return scaled(1024, self.width)
 
   @nn.nowrap
   def folded(self) -> Self:
@@ -159,15 +176,17 @@ class GoogLeNet(Backbone):
   def __call__(
     self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns (features [N, 1024], outputs of blocks 4a and 4d for auxiliary heads).
+    """Returns (features [N, feature_size], inputs of the auxiliary heads).
+
+    Those are the outputs of the blocks 4a and 4d.
 
     Args:
       x: normalized images [N, H, W, 3].
       tap: called at the six taps.
       train: use and update batch statistics.
     """
-    conv = lambda *args, name: _ConvReLU(
-      *args, norm=self.norm, dtype=self.dtype, name=name
+    conv = lambda features, *args, name: _ConvReLU(
+      scaled(features, self.width), *args, norm=self.norm, dtype=self.dtype, name=name
     )
     layers.check_image(x, "GoogLeNet", 15)
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
@@ -180,7 +199,10 @@ class GoogLeNet(Backbone):
     x = pooling.max_pool(x, 3, 2, ceil_mode=True)
     aux_inputs = []
     for block, widths in _BLOCKS.items():
-      x = Inception(widths, self.norm, self.dtype, name=f"inception{block}")(x, train)
+      inception = Inception(
+        widths, self.width, self.norm, self.dtype, name=f"inception{block}"
+      )
+      x = inception(x, train)
       if block == "3b":
         x = pooling.max_pool(layers.apply_tap(tap, 3, x), 3, 2, ceil_mode=True)
       elif block == "4e":
@@ -207,12 +229,18 @@ def _build(
   dropout: float,
   aux_dropout: float,
   aux_heads: bool,
+  width: int,
 ) -> Classifier:
-  backbone = GoogLeNet(transform_input, transform_steered, dtype=dtype)
+  if width % 8:
+    raise errors.UsageError(
+      f"model.width is {width}; GoogLeNet's has to be a multiple of 8, for whole "
+      "numbers of channels"
+    )
+  backbone = GoogLeNet(transform_input, transform_steered, width, dtype=dtype)
   head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
   if not aux_heads:
     return Classifier(backbone, head)
-  aux = lambda: AuxiliaryHead(num_classes, aux_dropout, dtype)
+  aux = lambda: AuxiliaryHead(num_classes, aux_dropout, width, dtype)
   return Classifier(backbone, head, aux(), aux())
 
 
@@ -245,6 +273,7 @@ FAMILY = Family(
       dropout=0.2,
       aux_dropout=0.7,
       aux_heads=True,
+      width=64,
     )
   },
   build=_build,
@@ -257,5 +286,6 @@ FAMILY = Family(
     "dropout": RATE,
     "aux_dropout": RATE,
     "aux_heads": Field(bool, rules.FLAG),
+    "width": WIDTH,
   },
 )

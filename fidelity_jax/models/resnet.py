@@ -12,6 +12,7 @@ from fidelity_jax import errors, rules
 from fidelity_jax.models import layers, pooling
 from fidelity_jax.models.backbone import (
   TORCHVISION,
+  WIDTH,
   Backbone,
   Family,
   Field,
@@ -183,7 +184,7 @@ FAMILY = Family(
   },
   fields={
     "stage_sizes": Field(tuple, rules.several(rules.whole(1, 200), 1, 8)),
-    "width": Field(int, rules.whole(1, 65_536)),
+    "width": WIDTH,
     "block": Field(str, rules.choice("basic", "bottleneck")),
   },
 )

@@ -11,40 +11,49 @@ from fidelity_jax.models import layers, pooling
 from fidelity_jax.models.backbone import (
   RATE,
   TORCHVISION,
+  WIDTH,
   Backbone,
   Family,
   Layout,
   State,
+  scaled,
 )
 from fidelity_jax.models.classifier import Classifier
 
-# Channels of the 3x3 convolutions per stage; every stage ends in a 2x2 max pool.
+# Channels of the 3x3 convolutions per stage at width 64; every stage ends in a 2x2 max
+# pool.
 _STAGES = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
 
 _hidden_init = nn.initializers.normal(0.01)
 
 
 class VGG16(Backbone):
-  """The part of VGG-16 before its fully connected layers; 7 taps, 25088 features.
+  """The part of VGG-16 before its fully connected layers; 7 taps.
 
   Taps: the input, the feature before each max pool, and the feature before the
   adaptive average pool to 7x7. Convolutions are called `conv1_1` ... `conv5_3`. Images
-  of 32 pixels and more.
+  of 32 pixels and more. Features: 25088 at torchvision's width.
 
   Attributes:
+    width: channels of the first convolution; the others keep their ratio to it.
     dtype: compute dtype.
   """
 
+  width: int = 64
   dtype: Any = jnp.float32
 
   num_taps: ClassVar[int] = 7
-  feature_size: ClassVar[int] = 512 * 7 * 7
+
+  @property
+  def feature_size(self) -> int:
+    """Length of the feature vector."""
+    return scaled(512, self.width) * 7 * 7
 
   @nn.compact
   def __call__(
     self, x: jax.Array, tap: layers.Tap | None = None, train: bool = False
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns (features [N, 25088] in (C, H, W) order, no auxiliary inputs).
+    """Returns (features [N, feature_size] in (C, H, W) order, no auxiliary inputs).
 
     Args:
       x: normalized images [N, H, W, 3].
@@ -60,7 +69,7 @@ class VGG16(Backbone):
     for stage, widths in enumerate(_STAGES, 1):
       for i, features in enumerate(widths, 1):
         conv = layers.Conv(
-          features,
+          scaled(features, self.width),
           (3, 3),
           padding=((1, 1), (1, 1)),
           kernel_init=layers.he_normal_fan_out,
@@ -73,10 +82,10 @@ class VGG16(Backbone):
     return layers.flatten_chw(layers.adaptive_average_pool(x, 7)), ()
 
 
-def _build(num_classes: int, dtype: Any, *, dropout: float) -> Classifier:
-  rates = (0.0, dropout, dropout)
-  head = layers.Head(num_classes, (4096, 4096), rates, _hidden_init, dtype)
-  return Classifier(VGG16(dtype), head)
+def _build(num_classes: int, dtype: Any, *, width: int, dropout: float) -> Classifier:
+  rates, hidden = (0.0, dropout, dropout), (scaled(4096, width),) * 2
+  head = layers.Head(num_classes, hidden, rates, _hidden_init, dtype)
+  return Classifier(VGG16(width, dtype), head)
 
 
 _CONVS = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
@@ -129,7 +138,7 @@ def _prepare_features(state: State) -> State:
 
 
 FAMILY = Family(
-  variants={"vgg16": dict(dropout=0.5)},
+  variants={"vgg16": dict(width=64, dropout=0.5)},
   build=_build,
   layouts=(
     Layout(_TORCHVISION, _recognize_features, _prepare_features),
@@ -141,5 +150,5 @@ FAMILY = Family(
       f"{TORCHVISION}vgg16_features-amdegroot-88682ab5.pth"
     ),
   },
-  fields={"dropout": RATE},
+  fields={"width": WIDTH, "dropout": RATE},
 )
