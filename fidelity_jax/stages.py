@@ -283,7 +283,8 @@ class Stage:
         with contextlib.suppress(ValueError, RecursionError):
           record = json.loads(line)
           if isinstance(record, dict):
-            found.append(record)
+            # Of a stage that was not trained, earlier versions left the epoch out.
+            found.append({"epoch": 0, **record})
     return found
 
   def latest_step(self) -> int | None:

@@ -323,7 +323,8 @@ class Trainer:
       progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")
     writer = metrics.MetricWriter(self.directory, done.records)
     if start is None and self.total_steps == 0:
-      done = self._finish_epoch(0, state, done, writer, {}, time.monotonic())
+      record = {"epoch": 0}
+      done = self._finish_epoch(0, state, done, writer, record, time.monotonic())
       saved.save(0, state.variables(), state.training(), done)
     start = start or 0
     bar = progress.Progress(self.title, self.total_steps, start)

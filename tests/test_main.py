@@ -44,6 +44,8 @@ def test_it_leaves_what_it_promises(toy_run):
     for method, restorer, the_map, ensemble in (
       ("classifier", None, None, None),
       ("classifier", "dncnn", None, None),
+      ("restoration", None, None, None),
+      ("restoration", "dncnn", None, None),
       ("oracle", "dncnn", "l1", False),
       ("oracle", "dncnn", "l1", True),
     )
@@ -55,12 +57,19 @@ def test_it_leaves_what_it_promises(toy_run):
   behind = {"classifier", "restorer", "calibration", "ensemble"}
   for row in rows:
     assert (row["experiment"], row["dataset"], row["seed"]) == ("oracle", "demo", 0)
-    assert (row["trained_on"], row["backbone"]) == ("clean", "resnet")
     assert (row["image_size"], row["precision"]) == (32, "float32")
-    assert 0 <= row["accuracy"] <= 100 and row["psnr"] is None
-    # A share of the images, on average over rounds.
-    right = row["accuracy"] / 100 * row["images"] * row["rounds"]
-    assert abs(right - round(right)) < 1e-6
+    assert row["degradation"] == "awgn"
+    if row["method"] == "restoration":
+      assert (row["trained_on"], row["backbone"], row["accuracy"]) == (None,) * 3
+      assert row["low"] <= row["psnr"] <= row["high"] and row["ssim"] <= 1
+    else:
+      assert (row["trained_on"], row["backbone"]) == ("clean", "resnet")
+      assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 100
+      assert row["accuracy"] <= row["top5"] <= 100 and row["psnr"] is None
+      assert len(row["per_class"]) == 16 and 0 <= row["ece"] <= 100
+      # A share of the images, on average over rounds.
+      right = row["accuracy"] / 100 * row["images"] * row["rounds"]
+      assert abs(right - round(right)) < 1e-6
     condition = row["condition"]
     assert row["rounds"] == (1 if condition["name"] == "clean" else 2)
     assert condition["kind"] == condition["name"].split("-")[0]
@@ -76,8 +85,9 @@ def test_it_leaves_what_it_promises(toy_run):
   text = (place / "report.md").read_text()
   assert "not the paper's own experiment" in text
   assert "±" in text
-  for picture in ("accuracy.png", "examples.png"):
-    assert (place / picture).read_bytes().startswith(b"\x89PNG")
+  for picture in ("accuracy", "examples", "histories"):
+    assert (place / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+  assert "<table" in (place / "report.html").read_text()
 
 
 def test_a_second_run_only_reports(toy_copy, command):
