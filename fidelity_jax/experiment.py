@@ -117,22 +117,6 @@ def _staying(directory: pathlib.Path) -> Iterator[None]:
     os.close(held)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(work: study.Study, place: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process of the study evaluates."""
-  told = False
-  while True:
-    with files.holding(place / ".locks" / "evaluation") as held:
-      if held:
-        yield
-        return
-    if not told:
-      progress.say(f"{work.name}: another process evaluates; waiting for it.")
-      told = True
-    signals.stop_if_received("before the evaluation")
-    time.sleep(_PATIENCE)
-
-
 def _train(
   work: study.Study, planned: plan.Plan, datasets: Datasets, place: pathlib.Path
 ) -> dict[str, str]:
