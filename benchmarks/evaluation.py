@@ -221,11 +221,16 @@ class _Places(torch.utils.data.Sampler):
 
 
 class Theirs:
-  """The side "torch"."""
+  """The side "torch".
+
+  Attributes:
+    waited: seconds of the last run in which the networks waited for the loader.
+  """
 
   def __init__(self, reference: Reference, dataset: data.Dataset, args):
     """Starts the workers."""
     self._reference, self._rounds = reference, args.rounds
+    self.waited = 0.0
     self._places = _Places(len(dataset), args.batch)
     self._loader = torch.utils.data.DataLoader(
       _Degraded(dataset, args.size),
@@ -251,10 +256,7 @@ class Theirs:
   def run(
     self, rows: Sequence[str], conditions: Sequence[degradations.Condition]
   ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Returns seconds by row and condition, and logits of clean images by row.
-
-    Attribute `waited` has the seconds of these that passed waiting for the loader.
-    """
+    """Returns seconds by row and condition, and logits of clean images by row."""
     seconds, logits = {row: {} for row in rows}, {}
     self.waited = 0.0
     for row in rows:
