@@ -71,10 +71,10 @@ def blur_window(window: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
 
 class Plain:
-  """One kind of degradation, per image."""
+  """One kind of degradation, per image of a side, up to a level."""
 
-  def __init__(self, kind: str, top: float):
-    self.kind, self.top = kind, top
+  def __init__(self, kind: str, top: float, size: int = SIZE):
+    self.kind, self.top, self.size = kind, top, size
     self.make_kernel = gaussian_kernel if kind == "gaussian_blur" else motion_kernel
     self.reach = 6 if kind == "gaussian_blur" else int(top) // 2
 
@@ -90,8 +90,9 @@ class Plain:
       output[u > 1 - level / 2] = 1
       return output
     if self.kind == "rectangular_crop":
-      side = int(level * SIZE + 0.5)
-      top, left = random.randint(0, SIZE - side), random.randint(0, SIZE - side)
+      side = int(level * self.size + 0.5)
+      room = self.size - side
+      top, left = random.randint(0, room), random.randint(0, room)
       output = image.clone()
       output[:, top : top + side, left : left + side] = 0
       return output
@@ -107,7 +108,7 @@ class Plain:
     columns, reverse = random.random() < 0.5, random.random() < 0.5
     if columns:
       image = image.transpose(1, 2)
-    levels = torch.linspace(self.top, 0, SIZE)
+    levels = torch.linspace(self.top, 0, self.size)
     if reverse:
       levels = levels.flip(0)
     output = image.clone()
@@ -119,14 +120,14 @@ class Plain:
 
   def _line(self, image, padded, row, level, corner):
     if self.kind == "awgn":
-      return (image[:, row] + level * torch.randn(3, SIZE)).clamp(0, 1)
+      return (image[:, row] + level * torch.randn(3, self.size)).clamp(0, 1)
     if self.kind == "salt_and_pepper":
-      u = torch.rand(3, SIZE)
+      u = torch.rand(3, self.size)
       line = torch.where(u > 1 - level / 2, 1.0, image[:, row])
       return torch.where(u < level / 2, 0.0, line)
     if self.kind == "rectangular_crop":
-      side = int(level * SIZE + 0.5)
-      top, left = (int(u * (SIZE - side + 1)) for u in corner)
+      side = int(level * self.size + 0.5)
+      top, left = (int(u * (self.size - side + 1)) for u in corner)
       line = image[:, row].clone()
       if top <= row < top + side:
         line[:, left : left + side] = 0
@@ -134,21 +135,21 @@ class Plain:
     kernel = self.make_kernel(level)
     half, around = kernel.shape[0] // 2, self.reach
     window = padded[:, row + around - half : row + around + half + 1]
-    window = window[:, :, around - half : around + half + SIZE]
+    window = window[:, :, around - half : around + half + self.size]
     return blur_window(window, kernel)[:, 0].clamp(0, 1)
 
   def vary_1d_pixels(self, image: torch.Tensor) -> torch.Tensor:
     """As `vary_1d`, but by the general loop over pixels."""
     axis = random.randrange(2)
     a, b = (self.top, 0.0) if random.random() < 0.5 else (0.0, self.top)
-    level = lambda *place: a + (b - a) * place[axis] / (SIZE - 1)
+    level = lambda *place: a + (b - a) * place[axis] / (self.size - 1)
     return self._by_pixel(image, level)
 
   def vary_2d(self, image: torch.Tensor) -> torch.Tensor:
     """The level changes with the distance to a random pixel; a loop over pixels."""
-    row0, column0 = random.randrange(SIZE), random.randrange(SIZE)
+    row0, column0 = random.randrange(self.size), random.randrange(self.size)
     a, b = (self.top, 0.0) if random.random() < 0.5 else (0.0, self.top)
-    far = SIZE - 1
+    far = self.size - 1
     farthest = math.hypot(max(row0, far - row0), max(column0, far - column0))
     distance = lambda row, column: math.hypot(row - row0, column - column0)
     level = lambda row, column: b + (a - b) * distance(row, column) / farthest
@@ -158,8 +159,8 @@ class Plain:
     output = image.clone()
     padded = pad(image, self.reach) if "blur" in self.kind else None
     corner = random.random(), random.random()
-    for row in range(SIZE):
-      for column in range(SIZE):
+    for row in range(self.size):
+      for column in range(self.size):
         level = level_at(row, column)
         if level > 0:
           output[:, row, column] = self._pixel(
@@ -176,8 +177,8 @@ class Plain:
       value = torch.where(u > 1 - level / 2, 1.0, value)
       return torch.where(u < level / 2, 0.0, value)
     if self.kind == "rectangular_crop":
-      side = int(level * SIZE + 0.5)
-      top, left = (int(u * (SIZE - side + 1)) for u in corner)
+      side = int(level * self.size + 0.5)
+      top, left = (int(u * (self.size - side + 1)) for u in corner)
       inside = top <= row < top + side and left <= column < left + side
       return torch.zeros(3) if inside else value
     kernel = self.make_kernel(level)

@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes that say nothing about speed."""
 
+import argparse
 import importlib.util
 import json
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -42,11 +44,17 @@ def test_convolutions(command, tmp_path):
   assert _run(command, tmp_path, "convolutions", *shapes)
 
 
-def test_cpu_has_every_case(monkeypatch):
+def _imported(monkeypatch, name):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
-  spec = importlib.util.spec_from_file_location("cpu", ROOT / "benchmarks" / "cpu.py")
+  path = ROOT / "benchmarks" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, path)
   benchmark = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(benchmark)
+  return benchmark
+
+
+def test_cpu_has_every_case(monkeypatch):
+  benchmark = _imported(monkeypatch, "cpu")
 
   def chooses(case):
     function, arrays = benchmark.make(case, 1, 32)
@@ -64,3 +72,43 @@ def test_cpu_has_every_case(monkeypatch):
 def test_cpu(command, tmp_path):
   cases = _run(command, tmp_path, "cpu", *SMALL)["cases"]
   assert cases["remat"]["cpu"]["temp_bytes"] < cases["remat"]["plain"]["temp_bytes"]
+
+
+@pytest.mark.slow
+def test_evaluation(command, tmp_path):
+  rows = ["clean", "clean-restoration", "pretrained-ensemble"]
+  small = ("--backbone=resnet18", "--depth=3", "--images=2", f"--rows={','.join(rows)}")
+  results = _run(command, tmp_path, "evaluation", *small, *SMALL)
+  assert all(value > 0 for value in results["ratio"].values())
+  assert [*results["details"]["alone"][0]] == rows
+  calls = results["profile"]["calls"]
+  # Two batches under eight conditions; two rows share the restored images' features.
+  once = ("degrading", "restoring", "estimating maps", "calibrated features")
+  assert {calls[part] for part in once} == {16}
+  assert calls["plain features"] == 32
+  assert calls["ensembles and heads"] == 48
+  assert 0 < results["networks"]["rate"]
+
+
+def test_evaluation_has_the_rows_of_the_table(monkeypatch, tmp_path, cache_folder):
+  benchmark = _imported(monkeypatch, "evaluation")
+  args = argparse.Namespace(
+    rows=list(benchmark.ROWS),
+    **{"size": 64, "backbone": "resnet18", "depth": 3},
+    **{"rounds": 1, "batch": 1, "images": 2},
+  )
+  ours = benchmark.Ours(tmp_path, args)
+  assert set(ours.rows) == set(benchmark.ROWS)
+  assert len({s.compared.key + str(s.trained_on) for s in ours.rows.values()}) == 12
+  (conditions,) = {s.conditions for s in ours.rows.values()}
+  assert len(conditions) == 8
+  assert len(ours.dataset) == 2
+
+
+def test_evaluation_refuses_to_compare_different_work(monkeypatch):
+  benchmark = _imported(monkeypatch, "evaluation")
+  logits = np.arange(1.0, 5.0, dtype=np.float32)[None]
+  assert benchmark.check_agreement("clean", 1.0001 * logits, logits) < 2e-4
+  for other in (1.01 * logits, np.full_like(logits, np.nan)):
+    with pytest.raises(SystemExit, match="compute different things"):
+      benchmark.check_agreement("clean", other, logits)
