@@ -31,10 +31,10 @@ def test_fields_on_command_lines_exist(document):
   text = document.read_text().replace("\\\n", " ")
   for line in text.splitlines():
     named = re.search(r"--config=(configs/\w+\.py)(?::(\w+))?", line)
-    # A field without a command is one of the method's.
-    path, size = named.groups() if named else ("configs/end_to_end.py", None)
+    # A field without a command is one of the method's, or of a study's.
+    path, size = named.groups() if named else ("configs/table_5_1.py", None)
     config = _config(path, size or "")
-    for field in re.findall(r"--config\.([a-z_.]+)=", line):
+    for field in re.findall(r"--config\.([a-z_.0-9]+)=", line):
       assert _has(config, field), f"{path}: {field}"
 
 
