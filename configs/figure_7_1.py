@@ -13,6 +13,8 @@ from fidelity_jax.configs import common
 def get_config(size: str = ""):
   shows = "The proposed method and the baselines on other networks"
   config = common.study("figure_7_1", shows, size)
+  if size:
+    common.narrow(config)
   for source in ("clean", "degraded", "restored"):
     common.add_setup(config, source)
   common.add_method(config, "end_to_end", size)

@@ -15,6 +15,8 @@ from fidelity_jax.configs import common
 def get_config(size: str = ""):
   shows = "Other degradations: classifiers on every network, and the whole method"
   config = common.study("figure_a_2", shows, size)
+  if size:
+    common.narrow(config)
   common.add_setup(config, "clean")
   common.add_method(config, "end_to_end", size)
   config.degradations = (
@@ -23,7 +25,9 @@ def get_config(size: str = ""):
     "motion_blur",
     "rectangular_crop",
   )
-  config.backbones = ("resnet50", "alexnet", "vgg16", "googlenet", "resnet18")
+  own = config.parents.classifier.model.name
+  others = () if size else ("resnet18",)
+  config.backbones = (own, *others, "alexnet", "vgg16", "googlenet")
   config.one_backbone = ("end_to_end",)
   config.sections = ("curves", "tables", "claims")
   return config
