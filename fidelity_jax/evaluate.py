@@ -36,6 +36,18 @@ class _Place(NamedTuple):
   round: int
 
 
+class _Lacking(NamedTuple):
+  """What is not measured whole.
+
+  Attributes:
+    subject: whose it is.
+    first: the first batch that is lacking.
+  """
+
+  subject: Subject
+  first: int
+
+
 class Evaluation:
   """The evaluation of subjects on one test set."""
 
@@ -55,17 +67,21 @@ class Evaluation:
     """
     self.dataset, self._workdir = dataset, workdir
     self.subjects = list(chosen)
-    config = self.subjects[0].config
-    self._image_size, self._settings = config.dataset.image_size, config
+    configs = [subject.config for subject in self.subjects]
+    self._image_size = configs[0].dataset.image_size
+    self._patience = min(config.checkpoint_seconds for config in configs)
     self.mesh = sharding.make_mesh()
     self._sharding = sharding.batch(self.mesh)
-    batch_size = config.evaluation.batch_size
+    batch_size = min(config.evaluation.batch_size for config in configs)
     self._batch_size = sharding.round_up(self.mesh, batch_size)
     self.networks = Networks(dataset.num_classes, self.mesh)
-    kept = {s: self._kept(s) for s in self.subjects}
-    # Several experiments may ask for the same.
-    same = {m.directory: m for m in kept.values()}
-    self._measured = {s: same[m.directory] for s, m in kept.items()}
+    # Several experiments may ask for the same, and one of them for more of it.
+    same: dict[pathlib.Path, measurements.Measurements] = {}
+    self._measured, self._names = {}, {}
+    for subject in self.subjects:
+      kept = self._kept(subject)
+      kept = self._measured[subject] = same.setdefault(kept.directory, kept)
+      self._names.setdefault(kept, set()).update(subject.names)
 
   def of(self, subject: Subject) -> dict[str, Any]:
     """Returns all that a subject's values depend on but for condition and round."""
@@ -106,19 +122,17 @@ class Evaluation:
     )
     return data.prefetch_to_device(batches, self._sharding)
 
-  def _wanted(self) -> dict[_Place, dict[pathlib.Path, tuple[Subject, int]]]:
-    """Returns what is not measured whole: by place and where it is kept, whose it is
-    and how many batches there are.
-    """
-    wanted: dict[_Place, dict[pathlib.Path, tuple[Subject, int]]] = {}
+  def _wanted(self) -> dict[_Place, dict[measurements.Measurements, _Lacking]]:
+    """Returns what is not measured whole, by place and where it is kept."""
+    wanted: dict[_Place, dict[measurements.Measurements, _Lacking]] = {}
     for subject in self.subjects:
       kept = self._measured[subject]
       for place in self._places(subject):
         condition = rows.Condition.of(place.condition)
-        done = kept.done(condition, place.round, subject.names)
+        done = kept.done(condition, place.round, self._names[kept])
         if done < len(self.dataset):
-          lacking = wanted.setdefault(place, {})
-          lacking[kept.directory] = subject, done // self._batch_size
+          lacking = _Lacking(subject, done // self._batch_size)
+          wanted.setdefault(place, {})[kept] = lacking
     return wanted
 
   def measure(self) -> bool:
@@ -135,56 +149,68 @@ class Evaluation:
     if not wanted:
       return False
     count = -(-len(self.dataset) // self._batch_size)
-    first = min(n for lacking in wanted.values() for _, n in lacking.values())
-    total = sum(
-      count - min(n for _, n in lacking.values()) for lacking in wanted.values()
-    )
+    firsts = {place: min(n for _, n in w.values()) for place, w in wanted.items()}
+    first, total = min(firsts.values()), sum(count - n for n in firsts.values())
     bar = progress.Progress("evaluation", total)
     done, saved = 0, time.monotonic()
     for number, batch in enumerate(self.batches(self.dataset, first), first):
       found = []
       for place, lacking in wanted.items():
-        now = [subject for subject, n in lacking.values() if n <= number]
+        now = {kept: s for kept, (s, n) in lacking.items() if n <= number}
         if not now:
           continue
         if signals.received() is not None:
           self._save(number, found)
           signals.stop(f"evaluating {place.condition.name}")
-        tensors = Tensors(
-          self.networks, place.seed, place.condition, batch, place.round
-        )
-        found.append((place, [(s, tensors.values(s)) for s in now]))
+        if time.monotonic() - saved > self._patience:
+          self._save(number, found)
+          found, saved = [], time.monotonic()
+        found.append((place, self._values(place, batch, now)))
         done += 1
         if bar.due() or done == total:
           # The devices are behind the host.
-          jax.block_until_ready(found[-1][1][-1][1])
-          bar.update(
-            done, images=min((number + 1) * self._batch_size, len(self.dataset))
-          )
+          jax.block_until_ready(found[-1][1])
+          images = min((number + 1) * self._batch_size, len(self.dataset))
+          bar.update(done, images=images)
       self._take(number, found)
-      if time.monotonic() - saved > self._settings.checkpoint_seconds:
-        self._save(number, [])
-        saved = time.monotonic()
     self._save(count, [])
     bar.close()
     return True
 
+  def _values(
+    self,
+    place: _Place,
+    batch: dict[str, jax.Array],
+    chosen: dict[measurements.Measurements, Subject],
+  ) -> list[tuple[measurements.Measurements, dict[str, jax.Array]]]:
+    tensors = Tensors(self.networks, place.seed, place.condition, batch, place.round)
+    return [
+      (kept, tensors.values(subject, "logits" in self._names[kept]))
+      for kept, subject in chosen.items()
+    ]
+
   def _take(self, number: int, found: list) -> None:
+    """Takes in what was computed of a batch."""
     for place, values in found:
       condition = rows.Condition.of(place.condition)
-      for subject, arrays in values:
-        arrays = {name: np.asarray(value) for name, value in arrays.items()}
-        kept = self._measured[subject]
-        kept.add(condition, place.round, number * self._batch_size, arrays)
+      for kept, arrays in values:
+        start = number * self._batch_size
+        kept.add(condition, place.round, start, jax.device_get(arrays))
 
   def _save(self, number: int, found: list) -> None:
     self._take(number, found)
-    for kept in {id(m): m for m in self._measured.values()}.values():
+    for kept in self._names:
       kept.save()
 
-  def scored(self) -> list[rows.Scored]:
-    """Returns the rows of all subjects and conditions, which are measured."""
-    bootstrap = statistics.Bootstrap(len(self.dataset))
+  def scored(self, bootstrap: statistics.Bootstrap) -> dict[Any, rows.Scored]:
+    """Returns the rows of all subjects and conditions, which are measured.
+
+    Args:
+      bootstrap: draws of the test images.
+
+    Returns:
+      Rows by what they are of: the same for what several experiments have in common.
+    """
     found: dict[Any, rows.Scored] = {}
     for subject in self.subjects:
       kept = self._measured[subject]
@@ -202,7 +228,7 @@ class Evaluation:
           for name in sorted(subject.names - {"logits"})
         }
         found[key] = self._score(subject, record, degradation, values, bootstrap)
-    return list(found.values())
+    return found
 
   def logits(self, subject: Subject) -> dict[str, np.ndarray]:
     """Returns float32 [R, N, K] by the condition's name, if the config keeps them."""

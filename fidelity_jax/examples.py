@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fidelity_jax import degradations, errors, files
+from fidelity_jax import data, degradations, errors, files, signals
 from fidelity_jax.evaluate import Evaluation
 from fidelity_jax.report.content import Activations, Examples
 from fidelity_jax.rows import Condition
@@ -115,14 +115,8 @@ def activations(
     UsageError: there is no such class among the test images.
     RunError: what was kept is damaged.
   """
-  config, names = chosen[0].config, evaluation.dataset.class_names
-  name = class_name or names[0]
-  errors.check_choice("class in config.class_name", name, names)
-  own = np.flatnonzero(evaluation.dataset.labels == list(names).index(name))
-  if not len(own):
-    raise errors.UsageError(
-      f"config.class_name: there is no test image of {name!r}: name another class."
-    )
+  config = chosen[0].config
+  name, own = of_class(evaluation.dataset, class_name)
   plain = [s for s in chosen if s.compared.method == "classifier"]
   uniform = [c for c in plain[0].conditions if c.vary is None]
   path = directory / f"activations-{config.experiment}.npz"
@@ -144,11 +138,32 @@ def activations(
   )
 
 
+def of_class(dataset: data.Dataset, class_name: str | None) -> tuple[str, np.ndarray]:
+  """Returns a class and the numbers of its images.
+
+  Args:
+    dataset: the test images.
+    class_name: the class; None: the first.
+
+  Raises:
+    UsageError: there is no such class, or no image of it.
+  """
+  name = class_name or dataset.class_names[0]
+  errors.check_choice("class in config.class_name", name, dataset.class_names)
+  own = np.flatnonzero(dataset.labels == list(dataset.class_names).index(name))
+  if not len(own):
+    raise errors.UsageError(
+      f"config.class_name: there is no test image of {name!r}: name another class."
+    )
+  return name, own
+
+
 def _activations(evaluation, plain, uniform, own) -> dict[str, np.ndarray]:
   config = plain[0].config
   batches = list(evaluation.batches(evaluation.dataset.select(own)))
   found: dict[str, list[np.ndarray]] = {}
   for condition in uniform:
+    signals.stop_if_received("measuring activations")
     rounds = condition.rounds_needed(config.evaluation.rounds)
     sums: dict[str, float | np.ndarray] = {}
     for batch in batches:

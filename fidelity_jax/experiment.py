@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from fidelity_jax import (
   assembly,
   boundary,
+  data,
   errors,
   files,
   measurements,
@@ -56,22 +57,15 @@ def run(
   place, datasets = files.expand(workdir), Datasets()
   if dry_run:
     stages.check_workdir(place)
-    planned = plan.make(work.experiments, place, datasets)
-    plan.check(planned.stages, datasets)
-    print(plan.describe(planned, datasets))
+    planned, _ = _plan(work, place, datasets)
+    print(plan.describe(planned, datasets, place))
     return
   with files.locked(place, shared=work.shard is not None), _staying(place):
     streams.log_to(place / "log.txt")
     stages.check_workdir(place)
     files.check_file(place / "index.md")
-    planned = plan.make(work.experiments, place, datasets)
-    plan.check(planned.stages, datasets)
+    planned, tests = _plan(work, place, datasets)
     files.check_directory(place / measurements.DIRECTORY, write=True)
-    tests = {}
-    for one in planned.experiments:
-      if "evaluation" in one.config:
-        tests[one.name] = datasets.load(one.config.dataset, "test")
-        plan.warn_of_leaks(one.stages, datasets, tests[one.name])
     where = workdirs.results_directory(place, work.name, planned, tests)
     report.check(where)
     signals.work_begins()
@@ -87,10 +81,31 @@ def run(
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")
     if missing:
+      some = ", ".join(list(missing)[:3]) + ", ..." * (len(missing) > 3)
       raise errors.RunError(
-        f"not all is there. {' '.join(missing.values())} Run the same command again to "
-        "go on."
+        f"{len(missing)} of {len(planned.stages)} stages are missing ({some}), see "
+        f"{where / 'report.md'} or above. {next(iter(missing.values()))} The same "
+        "command goes on with what is there."
       )
+
+
+def _plan(
+  work: study.Study, place: pathlib.Path, datasets: Datasets
+) -> tuple[plan.Plan, dict[str, data.Dataset]]:
+  """Returns what there is to do, checked, and the test images by experiment."""
+  planned = plan.make(work.experiments, place, datasets)
+  plan.check(planned.stages, datasets)
+  tests = {
+    one.name: datasets.load(one.config.dataset, "test")
+    for one in planned.experiments
+    if "evaluation" in one.config
+  }
+  results.check_class(work, planned, tests)
+  for dataset in {test.fingerprint: test for test in tests.values()}.values():
+    tested = [e for e in planned.experiments if tests.get(e.name) is dataset]
+    found = {stage.name: stage for one in tested for stage in one.stages}
+    plan.warn_of_leaks(list(found.values()), datasets, dataset)
+  return planned, tests
 
 
 @contextlib.contextmanager
@@ -159,7 +174,8 @@ def _train(
           if work.lone:
             raise
           _, reason = boundary.explain(error)
-          missing[stage.name] = f"{stage.name} failed: {reason}"
+          reason = reason.rpartition(f"{stage.name}: ")[2].rstrip(".")
+          missing[stage.name] = f"{stage.name} failed: {reason}."
           progress.say(missing[stage.name])
         workdirs.write_index(place)
       break

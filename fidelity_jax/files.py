@@ -159,7 +159,7 @@ def write_arrays(
   """
   buffer = io.BytesIO()
   text = np.frombuffer(json.dumps(record).encode(), np.uint8)
-  np.savez_compressed(buffer, **arrays, **{_RECORD: text})
+  np.savez(buffer, **arrays, **{_RECORD: text})
   write_bytes(path, buffer.getvalue())
 
 
@@ -383,7 +383,12 @@ def holding(path: pathlib.Path) -> Iterator[bool]:
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      held = True
     except BlockingIOError:
-      yield False
-      return
-    yield True
+      held = False
+    except OSError as error:
+      raise errors.RunError(
+        f"{path} cannot be locked ({error.strerror}): processes can share a study on a "
+        "disk that can lock alone."
+      ) from error
+    yield held

@@ -113,9 +113,12 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
       config_path.set_value(path, config, None)
     elif isinstance(held, tuple) and value and value.lstrip()[:1] not in ("(", "["):
       # It would become a tuple of one.
+      number = re.compile(r"[-+.\d][-+.\de]*")
+      parts = [part.strip("'\" ") for part in value.split(",")]
+      shown = [part if number.fullmatch(part) else repr(part) for part in parts]
+      shown = ", ".join(shown) + "," * (len(shown) == 1)
       raise errors.UsageError(
-        f"config.{path} = {value}: write several values in brackets, and one as "
-        f"({value},)."
+        f'config.{path} = {value}: write values in brackets, as "({shown})".'
       )
   return config, values["workdir"].value, values["dry_run"].value
 

@@ -21,6 +21,32 @@ DIRECTORY = "measurements"
 Values = dict[str, np.ndarray]
 
 
+class _Round:
+  """Values of the first images of a round, with room for those of all."""
+
+  def __init__(self, count: int, values: Values):
+    self.done = 0
+    self._arrays = {
+      name: np.empty((count, *value.shape[1:]), value.dtype)
+      for name, value in values.items()
+    }
+    self.add(0, values)
+
+  def add(self, start: int, values: Values) -> None:
+    for name, array in self._arrays.items():
+      part = values[name][: len(array) - start]
+      array[start : start + len(part)] = part
+      self.done = start + len(part)
+
+  @property
+  def names(self) -> set[str]:
+    return set(self._arrays)
+
+  @property
+  def values(self) -> Values:
+    return {name: array[: self.done] for name, array in self._arrays.items()}
+
+
 class Measurements:
   """The values of one method on one test set, in a file for each condition."""
 
@@ -38,7 +64,7 @@ class Measurements:
     """
     self.of, self.count = of, count
     self.directory = workdir / DIRECTORY / f"{name}-{files.digest(of, 8)}"
-    self._known: dict[pathlib.Path, dict[int, Values]] = {}
+    self._known: dict[pathlib.Path, dict[int, _Round]] = {}
     self._changed: dict[pathlib.Path, Condition] = {}
     files.check_directory(self.directory, write=True)
 
@@ -48,8 +74,8 @@ class Measurements:
     Raises:
       RunError: what was kept is damaged.
     """
-    values = self._rounds(condition).get(round_, {})
-    return len(next(iter(values.values()))) if names <= values.keys() else 0
+    found = self._rounds(condition).get(round_)
+    return found.done if found is not None and names <= found.names else 0
 
   def get(self, condition: Condition, round_: int) -> Values:
     """Returns the values of a round that is measured.
@@ -57,7 +83,7 @@ class Measurements:
     Raises:
       RunError: what was kept is damaged.
     """
-    return self._rounds(condition)[round_]
+    return self._rounds(condition)[round_].values
 
   def add(self, condition: Condition, round_: int, start: int, values: Values) -> None:
     """Takes in the values of the images from number `start` on.
@@ -65,13 +91,10 @@ class Measurements:
     Those of the images before it are there.
     """
     rounds = self._rounds(condition)
-    before = rounds.get(round_, {})
     if start:
-      values = {
-        name: np.concatenate([before[name][:start], value])
-        for name, value in values.items()
-      }
-    rounds[round_] = {name: value[: self.count] for name, value in values.items()}
+      rounds[round_].add(start, values)
+    else:
+      rounds[round_] = _Round(self.count, values)
     self._changed[self._path(condition)] = condition
 
   def save(self) -> None:
@@ -85,8 +108,8 @@ class Measurements:
         self.directory.mkdir(parents=True, exist_ok=True)
       arrays = {
         f"{number}/{name}": value
-        for number, values in self._known[path].items()
-        for name, value in values.items()
+        for number, known in self._known[path].items()
+        for name, value in known.values.items()
       }
       files.write_arrays(path, arrays, self._record(condition))
     self._changed = {}
@@ -99,7 +122,7 @@ class Measurements:
     digest = files.digest(condition.steps, 8)
     return self.directory / f"{condition.name}-{digest}.npz"
 
-  def _rounds(self, condition: Condition) -> dict[int, Values]:
+  def _rounds(self, condition: Condition) -> dict[int, _Round]:
     path, again = self._path(condition), f"delete {self.directory} to measure again."
     if path in self._known:
       return self._known[path]
@@ -117,5 +140,7 @@ class Measurements:
         lengths = {len(value) for value in values.values()}
         if len(lengths) > 1 or max(lengths) > self.count:
           raise errors.RunError(f"{path} is of another number of images: {again}")
-    self._known[path] = rounds
-    return rounds
+    self._known[path] = {
+      number: _Round(self.count, values) for number, values in rounds.items()
+    }
+    return self._known[path]

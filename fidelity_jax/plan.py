@@ -249,36 +249,34 @@ def seconds(records: list[dict[str, float]]) -> float | None:
   return sum(record.get("seconds", 0.0) for record in records) or None
 
 
-def describe(plan: Plan, datasets: Datasets) -> str:
+def describe(plan: Plan, datasets: Datasets, workdir: pathlib.Path) -> str:
   """Returns a plan as a table, and the time that is left as far as it can be told.
 
-  The time of a stage is estimated from the rate of those of its kind in the workdir.
+  The time of a stage is estimated from the rate of those like it in the workdir.
 
   Args:
     plan: the plan, checked.
     datasets: what loads the stages' images.
+    workdir: the directory of all stages.
   """
-  lines = [("stage", "state", "needed by", "steps left", "time left")]
-  left = {stage.name: _steps_left(stage, datasets) for stage in plan.stages}
-  rates = _rates(plan)
+  lines = [("stage", "state", "steps left", "time left", "needed by")]
+  rates = _rates(workdir)
   total, unknown = 0.0, 0
   for stage in plan.stages:
-    children = [s.name for s in plan.stages if stage.name in _parents(s)]
-    users = children or plan.serving(stage)
-    record, steps = stage.finished(), left[stage.name]
+    record, steps = stage.finished(), _steps_left(stage, datasets)
     state, estimate = "to do", ""
     if record is not None:
       state = f"finished, {record.metric} {record.score:.4g}"
     elif (stage.directory / "config.json").exists():
       state = "begun"
-    if steps and stage.kind.name in rates:
-      needed = steps * rates[stage.kind.name]
-      total += needed
-      estimate = f"~{progress.format_seconds(needed)}"
+    rate = rates.get(_like(stage.name), rates.get(stage.kind.name))
+    if steps and rate is not None:
+      total += steps * rate
+      estimate = f"~{progress.format_seconds(steps * rate)}"
     elif steps:
       unknown += 1
       estimate = "?"
-    lines.append((stage.name, state, ", ".join(users), str(steps), estimate))
+    lines.append((stage.name, state, str(steps), estimate, _users(plan, stage)))
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   table = [
     "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -293,8 +291,14 @@ def describe(plan: Plan, datasets: Datasets) -> str:
   )
 
 
-def _parents(stage: stages.Stage) -> list[str]:
-  return [parent.name for parent in stage.parents.values()]
+def _users(plan: Plan, stage: stages.Stage, most: int = 3) -> str:
+  """Returns what builds on a stage: other stages, and experiments that end in it."""
+  parents = lambda s: [parent.name for parent in s.parents.values()]
+  found = [s.name for s in plan.stages if stage.name in parents(s)]
+  ends = lambda e: [end.name for end in e.ends]
+  found += [e.name for e in plan.experiments if stage.name in ends(e)]
+  more = f" and {len(found) - most} more" if len(found) > most else ""
+  return ", ".join(found[:most]) + more
 
 
 def _steps_left(stage: stages.Stage, datasets: Datasets) -> int:
@@ -306,11 +310,19 @@ def _steps_left(stage: stages.Stage, datasets: Datasets) -> int:
   return total - int(stage.latest_step() or 0)
 
 
-def _rates(plan: Plan) -> dict[str, float]:
-  """Returns seconds per step by kind of stage, the median over stages begun."""
+def _like(name: str) -> str:
+  """Returns what a stage's name says of it: kind, network and the like."""
+  return name.rpartition("-")[0]
+
+
+def _rates(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns seconds per step: medians over epochs, by kind and by what is alike."""
   found: dict[str, list[float]] = {}
-  for stage in plan.stages:
-    records = stage.records()
-    if (took := seconds(records)) and records[-1].get("step"):
-      found.setdefault(stage.kind.name, []).append(took / records[-1]["step"])
-  return {kind: statistics.median(rates) for kind, rates in found.items()}
+  for path in sorted(workdir.glob("*/metrics.jsonl")):
+    before = 0
+    for record in stages.records(path):
+      steps, before = record["step"] - before, record["step"]
+      if steps > 0 and "seconds" in record:
+        for key in (_like(path.parent.name), path.parent.name.partition("-")[0]):
+          found.setdefault(key, []).append(record["seconds"] / steps)
+  return {key: statistics.median(rates) for key, rates in found.items()}

@@ -4,6 +4,7 @@ import datetime
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,8 @@ def gather(
   if not tests:
     return None
   start, measured = time.monotonic(), False
-  scored: list[rows.Scored] = []
+  bootstrap = statistics.Bootstrap(min(map(len, tests.values())))
+  found: dict[Any, rows.Scored] = {}
   pictured: list[Examples] = []
   activations: list[Activations] = []
   whole = lambda one: not any(stage.name in missing for stage in one.stages)
@@ -54,25 +56,24 @@ def gather(
   for one in there:
     key = tests[one.name].fingerprint, one.config.dataset.image_size
     together.setdefault(key, []).append(one)
-  for group in (part for found in together.values() for part in passes(found)):
+  for group in (part for same in together.values() for part in passes(same)):
     chosen = {one.name: one.subjects() for one in group}
     dataset = tests[group[0].name]
-    everything = [subject for found in chosen.values() for subject in found]
+    everything = [subject for one in chosen.values() for subject in one]
     evaluation = evaluate.Evaluation(everything, dataset, where.parent)
     measured |= evaluation.measure()
-    scored += evaluation.scored()
+    # What experiments of several parts have in common has one row.
+    found = evaluation.scored(bootstrap) | found
     for one in group:
-      if one.config.evaluation.keep is not None:
-        _keep(evaluation, chosen[one.name], where / f"predictions-{one.name}.npz")
+      _keep(evaluation, chosen[one.name], where / f"predictions-{one.name}.npz")
     mapped = sorted(group, key=lambda one: one.last.kind.whole, reverse=True)
     for one in mapped[: _PICTURED - len(pictured)]:
       pictured.append(examples.draw(evaluation, chosen[one.name], where))
     if "activations" in work.sections:
-      for one in group:
-        found = (evaluation, chosen[one.name], work.class_name, where)
-        activations.append(examples.activations(*found))
-  images = min((one.row.images for one in scored), default=1)
-  bootstrap = statistics.Bootstrap(images)
+      for one in filter(_classifies, group):
+        shown = (evaluation, chosen[one.name], work.class_name, where)
+        activations.append(examples.activations(*shown))
+  scored = list(found.values())
   return Content(
     name=work.name,
     shows=work.shows,
@@ -117,17 +118,38 @@ def _keep(
   chosen: Sequence[subjects.Subject],
   path: pathlib.Path,
 ) -> None:
-  """Writes the logits of all images, float32 [R, N, K] by method and condition."""
+  """Writes the logits of all images, float32 [R, N, K] by method and condition.
+
+  Where they are not asked for, removes those of before: they may be of other stages.
+  """
   files.check_file(path)
+  kept = [subject for subject in chosen if "logits" in subject.names]
+  if not kept:
+    path.unlink(missing_ok=True)
+    return
   arrays = {
     f"{subject.compared.key}/{name}": logits
-    for subject in chosen
-    if "logits" in subject.names
+    for subject in kept
     for name, logits in evaluation.logits(subject).items()
   }
   dataset = evaluation.dataset
   arrays |= {"labels": np.asarray(dataset.labels), "images": np.array(dataset.keys)}
-  files.write_arrays(path, arrays, {"class_names": list(dataset.class_names)})
+  of = {subject.compared.key: evaluation.of(subject) for subject in kept}
+  record = {"class_names": list(dataset.class_names), "of": of}
+  files.write_arrays(path, arrays, record)
+
+
+def check_class(
+  work: study.Study, planned: plan.Plan, tests: Mapping[str, data.Dataset]
+) -> None:
+  """Raises UsageError if a study is to show a class that its images have not."""
+  if "activations" in work.sections:
+    for one in filter(_classifies, planned.experiments):
+      examples.of_class(tests[one.name], work.class_name)
+
+
+def _classifies(one: plan.Planned) -> bool:
+  return "classifier" in one.last.networks()
 
 
 def _record(stage: stages.Stage, planned: plan.Plan) -> StageRecord:

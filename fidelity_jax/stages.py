@@ -273,19 +273,8 @@ class Stage:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
   def records(self) -> list[dict[str, float]]:
-    """Returns what metrics.jsonl holds, a record for each epoch so far.
-
-    Lines that cannot be read are left out: they are for looking at.
-    """
-    found = []
-    with contextlib.suppress(OSError):
-      for line in files.read_bytes(self.directory / "metrics.jsonl").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-          record = json.loads(line)
-          if isinstance(record, dict):
-            # Of a stage that was not trained, earlier versions left the epoch out.
-            found.append({"epoch": 0, **record})
-    return found
+    """Returns what metrics.jsonl holds, a record for each epoch so far."""
+    return records(self.directory / "metrics.jsonl")
 
   def latest_step(self) -> int | None:
     """Returns the step of the latest checkpoint, None if there is none."""
@@ -350,6 +339,22 @@ def as_json(value: Any) -> Any:
   if isinstance(value, list):
     return [as_json(item) for item in value]
   return value
+
+
+def records(path: pathlib.Path) -> list[dict[str, float]]:
+  """Returns the records of a metrics.jsonl, one for each epoch.
+
+  Lines that cannot be read are left out: they are for looking at.
+  """
+  found = []
+  with contextlib.suppress(OSError):
+    for line in files.read_bytes(path).splitlines():
+      with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+          # Of a stage that was not trained, earlier versions left the epoch out.
+          found.append({"epoch": 0, **record})
+  return found
 
 
 def check_workdir(workdir: pathlib.Path) -> None:

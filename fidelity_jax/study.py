@@ -26,8 +26,9 @@ import re
 from ml_collections import ConfigDict
 
 from fidelity_jax import errors, models, rules, schema
-from fidelity_jax.report import content
 
+# What a report can begin with.
+SECTIONS = ("tables", "curves", "claims", "activations", "histories")
 _AXES = ("seeds", "backbones", "degradations")
 _SHARD = rules.Rule(
   'None or "i/n", process i of n, from 1 on',
@@ -44,7 +45,7 @@ _FIELDS: rules.Table = {
   ),
   "degradations": rules.optional(rules.several(rules.NAME, 1, 100)),
   "one_backbone": rules.several(rules.NAME, 0, 100),
-  "sections": rules.several(rules.choice(*content.SECTIONS), 0, 10),
+  "sections": rules.several(rules.choice(*SECTIONS), 0, 10),
   "class_name": rules.optional(rules.NAME),
   "only": rules.optional(rules.NAME),
   "shard": _SHARD,
@@ -134,8 +135,28 @@ def _expand(config: ConfigDict, values: dict[str, object]) -> list[ConfigDict]:
     config.parents.classifier.model.name = values["backbones"] if follows else own
     experiment = config.experiments[name].copy_and_resolve_references()
     experiment.experiment = _name(config, name, values, follows)
+    _check_follows(experiment, name, values, follows)
     result.append(experiment)
   return result
+
+
+def _check_follows(
+  experiment: ConfigDict, name: str, values: dict, follows: bool
+) -> None:
+  """Raises UsageError if a field of an experiment's own stands against an axis."""
+  classifier = experiment.get("parents", {}).get("classifier", experiment)
+  held = {
+    "seeds": ("seed", experiment.seed),
+    "degradations": ("degradation.kind", experiment.degradation.kind),
+  }
+  if follows:
+    held["backbones"] = ("model.name", classifier.model.name)
+  for axis, (field, value) in held.items():
+    if values[axis] is not None and value != values[axis]:
+      raise errors.UsageError(
+        f"config.experiments.{name}: its {field} is set to {value!r}, and "
+        f"config.{axis} to {values[axis]!r}: leave one of them unset."
+      )
 
 
 def _name(config: ConfigDict, name: str, values: dict, follows: bool) -> str:

@@ -53,11 +53,13 @@ class Networks:
   def of(self, behind: dict[str, stages.Stage]) -> dict[str, _Part]:
     """Returns the networks of stages by role; end-to-end, the estimator with them."""
     found = {}
+    calibration = behind.get("calibration")
+    if calibration and calibration.config.fidelity.source == "end_to_end":
+      # The one that was trained along, not the one that it started from.
+      behind = behind | {"estimator": calibration}
     for role in ("classifier", "restorer", "estimator", "calibration", "ensemble"):
       if stage := behind.get(role):
         found[role] = self._part(stage, role)
-        if role == "calibration" and stage.config.fidelity.source == "end_to_end":
-          found["estimator"] = self._part(stage, "estimator")
     return found
 
   def _part(self, stage: stages.Stage, role: str) -> _Part:
@@ -107,10 +109,13 @@ def _classified(method: Method, keep: bool, variables, features, label):
   own = jnp.take_along_axis(logits, label[:, None], 1)
   # Of equal logits the first counts, as in argmax.
   before = jnp.arange(logits.shape[1]) < label[:, None]
+  rank = jnp.sum((logits > own) | ((logits == own) & before), -1, dtype=jnp.int32)
+  # Logits that are not finite are no answer.
+  finite = jnp.all(jnp.isfinite(logits), -1)
   values = {
     "prediction": jnp.argmax(logits, -1).astype(jnp.int32),
-    "rank": jnp.sum((logits > own) | ((logits == own) & before), -1, dtype=jnp.int32),
-    "confidence": jnp.max(jax.nn.softmax(logits), -1),
+    "rank": jnp.where(finite, rank, logits.shape[1]),
+    "confidence": jnp.where(finite, jnp.max(jax.nn.softmax(logits), -1), 0.0),
   }
   return values | ({"logits": logits} if keep else {})
 
@@ -217,8 +222,13 @@ class Tensors:
     combine = _compiled(_ensemble, ensemble.network, name)
     return combine(ensemble.variables, calibrated, plain(), fidelity_map)
 
-  def values(self, subject: Subject) -> dict[str, jax.Array]:
-    """Returns what is measured of the subject, arrays [N] by name."""
+  def values(self, subject: Subject, keep: bool = False) -> dict[str, jax.Array]:
+    """Returns what is measured of the subject, arrays [N] by name.
+
+    Args:
+      subject: the subject.
+      keep: of a classification, with "logits" [N, K].
+    """
     if subject.compared.method == "restoration":
       return _compiled(_restoration)(self.images(subject), self.clean)
     if subject.compared.method == "estimation":
@@ -227,7 +237,7 @@ class Tensors:
       return measure(fidelity_map, self.images(subject), self.clean)
     classifier = self._networks.of(subject.stages)["classifier"]
     alone = Method(classifier.network, None)
-    classify = _compiled(_classified, alone, "logits" in subject.names)
+    classify = _compiled(_classified, alone, keep)
     variables = {"classifier": classifier.variables}
     return classify(variables, self.features(subject), self._label)
 

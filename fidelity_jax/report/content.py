@@ -7,9 +7,6 @@ import numpy as np
 
 from fidelity_jax import claims, rows, statistics
 
-# What a report can begin with.
-SECTIONS = ("tables", "curves", "claims", "activations", "histories")
-
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
@@ -94,7 +91,7 @@ class Content:
   Attributes:
     name: of the experiment or study.
     shows: in a line, what it is.
-    sections: which of `SECTIONS` lead the page; the others follow where there is
+    sections: which of `study.SECTIONS` lead the page; the others follow where there is
       anything to show.
     command: the command that made it.
     rows: its rows.
