@@ -92,7 +92,7 @@ class Evaluation:
       "stages": {role: [s.name, subject.products[role]] for role, s in behind},
       "images": self.dataset.fingerprint,
       "image_size": self._image_size,
-      "seed": subject.config.seed,
+      "seed": subject.config.evaluation.seed,
     }
 
   def _kept(self, subject: Subject) -> measurements.Measurements:
@@ -101,11 +101,11 @@ class Evaluation:
     return measurements.Measurements(self._workdir, key, of, count)
 
   def _places(self, subject: Subject) -> list[_Place]:
-    rounds = subject.config.evaluation.rounds
+    settings = subject.config.evaluation
     return [
-      _Place(subject.config.seed, c, number)
+      _Place(settings.seed, c, number)
       for c in subject.conditions
-      for number in range(c.rounds_needed(rounds))
+      for number in range(c.rounds_needed(settings.rounds))
     ]
 
   def batches(
@@ -269,6 +269,7 @@ class Evaluation:
       degradation=degradation,
       condition=condition,
       seed=config.seed,
+      noise_seed=config.evaluation.seed,
       precision=last.precision,
       fingerprint=self.dataset.fingerprint[:16],
       stages={role: stage.name for role, stage in subject.stages.items()},

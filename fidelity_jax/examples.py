@@ -74,11 +74,13 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
   count = min(config.evaluation.examples * len(shown), len(dataset))
   spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)
   batches = list(evaluation.batches(dataset.select(spread)))
-  result: dict[str, list] = {}
+  seed, result = config.evaluation.seed, {}
   for condition in shown:
     parts: dict[str, list] = {}
     for batch in batches:
-      tensors = Tensors(evaluation.networks, config.seed, condition, batch, 0)
+      tensors = Tensors(
+        evaluation.networks, config.evaluation.seed, condition, batch, 0
+      )
       seen = {"degraded": tensors.degraded, "clean": tensors.clean}
       seen["label"] = batch["label"]
       for subject in chosen:
@@ -168,7 +170,8 @@ def _activations(evaluation, plain, uniform, own) -> dict[str, np.ndarray]:
     sums: dict[str, float | np.ndarray] = {}
     for batch in batches:
       for number in range(rounds):
-        tensors = Tensors(evaluation.networks, config.seed, condition, batch, number)
+        seed = config.evaluation.seed
+        tensors = Tensors(evaluation.networks, seed, condition, batch, number)
         for subject in plain:
           key = "restored" if subject.compared.restored else "degraded"
           features = np.asarray(tensors.features(subject), np.float64)

@@ -80,7 +80,8 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     degradation: what the experiment is about, "awgn", ...; clean images are one of its
       conditions.
     condition: how the images were degraded.
-    seed: the experiment's, of training and noise.
+    seed: the experiment's, of training.
+    noise_seed: of the noise.
     precision: of the last stage behind it, "float32" or "bfloat16".
     accuracy: percent of images classified right; None where nothing is classified.
     top5: percent of images whose class is among the first five.
@@ -116,6 +117,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   degradation: str
   condition: Condition
   seed: int
+  noise_seed: int = 0
   precision: str
   accuracy: float | None = None
   top5: float | None = None

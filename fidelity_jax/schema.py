@@ -23,6 +23,7 @@ EXPERIMENT = rules.Rule(
 )
 _EVALUATION: rules.Table = {
   "rounds": rules.whole(1, 1_000_000),
+  "seed": rules.whole(0, 2**32 - 1),
   "batch_size": rules.whole(1, 1_000_000),
   "examples": rules.whole(1, 32),
   "keep": rules.optional(rules.choice("predictions")),

@@ -40,6 +40,7 @@ def results_directory(
       "conditions": [c.steps for c in degradations.conditions(one.config.degradation)],
       "images": tests[one.name].fingerprint if one.name in tests else None,
       "seed": one.config.seed,
+      "noise": one.config.get("evaluation", {}).get("seed"),
     }
     for one in planned.experiments
   ]

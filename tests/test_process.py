@@ -240,7 +240,7 @@ def test_other_images_are_noticed(command, tmp_path):
     picture = photograph(16, 16, seed=900 + i)
     (tmp_path / "moved" / key).write_bytes(encoded(picture, format="BMP"))
   again = command(*flags, moved, env=env, check=0)
-  assert again.stderr.count(": finished (") == 3 and "rounds/s" in again.stderr
+  assert again.stderr.count(": finished (") == 3 and "evaluation  " in again.stderr
   assert len(list(workdir.glob("oracle-*/results.json"))) == 3
 
 
