@@ -78,9 +78,7 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
   for condition in shown:
     parts: dict[str, list] = {}
     for batch in batches:
-      tensors = Tensors(
-        evaluation.networks, config.evaluation.seed, condition, batch, 0
-      )
+      tensors = Tensors(evaluation.networks, seed, condition, batch, 0)
       seen = {"degraded": tensors.degraded, "clean": tensors.clean}
       seen["label"] = batch["label"]
       for subject in chosen:
