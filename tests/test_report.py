@@ -192,11 +192,17 @@ def test_one_title_of_two_experiments_is_two_lines():
   condition = made.conditions()[0]
   fields = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
   rows = [
-    made.row(condition, experiment=name, **fields) for name in ("short", "longer")
+    made.row(condition, experiment=name, stages={"classifier": name}, **fields)
+    for name in ("short", "longer")
   ]
   (group,) = groups.make(rows)
   title = "trained on clean, without restoration"
   assert group.titles == [f"{title} (short)", f"{title} (longer)"]
+  # Of the same stages they are the same.
+  same = [msgspec.structs.replace(row, stages={"classifier": "a"}) for row in rows]
+  (group,) = groups.make(same)
+  assert group.titles == [title]
+  assert group.get(title, condition).rows == (same[0],)
 
 
 def test_rows_that_are_missing_leave_a_gap(tmp_path):
