@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import msgspec
+from scipy import stats
 
 from fidelity_jax import pairing, paper, statistics
 from fidelity_jax.pairing import Differences, Group, Term
@@ -20,6 +21,7 @@ HOLDS, FAILS = "holds", "does not hold"
 UNTOLD, UNMEASURED = "cannot be told", "not measured"
 # The bootstrap of fewer images says too little.
 _FEWEST = 20
+_LEVEL = 0.05
 
 
 class Verdict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -31,7 +33,7 @@ class Verdict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     verdict: "holds", "does not hold", "cannot be told" or "not measured".
     why: in a line, the numbers behind it, or what is not measured.
     paper: the paper's own difference, percentage points, None where it gives none; of
-      the first comparison, if there are several.
+      the worst comparison, if there are several.
     comparisons: what it is based on: it holds if all of them are as claimed.
     group: what it is about, see `titles.group`.
   """
@@ -51,9 +53,12 @@ def verdicts(
   """Decides the paper's claims in each group of rows.
 
   A claim holds if the 95 % interval of every part of it, paired over images, is on the
-  side that is claimed; it does not if that of any part is on the other side; else it
-  cannot be told. Nothing can of fewer than 20 images. Claims that are not measured are
-  told where rows are there that are about them in particular.
+  side that is claimed; it does not if that of any part is on the other side, corrected
+  for the number of parts (Bonferroni); else it cannot be told. With several seeds of
+  training a t interval over the seeds' differences must be on that side too; of single
+  rounds McNemar's p-value must be below 0.05. Nothing can be told of fewer than 20
+  images. Claims that are not measured are told where rows are there that are about them
+  in particular.
 
   Args:
     scored: rows of any groups; those that do not classify are left out.
@@ -66,11 +71,13 @@ def verdicts(
   for group in pairing.groups(scored):
     claimed = {claim: _claimed(claim, group) for claim in CLAIMS}
     everything = [m.differences for measured in claimed.values() for m in measured]
-    numbers = iter(statistics.compare(everything, bootstrap.sized(group.images)))
+    parts = [len(measured) for measured in claimed.values() for _ in measured]
+    sized = bootstrap.sized(group.images)
+    numbers = iter(statistics.compare(everything, sized, parts))
     for claim, measured in claimed.items():
       if measured:
         found.append(_verdict(claim, group, measured, numbers))
-      elif set(claim.about) & set(group.titles):
+      elif {_called(title, group) for title in claim.about} & set(group.titles):
         found.append(_unmeasured(claim, group))
   return found
 
@@ -110,7 +117,7 @@ def _verdict(
     where=claim.where,
     verdict=_together(decided),
     why=_why(comparisons, decided),
-    paper=_papers(measured[0].terms, group),
+    paper=_papers(measured[worst(comparisons)].terms, group),
     comparisons=comparisons,
     group=group.name,
   )
@@ -138,6 +145,8 @@ def _measure(parts: Sequence[Part], group: Group) -> list[_Measured]:
   """Returns what parts compare, nothing if one that must be there is not measured."""
   found = []
   for part in parts:
+    first, second = (_called(title, group) for title in (part.first, part.second))
+    part = dataclasses.replace(part, first=first, second=second)
     wanted = _wanted(part, group)
     measured = [
       _Measured(part, condition, terms, differences)
@@ -149,6 +158,17 @@ def _measure(parts: Sequence[Part], group: Group) -> list[_Measured]:
     elif not part.optional:
       return []
   return found
+
+
+def _called(title: str, group: Group) -> str:
+  """Returns what a claim's method is called in a group.
+
+  Given weights stand for those trained on clean images where there are no such: theirs
+  are the frozen classifier then.
+  """
+  clean, given = "trained on clean, ", "given weights, "
+  starts = {known.startswith(clean) - known.startswith(given) for known in group.titles}
+  return title.replace(clean, given) if -1 in starts and 1 not in starts else title
 
 
 def _wanted(part: Part, group: Group) -> list[tuple[str, list[Term]]]:
@@ -192,11 +212,32 @@ def _places(at: str, group: Group) -> list[str]:
 
 
 def _decide(comparison: Comparison, margin: float) -> str:
-  if comparison.images < _FEWEST:
+  """Returns what becomes of a part of a claim."""
+  c = comparison
+  if c.images < _FEWEST:
     return UNTOLD
-  if comparison.low > -margin:
+  low, high = c.low, c.high if c.corrected_high is None else c.corrected_high
+  if c.seeds > 1:
+    low = min(low, c.difference - _over_seeds(c, 1))
+    high = max(high, c.difference + _over_seeds(c, c.parts))
+  # The interval of few answers that differ is too narrow. McNemar's test is about no
+  # difference at all, so that a margin has no use for it.
+  clear = lambda parts: c.test != "mcnemar" or margin > 0 or c.p < _LEVEL / parts
+  if low > -margin and clear(1):
     return HOLDS
-  return FAILS if comparison.high < -margin else UNTOLD
+  return FAILS if high < -margin and clear(c.parts) else UNTOLD
+
+
+def _over_seeds(comparison: Comparison, parts: int) -> float:
+  """Returns half the width of the t interval over seeds at 1 - 0.05 / parts."""
+  seeds = comparison.seeds
+  quantile = stats.t.ppf(1 - _LEVEL / parts / 2, seeds - 1)
+  return float(quantile * comparison.over_seeds / seeds**0.5)
+
+
+def worst(comparisons: Sequence[Comparison]) -> int:
+  """Returns which comparison is the furthest from what is claimed."""
+  return min(range(len(comparisons)), key=lambda i: comparisons[i].high)
 
 
 def _together(decided: Sequence[str]) -> str:
@@ -211,29 +252,33 @@ def _why(comparisons: Sequence[Comparison], decided: Sequence[str]) -> str:
     return f"only {comparisons[0].images} images"
   if len(comparisons) <= 3:
     return "; ".join(map(_numbers, comparisons))
-  worst = min(comparisons, key=lambda c: c.high)
   return (
     f"{decided.count(HOLDS)} of {len(decided)} comparisons are as claimed, "
-    f"{decided.count(FAILS)} the other way round; the worst: {_numbers(worst)}"
+    f"{decided.count(FAILS)} the other way round; the worst: "
+    f"{_numbers(comparisons[worst(comparisons)])}"
   )
 
 
 def _numbers(c: Comparison) -> str:
   methods = c.first if c.first == c.second else f"{c.first}, against {c.second}"
-  spread = ""
-  if c.over_seeds is not None:
-    spread = f", standard deviation over {c.seeds} seeds {c.over_seeds:.2f}"
-  return (
-    f"{methods}; {c.condition}: {c.difference:+.2f} points "
-    f"[{c.low:+.2f}, {c.high:+.2f}]{spread}"
+  low, high, difference = (
+    f"{value:+.2f}".replace("-", "−") for value in (c.low, c.high, c.difference)
   )
+  facts = ""
+  if c.over_seeds is not None:
+    facts = f", standard deviation over {c.seeds} seeds {c.over_seeds:.2f}"
+  if c.test == "mcnemar":
+    facts += f", p {c.p:.2g} (McNemar)"
+  return f"{methods}; {c.condition}: {difference} points [{low}, {high}]{facts}"
 
 
 def _missing(claim: Claim, group: Group) -> str:
   """Returns what it would take to decide a claim."""
   absent: list[list[str]] = []
   for parts in claim.variants:
-    needed = [t for p in parts if not p.optional for t in (p.first, p.second)]
+    needed = [
+      _called(t, group) for p in parts if not p.optional for t in (p.first, p.second)
+    ]
     absent.append([t for t in dict.fromkeys(needed) if t not in group.titles])
   nearest = min(absent, key=len)
   if nearest:

@@ -42,35 +42,49 @@ class Group:
     images: number of images.
     titles: of its methods, in the order of its rows.
     clean: name of the condition without degradation, None if there is none.
-    levels: names of the others whose level is the same everywhere, mildest first.
-    conditions: names of all: clean, by level, and those that vary.
+    levels: names of the others whose level is the same everywhere, mildest first;
+      where there are none, of sequences.
+    conditions: names of all: clean, by level, and the others.
     rows: by title and condition, of the first seed.
   """
 
-  def __init__(self, name: str, scored: Sequence[Scored]):
+  def __init__(self, name: str, scored: Sequence[Scored], called: Sequence[str]):
     """Indexes rows.
 
     Args:
       name: the group's.
       scored: its rows, at least one; of two that are the same but for the experiment,
         the first counts.
+      called: what its rows are called, see `titles.unique`.
     """
     self.name, self.images = name, scored[0].values["rank"].shape[1]
     self.rows: dict[tuple[str, str], Row] = {}
     self._scored: dict[tuple[str, str], dict[int, Scored]] = {}
     known: dict[str, Condition] = {}
-    for s in scored:
-      key = (titles.title(s.row), s.row.condition.name)
+    for s, title in zip(scored, called, strict=True):
+      key = (title, s.row.condition.name)
       self.rows.setdefault(key, s.row)
       self._scored.setdefault(key, {}).setdefault(s.row.seed, s)
       known.setdefault(s.row.condition.name, s.row.condition)
     self.titles = list(dict.fromkeys(title for title, _ in self.rows))
     self.clean = next((c.name for c in known.values() if c.kind == "clean"), None)
     degraded = [c for c in known.values() if c.kind != "clean"]
-    uniform = [c for c in degraded if c.vary not in ("1d", "2d")]
-    self.levels = [c.name for c in sorted(uniform, key=_harshness)]
-    varying = [c.name for c in degraded if c.vary in ("1d", "2d")]
-    self.conditions = [self.clean] * (self.clean is not None) + self.levels + varying
+    uniform = [c for c in degraded if titles.is_uniform(c)]
+    self.levels = [c.name for c in sorted(uniform, key=lambda c: c.level)]
+    if not uniform:
+      self.levels = [c.name for c in degraded if c.level is None]
+    others = [c.name for c in degraded if c.name not in self.levels]
+    self.conditions = [self.clean] * (self.clean is not None) + self.levels + others
+
+  def find(self, title: str, row: Row) -> str | None:
+    """Returns what the method of a plain title is called, None if it is not there.
+
+    Args:
+      title: see `titles.title`.
+      row: of the experiment whose own it is, if there are several of that title.
+    """
+    names = (title, titles.of_experiment(title, row))
+    return next((name for name in names if name in self.titles), None)
 
   def differences(self, terms: Sequence[Term]) -> Differences | None:
     """Returns a weighted sum of methods' values, None if some are not measured.
@@ -117,21 +131,20 @@ def mean_difference(first: str, second: str, conditions: Sequence[str]) -> list[
   return [Term(weight, title, c) for c in conditions for title, weight in sides]
 
 
-def _harshness(condition: Condition) -> float:
-  level = condition.level
-  if level is None:  # A sequence, which is the only one there is.
-    return 0.0
-  return float(max(level) if isinstance(level, list) else level)
-
-
 def groups(scored: Sequence[Scored]) -> list[Group]:
   """Returns the groups of the rows that classify, in the order of the rows."""
-  parts: dict[tuple[str, str, int], list[Scored]] = {}
+  named: dict[str, list[Scored]] = {}
   for s in scored:
     if "rank" in s.values:
-      key = (titles.group(s.row), s.row.fingerprint, s.values["rank"].shape[1])
-      parts.setdefault(key, []).append(s)
-  return [Group(name, members) for (name, *_), members in parts.items()]
+      named.setdefault(titles.group(s.row), []).append(s)
+  found = []
+  for name, members in named.items():
+    parts: dict[tuple[str, int], list[tuple[Scored, str]]] = {}
+    for s, title in zip(members, titles.unique([s.row for s in members]), strict=True):
+      key = (s.row.fingerprint, s.values["rank"].shape[1])
+      parts.setdefault(key, []).append((s, title))
+    found += [Group(name, *zip(*part, strict=True)) for part in parts.values()]
+  return found
 
 
 def mean_of(conditions: Sequence[str]) -> str:

@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 from scipy import stats
 
-from fidelity_jax import pairing
+from fidelity_jax import pairing, titles
 from fidelity_jax.pairing import Differences
 from fidelity_jax.rows import Scored
 
-# What the others are compared with.
-BASELINE = "trained on clean, with restoration"
+# What the others are compared with: the classifier that the method steers, alone.
+BASELINES = ("trained on clean, with restoration", "given weights, with restoration")
+# Sources of the map, each compared with those after it.
+_SOURCES = ("oracle", "end_to_end", "pretrained")
 # Bins of the calibration error, as Guo et al. (2017) have it.
 _BINS = 15
 _ENDS = (2.5, 97.5)
@@ -41,6 +43,9 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     rounds: of noise, at each seed; the most, if conditions differ.
     seeds: how many seeds of training it is a mean over.
     over_seeds: standard deviation over seeds of the difference, None for one.
+    parts: how many comparisons are decided together, as parts of one claim.
+    corrected_high: upper end of the interval at 1 - 0.05 / parts (Bonferroni), None for
+      a comparison that stands alone.
   """
 
   first: str
@@ -56,6 +61,8 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   rounds: int
   seeds: int = 1
   over_seeds: float | None = None
+  parts: int = 1
+  corrected_high: float | None = None
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -214,7 +221,9 @@ def summarize(
 
 
 def compare(
-  differences: Sequence[Differences], bootstrap: Bootstrap
+  differences: Sequence[Differences],
+  bootstrap: Bootstrap,
+  parts: Sequence[int] | None = None,
 ) -> list[dict[str, object]]:
   """Returns the measured fields of a `Comparison` for each of some differences.
 
@@ -226,6 +235,7 @@ def compare(
   Args:
     differences: M differences of the same N images.
     bootstrap: of N images.
+    parts: of each, see `Comparison`; None if each stands alone.
   """
   if not differences:
     return []
@@ -234,8 +244,9 @@ def compare(
   lows, highs = np.percentile(draws, _ENDS, axis=1)
   sides = np.minimum((draws <= 0).sum(1), (draws >= 0).sum(1))
   found = []
-  for d, mean, low, high, side in zip(
-    differences, per_image.mean(1), lows, highs, sides, strict=True
+  parts = parts or [1] * len(differences)
+  for d, drawn, mean, low, high, side, together in zip(
+    *(differences, draws, per_image.mean(1), lows, highs, sides, parts), strict=True
   ):
     seeds, images = d.values.shape
     p = min(1.0, 2 * (1 + int(side)) / (bootstrap.replicates + 1))
@@ -252,8 +263,21 @@ def compare(
     }
     if seeds > 1:
       facts["over_seeds"] = float(d.values.mean(1).std(ddof=1))
+    if together > 1:
+      facts |= {"parts": together, "corrected_high": _corrected(drawn, together)}
     found.append(facts)
   return found
+
+
+def _corrected(drawn: np.ndarray, parts: int) -> float:
+  """Returns the upper end of the interval at 1 - 0.05 / parts.
+
+  So far out there are few draws, or none: it is the normal distribution's with their
+  standard deviation where that is further.
+  """
+  tail = (100 - _ENDS[1]) / 100 / parts
+  normal = drawn.mean() + stats.norm.isf(tail) * drawn.std()
+  return float(max(normal, np.percentile(drawn, 100 * (1 - tail))))
 
 
 def _mcnemar(differences: np.ndarray) -> float:
@@ -265,11 +289,14 @@ def _mcnemar(differences: np.ndarray) -> float:
 
 
 def comparisons(scored: Sequence[Scored], bootstrap: Bootstrap) -> list[Comparison]:
-  """Compares every method with restoration alone, condition by condition.
+  """Compares methods, condition by condition.
 
-  That is the classifier trained on clean images that sees restored ones; where it is
-  not measured there is nothing to compare with. A last comparison of each method is
-  over all uniform levels above clean. Rows of several seeds go together.
+  Every method is compared with restoration alone, that is the classifier which the
+  method steers (trained on clean images, or of given weights) that sees restored
+  images; what has another map, resize method or fewer modules with the whole method;
+  and maps of different sources with each other. Where the other is not measured there
+  is nothing to compare with. A last comparison of each pair is over all uniform levels
+  above clean. Rows of several seeds go together.
 
   Args:
     scored: rows of any groups; those that do not classify are left out.
@@ -280,17 +307,38 @@ def comparisons(scored: Sequence[Scored], bootstrap: Bootstrap) -> list[Comparis
     wanted = [[c] for c in group.conditions]
     wanted += [group.levels] * (len(group.levels) > 1)
     named, differences = [], []
-    for title in group.titles:
-      for conditions in wanted * (title != BASELINE):
-        difference = group.paired(title, BASELINE, conditions)
+    for first, second in _pairs(group):
+      for conditions in wanted:
+        difference = group.paired(first, second, conditions)
         if difference is not None:
-          named.append((title, pairing.mean_of(conditions)))
+          named.append((first, second, pairing.mean_of(conditions)))
           differences.append(difference)
     facts = compare(differences, bootstrap.sized(group.images))
     found += [
       Comparison(
-        first=title, second=BASELINE, group=group.name, condition=condition, **fact
+        first=first, second=second, group=group.name, condition=condition, **fact
       )
-      for (title, condition), fact in zip(named, facts, strict=True)
+      for (first, second, condition), fact in zip(named, facts, strict=True)
     ]
   return found
+
+
+def _pairs(group: pairing.Group) -> list[tuple[str, str]]:
+  """Returns the titles of the methods that are compared: with the baseline first."""
+  rows = {title: row for (title, _), row in reversed(group.rows.items())}
+  found = []
+  for title in group.titles:
+    for baseline in BASELINES:
+      if other := group.find(baseline, rows[title]):
+        found.append((title, other))
+        break
+  for title in group.titles:
+    row = rows[title]
+    if row.method not in _SOURCES:
+      continue
+    whole = {"map": "l1", "resize": row.resize and "bilinear", "without": []}
+    others = [msgspec.structs.replace(row, **whole)]
+    for source in _SOURCES[_SOURCES.index(row.method) + 1 :]:
+      others.append(msgspec.structs.replace(row, method=source))
+    found += [(title, group.find(titles.title(other), row)) for other in others]
+  return [(a, b) for a, b in dict.fromkeys(found) if b is not None and a != b]

@@ -1,7 +1,10 @@
 """What rows are called in tables, pictures and comparisons."""
 
+import collections
+from collections.abc import Sequence
+
 from fidelity_jax.models.calibration import MODULES
-from fidelity_jax.rows import Row
+from fidelity_jax.rows import Condition, Row
 
 _SOURCES = {
   "oracle": "oracle map",
@@ -37,6 +40,36 @@ def _other(row: Row) -> list[str]:
     other.append(f"{row.resize} resizing")
   modules = [name for name in (*MODULES, "residual") if name in row.without]
   return other + [f"without {name.replace('_', ' ')}" for name in modules]
+
+
+def unique(rows: Sequence[Row]) -> list[str]:
+  """Returns the rows' titles, with the experiment where one title means two things.
+
+  It does where rows of one title, condition and seed are of different stages or test
+  images. Rows that are the same but for the experiment keep one title.
+
+  Args:
+    rows: all of one `group`, and about the same measure.
+  """
+  meanings = collections.defaultdict(set)
+  for row in rows:
+    meaning = (row.fingerprint, *sorted(row.stages.items()))
+    meanings[title(row), row.condition.name, row.seed].add(meaning)
+  several = {shown for (shown, *_), found in meanings.items() if len(found) > 1}
+  return [
+    of_experiment(title(row), row) if title(row) in several else title(row)
+    for row in rows
+  ]
+
+
+def of_experiment(shown: str, row: Row) -> str:
+  """Returns what a method is called where its title alone means two things."""
+  return f"{shown} ({row.experiment})"
+
+
+def is_uniform(condition: Condition) -> bool:
+  """Returns whether a condition has one level, the same everywhere in the image."""
+  return condition.vary is None and condition.level is not None
 
 
 def group(row: Row) -> str:

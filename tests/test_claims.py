@@ -45,6 +45,10 @@ def _scored(row: Row, accuracy: float, images: int = _IMAGES) -> Scored:
   return scored_rows.scored(row, np.arange(images) < round(accuracy * images / 100))
 
 
+def _title_of(facts: dict) -> str:
+  return titles.title(scored_rows.row(_AWGN[0], **facts))
+
+
 def _as_in_the_paper(methods=_ALL, change=lambda accuracy: accuracy) -> list[Scored]:
   """Rows whose images are right as often as the paper has it, or changed."""
   rows = [scored_rows.row(c, **facts) for facts in methods for c in _AWGN]
@@ -71,13 +75,14 @@ def test_the_papers_numbers_bear_out_its_claims():
   assert unclear == {
     "The ensemble (end-to-end estimator) helps on clean and on slightly degraded "
     "images.",
-    "The ensemble (oracle map) costs a little at the harshest level.",
+    "The ensemble (oracle map) costs accuracy at the harshest level.",
   }
   assert {found[claim].verdict for claim in unclear} == {"cannot be told"}
   for v in found.values():
     # What the rows are made of is what the paper has.
-    assert v.comparisons[0].difference == pytest.approx(v.paper, abs=0.01)
-    assert f"{v.comparisons[0].difference:+.2f}" in v.why or len(v.comparisons) > 3
+    worst = v.comparisons[claims.worst(v.comparisons)]
+    assert worst.difference == pytest.approx(v.paper, abs=0.01)
+    assert f"{worst.difference:+.2f}".replace("-", "−") in v.why
     assert v.group == "caltech256, 224 px, resnet50, awgn"
 
 
@@ -96,7 +101,7 @@ def test_the_papers_numbers_bear_out_its_claims():
     ("(pretrained estimator) costs", 0.33),
     ("At the harshest level training", 66.44 - 58.73),
     ("On clean images a classifier", 83.2 - 79.27),
-    ("the more the proposed method gains", (58.73 - 30.32) - (79.56 - 77.38)),
+    ("gains more over restoration alone", (58.73 - 30.32) - (79.56 - 77.38)),
     ("Bilinear", (74.36 + 72.38 - 74.26 - 72.07) / 2),
     ("The l1 map", (0.09 - 0.1 + 0.03 + 0.06 + 0.38) / 5),
     ("The residual mechanism", (0.44 + 0.51 + 0.71 + 1.01 + 1.39) / 5),
@@ -174,7 +179,7 @@ def test_levels_of_other_degradations_are_found_by_their_order():
   worst = _about(found, "At the harshest level training").comparisons[0]
   assert worst.condition == "motion_blur-21"
   assert worst.difference == pytest.approx(66.44 - 58.73)
-  growth = _about(found, "the more the proposed method gains").comparisons[0]
+  growth = _about(found, "gains more over restoration alone").comparisons[0]
   assert growth.condition == "motion_blur-21 against motion_blur-5"
 
 
@@ -241,6 +246,115 @@ def test_seeds_are_told():
   assert v.verdict == "holds"
   assert v.comparisons[0].difference == pytest.approx(6)
   assert "standard deviation over 3 seeds 2.00" in v.why
+
+
+@pytest.mark.parametrize(
+  "ahead, verdict",
+  [
+    ((6, -3, 3), "cannot be told"),
+    ((3, -6, -3), "cannot be told"),
+    ((6, 5, 7), "holds"),
+    ((-6, -5, -7), "does not hold"),
+    # Of two seeds little is certain: the quantile of one degree of freedom is 12.7.
+    ((6, 4), "cannot be told"),
+    ((6,), "holds"),
+  ],
+)
+def test_seeds_that_differ_tell_nothing(ahead, verdict):
+  """The mean is clear over images, but another seed may turn it round."""
+  scored = []
+  for seed, points in enumerate(ahead):
+    for c in _AWGN:
+      for restorer in (None, "dncnn"):
+        row = scored_rows.row(c, restorer=restorer, seed=seed)
+        scored.append(_scored(row, 60 + points * bool(restorer)))
+  v = _about(_found(scored), "Restoration helps a classifier trained on clean")
+  (c,) = v.comparisons
+  assert c.low > 0 or c.high < 0
+  assert v.verdict == verdict
+
+
+@pytest.mark.parametrize(
+  "gains, verdict",
+  # By hand: p is 2 / 2^4 and 2 / 2^6.
+  [(4, "cannot be told"), (6, "holds"), (-4, "cannot be told"), (-6, "does not hold")],
+)
+def test_single_rounds_need_mcnemars_p_value_too(gains, verdict):
+  images = np.arange(100)
+  scored = []
+  for restorer in (None, "dncnn"):
+    ahead = gains * (1 if restorer else 0) - min(gains, 0)
+    row = scored_rows.row(_AWGN[-1], restorer=restorer)
+    scored.append(scored_rows.scored(row, images < 50 + ahead))
+  v = _about(_found(scored, Bootstrap(100, 1000)), "Restoration helps a classifier")
+  (c,) = v.comparisons
+  # The bootstrap alone has it clear.
+  assert c.test == "mcnemar" and (c.low > 0 or c.high < 0)
+  assert v.verdict == verdict and f"p {c.p:.2g}" in v.why
+
+
+def test_of_many_parts_none_fails_by_chance():
+  """Where nothing differs one of thirty intervals is off in half of all runs."""
+  images, runs, failed, uncorrected = 400, 16, 0, 0
+  for run in range(runs):
+    draws = np.random.default_rng(run)
+    scored = [
+      scored_rows.scored(
+        scored_rows.row(c, **facts), draws.uniform(size=(2, images)) < 0.5
+      )
+      for facts in _CLASSIFIERS
+      for c in _AWGN
+    ]
+    found = _found(scored, Bootstrap(images, 400, seed=run))
+    v = _about(found, "The harsher the degradation, the lower")
+    assert {c.parts for c in v.comparisons} == {30}
+    assert all(c.corrected_high > c.high for c in v.comparisons)
+    failed += v.verdict == "does not hold"
+    uncorrected += any(c.high < 0 for c in v.comparisons)
+  assert failed <= 2 and uncorrected >= 5
+
+
+@pytest.mark.parametrize(
+  "better",
+  [_METHODS[4], _CLASSIFIERS[3]],
+  ids=_title_of,
+)
+def test_the_best_of_all_is_ahead_of_every_other(better):
+  scored = _as_in_the_paper(_CLASSIFIERS + _METHODS)
+  words = "With the oracle map the proposed method is the best of all"
+  v = _about(_found(scored), words)
+  assert v.verdict == "holds" and len(v.comparisons) == 6 + 4
+  title = _title_of(better)
+  scored = [_scored(s.row, 90) if titles.title(s.row) == title else s for s in scored]
+  v = _about(_found(scored), words)
+  assert v.verdict == "does not hold" and title in v.why
+
+
+def test_training_on_degraded_images_must_beat_all_that_keeps_the_classifier():
+  scored = [
+    _scored(s.row, 90) if s.row.method == "pretrained" and not s.row.ensemble else s
+    for s in _as_in_the_paper(_CLASSIFIERS + _METHODS)
+  ]
+  v = _about(_found(scored), "At the harshest level training")
+  assert v.verdict == "does not hold" and len(v.comparisons) == 6
+
+
+def test_given_weights_stand_for_the_classifier_trained_on_clean_images():
+  facts = [
+    {"trained_on": "given", "restorer": restorer} for restorer in (None, "dncnn")
+  ]
+  scored = []
+  for points, fact in enumerate([*facts, {"method": "oracle", "trained_on": "given"}]):
+    scored += [_scored(scored_rows.row(c, **fact), 60 + 5 * points) for c in _AWGN]
+  found = _found(scored)
+  for words in ("Restoration helps a classifier trained on", "(oracle map) is ahead"):
+    v = _about(found, words)
+    assert v.verdict == "holds" and v.paper is None
+    assert v.comparisons[0].second.startswith("given weights, ")
+  falling = _about(found, "The harsher the degradation, the lower")
+  assert {c.first for c in falling.comparisons} == {
+    f"given weights, {w} restoration" for w in ("with", "without")
+  }
 
 
 def test_a_few_images_tell_nothing():

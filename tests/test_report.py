@@ -104,9 +104,16 @@ def test_what_cannot_be_written_is_said_before(tmp_path):
 
 def test_results_for_programs(full, written):
   results = json.loads((written / "results.json").read_text())
-  assert list(results) == ["rows", "comparisons", "verdicts", "missing", "class_names"]
-  for kind in ("rows", "comparisons", "verdicts"):
+  assert list(results) == [
+    *("command", "environment", "seconds"),
+    *("rows", "comparisons", "verdicts", "missing", "class_names"),
+  ]
+  for kind in ("command", "environment", "seconds", "comparisons", "verdicts"):
     assert results[kind] == msgspec.to_builtins(getattr(full, kind))
+  for fields, row in zip(results["rows"], full.rows, strict=True):
+    known = None if row.accuracy is None else paper.accuracy(row)
+    assert fields == msgspec.to_builtins(row) | {"paper": known}
+  assert results["rows"][0]["paper"] == 83.2
   with open(written / "results.csv", newline="") as file:
     lines = list(csv.DictReader(file))
   assert len(lines) == len(full.rows)
@@ -180,6 +187,10 @@ def test_seeds_are_put_together_and_their_spread_kept_apart():
 
 def test_other_measures():
   psnr, ssim = _table(made.restored(), "psnr")
+  # Of clean images that are not restored nothing can be measured.
+  same = psnr.lines[0][1]
+  assert (same.text, same.best, same.notes) == ("identical", False, ())
+  assert psnr.lines[1][1].text != "identical" and "100 dB" in psnr.notes[-1]
   assert psnr.lines[1][-1].best and not psnr.lines[0][-1].best
   assert ssim.folded
   error, ause = _table(made.restored(), "map_error")
@@ -192,11 +203,17 @@ def test_one_title_of_two_experiments_is_two_lines():
   condition = made.conditions()[0]
   fields = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
   rows = [
-    made.row(condition, experiment=name, **fields) for name in ("short", "longer")
+    made.row(condition, experiment=name, stages={"classifier": name}, **fields)
+    for name in ("short", "longer")
   ]
   (group,) = groups.make(rows)
   title = "trained on clean, without restoration"
   assert group.titles == [f"{title} (short)", f"{title} (longer)"]
+  # Of the same stages they are the same.
+  same = [msgspec.structs.replace(row, stages={"classifier": "a"}) for row in rows]
+  (group,) = groups.make(same)
+  assert group.titles == [title]
+  assert group.get(title, condition).rows == (same[0],)
 
 
 def test_rows_that_are_missing_leave_a_gap(tmp_path):
@@ -371,11 +388,14 @@ class _Page(html.parser.HTMLParser):
   def __init__(self, page):
     super().__init__()
     self.tags, self.texts, self.ids, self.references = [], [], [], []
+    self.relations = []
     self.feed(page)
 
   def handle_starttag(self, tag, attrs):
     self.tags.append(tag)
     for name, value in attrs:
+      if name == "rel":
+        self.relations += value.split()
       if name == "id":
         self.ids.append(value)
       if name in ("href", "src", "xlink:href"):
@@ -459,7 +479,8 @@ def test_and_in_pictures(hostile):
 def test_a_page_needs_nothing_but_itself(written):
   page = _Page((written / "report.html").read_text())
   assert len(page.ids) == len(set(page.ids))
-  assert not {"link[rel=stylesheet]", "iframe", "img"} & set(page.tags)
+  assert not {"iframe", "img"} & set(page.tags)
+  assert page.relations == ["icon"]
   for reference in page.references:
     assert reference.startswith(("#", "data:")), reference
     if reference.startswith("#"):
@@ -475,7 +496,7 @@ def test_every_number_is_on_the_page(full, written):
   shown = "".join(_Page((written / "report.html").read_text()).texts)
   for row in full.rows:
     digits = 4 if row.map_error is not None else 2
-    assert f"{row.value:.{digits}f}" in shown
+    assert (f"{row.value:.{digits}f}" if row.psnr != 100 else "identical") in shown
   for stage in full.stages:
     assert stage.name in shown and json.dumps(stage.records[-1]) in shown
   for verdict in full.verdicts:
@@ -491,6 +512,89 @@ def test_every_number_is_on_the_page(full, written):
 )
 def test_differences(value, expected):
   assert text.difference(value) == expected
+
+
+@pytest.mark.parametrize(
+  ("p", "drawn", "expected"),
+  [
+    (0.0123, True, "0.012"),
+    (2 / 2001, True, "≤ 0.001"),
+    (2 / 2001, False, "1.0e−03"),
+    (1.3e-8, False, "1.3e−08"),
+  ],
+)
+def test_p_values(p, drawn, expected):
+  assert text.p_value(p, drawn) == expected
+
+
+def test_two_examples_of_the_same_pictures_have_ids_of_their_own():
+  shown = [made.examples(size=8), made.examples(size=8, experiment="other")]
+  figure = pictures.drawn(lambda: examples.draw(shown, made.CLASSES), "examples", "x")
+  ids = _Page(figure.inline).ids
+  assert len(ids) == len(set(ids)) and any("-again-" in name for name in ids)
+
+
+def test_a_stages_command_trains_no_more_than_it_needs():
+  rows = made.classified(lines=list(made.methods(("clean",), ())))
+  content = made.content(rows)
+  stage = content.stages[0]
+  assert content.command_of(stage) == f"{content.command} --config.only=oracle"
+  odd = dataclasses.replace(stage, experiments=["setup <1>"])
+  assert content.command_of(odd) == f"{content.command} '--config.only=setup <1>'"
+  alone = dataclasses.replace(
+    content, stages=[dataclasses.replace(stage, experiments=["oracle"])]
+  )
+  assert alone.command_of(stage) == content.command
+  assert made.content(rows, command="").command_of(stage) == ""
+
+
+def test_accuracy_of_stages_is_in_percent():
+  stage = dataclasses.replace(made.stages(made.classified())[0], score=0.8125)
+  assert tables.score_of(stage) == ("81.25 %", 81.25)
+  restorer = dataclasses.replace(stage, metric="psnr_gain", score=-0.5)
+  assert tables.score_of(restorer) == ("−0.5", -0.5)
+
+
+def test_claims_are_the_papers_where_they_are_of_its_experiment():
+  rows = made.classified(lines=list(made.methods(("clean",), ())))
+  own, other = "caltech256, 224 px, resnet50, awgn", "demo, 64 px, resnet18, awgn"
+  of = lambda *names: tables.of_verdicts(
+    [msgspec.structs.replace(v, group=n) for v in made.verdicts(rows) for n in names]
+  )
+  assert of(own).lead == ""
+  lead = of(other).lead
+  assert lead.startswith("Made by the paper for Caltech-256 under AWGN")
+  assert lead.endswith(f"here asked of {other}.")
+  assert lead in markdown.write(
+    made.content(rows), [layout.Section("x", "x", [layout.Part("", [of(other)])])]
+  )
+  assert own in of(own, other).lead
+
+
+def test_the_worst_part_of_a_claim_is_shown():
+  rows = made.classified(lines=list(made.methods(("clean",), ())))
+  first = "trained on clean, without restoration"
+  parts = [
+    made.comparison(rows, first, first, d, condition="clean against awgn-0.1")
+    for d in (3.0, -2.0, 1.0)
+  ]
+  verdict = msgspec.structs.replace(made.verdicts(rows)[0], comparisons=parts)
+  table = tables.of_verdicts([verdict])
+  _, _, why, here, _ = table.lines[0]
+  assert (here.text, here.notes[-1]) == ("−2.00", "the worst of 3")
+  assert why.notes[0].startswith(f"{first}, clean against awgn-0.1: +3.00 [")
+  assert "another seed of training may decide otherwise" in table.notes[0]
+  parts = [msgspec.structs.replace(c, seeds=3, over_seeds=1.0) for c in parts]
+  verdict = msgspec.structs.replace(verdict, comparisons=parts)
+  assert "another seed" not in tables.of_verdicts([verdict]).notes[0]
+
+
+def test_single_rounds_are_not_counted_and_all_precisions_told():
+  rows = made.classified(lines=list(made.methods(("clean",), ())))
+  one = made.comparison(rows, "a", "b", rounds=1, test="mcnemar")
+  assert tables.of_comparisons([one]).lines[0][-1].notes == ("500 images",)
+  rows[3] = msgspec.structs.replace(rows[3], precision="bfloat16")
+  assert "computed in float32 and bfloat16." in _table(rows)[0].notes[0]
 
 
 @pytest.mark.parametrize(

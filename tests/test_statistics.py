@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scored_rows
 
-from fidelity_jax import statistics
+from fidelity_jax import pairing, statistics
 from fidelity_jax.pairing import Differences
 from fidelity_jax.rows import Scored
 
@@ -314,6 +314,95 @@ def test_groups_and_other_images_are_apart(changes, images):
   apart = [statistics.comparisons(study, bootstrap) for study in (one, other)]
   assert statistics.comparisons(one + other, bootstrap) == apart[0] + apart[1]
   assert {c.images for c in apart[1]} == {images}
+
+
+def test_given_weights_are_a_baseline_too():
+  study = _study(trained_on="given")
+  found = statistics.comparisons(study, statistics.Bootstrap(300, 50))
+  assert len(found) == 2 * 7
+  assert {c.second for c in found} == {"given weights, with restoration"}
+  assert {c.first for c in found} == {
+    "given weights, without restoration",
+    "proposed, oracle map, without ensemble",
+  }
+
+
+def test_ablations_and_sources_are_compared_with_each_other():
+  images = 100
+  methods = [
+    {},
+    *({"method": s} for s in ("pretrained", "end_to_end", "oracle")),
+    *({"method": "oracle", "map": "l2"}, {"method": "oracle", "resize": "nearest"}),
+    {"method": "oracle", "without": ["residual"]},
+    # Of another ensemble: there is no whole method to compare it with.
+    {"method": "pretrained", "ensemble": True, "without": ["residual"]},
+  ]
+  study = [
+    scored_rows.scored(scored_rows.row(c, **facts), np.arange(images) < 50 + number)
+    for number, facts in enumerate(methods)
+    for c in (_CLEAN, *_NOISES)
+  ]
+  found = statistics.comparisons(study, statistics.Bootstrap(images, 50))
+  for c in found:
+    assert (c.condition == "clean") + (c.condition in _LEVELS) <= 1
+  pairs = {(c.first, c.second) for c in found}
+  # Each under six conditions, and the mean of five.
+  assert len(found) == 7 * len(pairs)
+  baseline = "trained on clean, with restoration"
+  oracle, end_to_end, pretrained = (
+    f"proposed, {name}, without ensemble"
+    for name in ("oracle map", "end-to-end estimator", "pretrained estimator")
+  )
+  among = {pair for pair in pairs if pair[1] != baseline}
+  assert among == {
+    *((f"{oracle}, {e}", oracle) for e in ("l2 map", "nearest resizing")),
+    (f"{oracle}, without residual", oracle),
+    *((oracle, end_to_end), (oracle, pretrained), (end_to_end, pretrained)),
+  }
+  assert len(pairs) == len(among) + 7
+  (mean,) = (
+    c
+    for c in found
+    if (c.first, c.second) == (oracle, pretrained) and c.condition.startswith("mean")
+  )
+  assert mean.difference == pytest.approx(2)
+
+
+def test_one_title_of_other_stages_is_another_method():
+  """Each experiment's method is compared with its own baseline."""
+  study = []
+  for name in ("short", "long"):
+    for s in _study():
+      changes = {"experiment": name, "stages": {"classifier": name}}
+      study.append(Scored(msgspec.structs.replace(s.row, **changes), s.values))
+  found = statistics.comparisons(study, statistics.Bootstrap(300, 50))
+  assert {(c.first, c.second) for c in found} == {
+    (f"{first} ({name})", f"trained on clean, with restoration ({name})")
+    for name in ("short", "long")
+    for first in (
+      "proposed, oracle map, without ensemble",
+      "trained on clean, without restoration",
+    )
+  }
+  # Of the same stages they are the same.
+  same = [
+    Scored(msgspec.structs.replace(s.row, stages={"classifier": "a"}), s.values)
+    for s in study
+  ]
+  bootstrap = statistics.Bootstrap(300, 50)
+  assert statistics.comparisons(same, bootstrap) == statistics.comparisons(
+    _study(), bootstrap
+  )
+
+
+def test_sequences_are_levels_where_there_are_no_others():
+  spec = [{"kind": "awgn", "level": 0.1}, {"kind": "motion_blur", "level": 5}]
+  conditions = scored_rows.conditions(spec)
+  facts = ({}, {"method": "oracle"})
+  rows = [scored_rows.row(c, **fact) for c in conditions for fact in facts]
+  scored = [scored_rows.scored(row, np.arange(40) < 20) for row in rows]
+  (group,) = pairing.groups(scored)
+  assert group.levels == [c.name for c in conditions if c.kind != "clean"] != []
 
 
 def test_nothing_to_compare_with():

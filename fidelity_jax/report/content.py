@@ -1,6 +1,7 @@
 """What a report is made of: everything that its pages and pictures show, as data."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,10 @@ class Content:
   activations: list[Activations]
   environment: dict[str, str]
   seconds: float | None
+
+  def command_of(self, stage: StageRecord) -> str:
+    """Returns the command that trains a stage, and as little else as can be."""
+    known = {name for one in self.stages for name in one.experiments}
+    if not self.command or len(known) < 2 or not stage.experiments:
+      return self.command
+    return f"{self.command} {shlex.quote(f'--config.only={stage.experiments[0]}')}"

@@ -280,6 +280,8 @@ def _caption(field: str, found: Sequence[Group]) -> str:
     f"{what[0].upper()}{what[1:]} against the level of degradation, with 95 % "
     "intervals; at the side of each panel, levels that vary within the image (1D, 2D)."
   ]
+  if any(len(group.titles) > 2 for group in found):
+    parts.append("Points are moved sideways a little, so that all can be seen.")
   rows = [e.first for group in found for e in group.entries.values()]
   if any(row.method == "classifier" for row in rows):
     parts.append("Thin lines: classifiers, solid without restoration, dashed with it.")

@@ -163,12 +163,12 @@ class Group:
   @functools.cached_property
   def uniform(self) -> list[Condition]:
     """Conditions of one level everywhere, from the mildest to the harshest."""
-    return [c for c in self.conditions if _is_uniform(c)]
+    return [c for c in self.conditions if titles.is_uniform(c)]
 
   @property
   def others(self) -> list[Condition]:
     """Conditions whose level varies, or that have none."""
-    return [c for c in self.conditions if not _is_uniform(c)]
+    return [c for c in self.conditions if not titles.is_uniform(c)]
 
   @property
   def harshest(self) -> Condition:
@@ -191,9 +191,11 @@ def make(rows: Iterable[Row]) -> list[Group]:
 
 
 def _group(name: str, field: str, rows: list[Row]) -> Group:
-  entries = collections.defaultdict(list)
-  for row, title in zip(rows, _unique_titles(rows), strict=True):
-    entries[title, row.condition.name].append(row)
+  by_seed = collections.defaultdict(dict)
+  for row, title in zip(rows, titles.unique(rows), strict=True):
+    # Of two that are the same but for the experiment, the first counts.
+    by_seed[title, row.condition.name].setdefault(row.seed, row)
+  entries = {key: list(found.values()) for key, found in by_seed.items()}
   conditions = {row.condition.name: row.condition for row in rows}
   return Group(
     name=name,
@@ -207,26 +209,8 @@ def _group(name: str, field: str, rows: list[Row]) -> Group:
   )
 
 
-def _is_uniform(condition: Condition) -> bool:
-  return condition.vary is None and condition.level is not None
-
-
 def _by_level(condition: Condition) -> float:
-  return condition.level if _is_uniform(condition) else math.inf
-
-
-def _unique_titles(rows: list[Row]) -> list[str]:
-  """Returns the rows' titles, with the experiment where one title means two things."""
-  plain = [titles.title(row) for row in rows]
-  keys = [
-    (title, row.condition.name, row.seed)
-    for title, row in zip(plain, rows, strict=True)
-  ]
-  often = {title for (title, _, _), n in collections.Counter(keys).items() if n > 1}
-  return [
-    f"{title} ({row.experiment})" if title in often else title
-    for title, row in zip(plain, rows, strict=True)
-  ]
+  return condition.level if titles.is_uniform(condition) else math.inf
 
 
 def heading(condition: Condition, degradation: str = "") -> str:

@@ -30,7 +30,7 @@ def write(content: Content, sections: Sequence[Section]) -> str:
   if content.stages:
     lines += ["## Stages", "", *_table(tables.of_stages(content.stages), caption=False)]
     for stage in content.stages:
-      lines += _stage(stage)
+      lines += _stage(stage, content.command_of(stage))
   lines += ["## Made with", ""]
   facts = dict(content.environment)
   facts["time of the evaluation"] = text.duration(content.seconds)
@@ -60,6 +60,8 @@ def _table(table: Table, caption: bool) -> list[str]:
     lines += ["<details>", f"<summary>{_html(table.caption)}</summary>", ""]
   elif caption:
     lines += [f"**{text.markdown(table.caption)}**", ""]
+  if table.lead:
+    lines += [text.markdown(table.lead), ""]
   lines.append("| " + " | ".join(map(text.markdown, table.columns)) + " |")
   lines.append("|" + "---|" * len(table.columns))
   lines += ["| " + " | ".join(map(_cell, cells)) + " |" for cells in table.lines]
@@ -91,10 +93,12 @@ def _html(shown: str) -> str:
   return shown
 
 
-def _stage(stage: StageRecord) -> list[str]:
+def _stage(stage: StageRecord, command: str) -> list[str]:
   config = json.dumps(stage.config, indent=2, default=str)
   summary = f"<summary>{_html(stage.name)}: config</summary>"
   lines = ["<details>", summary, "", text.fenced(config, "json"), ""]
+  if command:
+    lines += [text.fenced(text.printable(command), "sh"), ""]
   if stage.records:
     last = json.dumps(stage.records[-1], default=str)
     lines += ["Last record:", "", text.fenced(last, "json"), ""]

@@ -96,7 +96,7 @@ def _stage(number: int, stage: StageRecord) -> _Stage:
     curves = _marked(figure)
   state = "finished" if stage.finished else "not finished"
   if stage.score is not None:
-    state += f", {stage.metric} {stage.score:.6g}"
+    state += f", {stage.metric} {tables.score_of(stage)[0]}"
   config = json.dumps(stage.config, indent=2, default=str)
   return _Stage(
     record=stage,

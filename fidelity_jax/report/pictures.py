@@ -1,5 +1,6 @@
 """What all figures share: colours, names, files that depend on the content alone."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -132,6 +133,13 @@ def _inline(vector: str, name: str, title: str) -> str:
       value = value.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
       value = value.replace(PAPER, "var(--paper, #fff)")
       element.set(key, value.replace("'DejaVu Sans'", _FONTS))
+  # Two pictures that are the same have one id.
+  often = collections.Counter()
+  for element in root.iter():
+    if (known := element.get("id")) is not None:
+      often[known] += 1
+      if often[known] > 1:
+        element.set("id", f"{known}-again-{often[known]}")
   width = float(root.get("viewBox").split()[2]) * 96 / 72
   for key in ("width", "height", "version"):
     root.attrib.pop(key, None)

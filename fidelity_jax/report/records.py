@@ -17,8 +17,12 @@ _APART = ("condition", "per_class", "stages", "products", "without")
 
 def as_json(content: Content) -> dict[str, Any]:
   """Returns what results.json holds."""
+  rows = [msgspec.to_builtins(row) | {"paper": _paper(row)} for row in content.rows]
   return {
-    "rows": msgspec.to_builtins(content.rows),
+    "command": content.command,
+    "environment": dict(content.environment),
+    "seconds": content.seconds,
+    "rows": rows,
     "comparisons": msgspec.to_builtins(content.comparisons),
     "verdicts": msgspec.to_builtins(content.verdicts),
     "missing": list(content.missing),
@@ -41,7 +45,7 @@ def as_csv(rows: Sequence[Row]) -> str:
       "title": titles.title(row),
       "group": titles.group(row),
       "value": row.value,
-      "paper": groups.Entry((row,)).paper,
+      "paper": _paper(row),
       "without": "+".join(row.without),
       "condition": row.condition.name,
       "condition_kind": row.condition.kind,
@@ -58,3 +62,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     }
     writer.writerow(printed)
   return buffer.getvalue()
+
+
+def _paper(row: Row) -> float | None:
+  return groups.Entry((row,)).paper

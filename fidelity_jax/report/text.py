@@ -54,9 +54,16 @@ def interval(low: float, high: float, digits: int = 2) -> str:
   return f"[{number(low, digits)}, {number(high, digits)}]"
 
 
-def p_value(p: float) -> str:
-  """Returns e.g. "0.012" or "1.3e-08"."""
-  return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+def p_value(p: float, drawn: bool = False) -> str:
+  """Returns e.g. "0.012", "1.3e−08", or "≤ 0.001".
+
+  Args:
+    p: the p-value.
+    drawn: whether it is of a bootstrap, which has a least one, about 0.001.
+  """
+  if drawn and p <= 0.001:
+    return "≤ 0.001"
+  return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("-", MINUS)
 
 
 def duration(seconds: float | None) -> str:
