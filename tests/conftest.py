@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shutil
@@ -52,6 +53,14 @@ def experiment(workdir: pathlib.Path, name: str = "oracle") -> pathlib.Path:
 def results(workdir: pathlib.Path, name: str = "oracle") -> pathlib.Path:
   """Returns where the results of the one experiment of a name are."""
   return experiment(workdir, name) / "results.json"
+
+
+def measured(path: pathlib.Path) -> dict:
+  """Returns what results.json holds but for what is of the run: command, time, date."""
+  found = json.loads(path.read_text())
+  apart = ("command", "environment", "seconds")
+  assert set(apart) <= set(found)
+  return {name: value for name, value in found.items() if name not in apart}
 
 
 def overrides(fields: dict) -> list[str]:

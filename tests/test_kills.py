@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import TOY, overrides, results
+from conftest import TOY, measured, overrides, results
 
 # Rates that rise to the end and ruin what was learned: the best epoch comes early, so
 # that its checkpoint has to outlive every later one, and every stop.
@@ -52,7 +52,7 @@ def _product(workdir):
     with ocp.StandardCheckpointer() as checkpointer:
       restored = checkpointer.restore(variables)
     arrays[marker.parent.name, step] = jax.tree.map(np.asarray, restored)
-  return arrays, json.loads(results(workdir).read_text())
+  return arrays, measured(results(workdir))
 
 
 def _curves(workdir):

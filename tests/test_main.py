@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 
-from conftest import TOY, experiment, one_line, overrides, results
+from conftest import TOY, experiment, measured, one_line, overrides, results
 
 DEMO = "--config=configs/oracle.py:demo"
 
@@ -92,7 +92,7 @@ def test_it_leaves_what_it_promises(toy_run):
 
 def test_a_second_run_only_reports(toy_copy, command):
   path = results(toy_copy)
-  before = json.loads(path.read_text())
+  before = measured(path)
   path.unlink()
   start = time.monotonic()
   result = command(DEMO, f"--workdir={toy_copy}", *overrides(TOY), check=0)
@@ -100,7 +100,7 @@ def test_a_second_run_only_reports(toy_copy, command):
   assert result.stderr.count(": finished (") == 4
   assert "steps/s" not in result.stderr
   assert "evaluation  " not in result.stderr
-  assert json.loads(path.read_text()) == before
+  assert measured(path) == before
 
 
 def test_only_what_is_new_is_measured(toy_copy, command):

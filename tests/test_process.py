@@ -11,7 +11,15 @@ import tempfile
 import time
 
 import pytest
-from conftest import ROOT, TOY, one_line, overrides, results, without_privileges
+from conftest import (
+  ROOT,
+  TOY,
+  measured,
+  one_line,
+  overrides,
+  results,
+  without_privileges,
+)
 from test_data_images import encoded, photograph
 
 from fidelity_jax import main
@@ -47,7 +55,7 @@ def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
 def test_its_output_need_not_be_read(background, toy_copy):
   """As with `2>&1 | head -1`, and with standard error closed."""
   path = results(toy_copy)
-  before = path.read_text()
+  before = measured(path)
   arguments = [DEMO, f"--workdir={toy_copy}", *overrides(TOY)]
   shutil.rmtree(next(toy_copy.glob("ensemble-*")))
   shutil.rmtree(toy_copy / "measurements")
@@ -56,13 +64,13 @@ def test_its_output_need_not_be_read(background, toy_copy):
   assert "finished" in process.stderr.readline()
   process.stderr.close()
   assert process.wait(300) == 0
-  assert path.read_text() == before
+  assert measured(path) == before
   path.unlink()
   shell = 'exec "$@" >&- 2>&-'
   command = ["sh", "-c", shell, "sh", sys.executable, "-m", "fidelity_jax.main"]
   result = subprocess.run([*command, *arguments], cwd=ROOT, timeout=300)
   assert result.returncode == 0
-  assert path.read_text() == before
+  assert measured(path) == before
 
 
 def _limited(limit, *arguments):
@@ -145,8 +153,7 @@ def test_a_full_disk(command, small_disk, toy_run):
     assert not path.exists()
   small_disk("100m")
   command(*flags, check=0)
-  ours = json.loads(path.read_text())
-  assert ours == json.loads(results(toy_run).read_text())
+  assert measured(path) == measured(results(toy_run))
 
 
 def test_a_workdir_that_is_removed(background, tmp_path):
