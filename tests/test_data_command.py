@@ -125,4 +125,5 @@ def test_a_folder_of_photographs(tmp_path, command):
   workdir = tmp_path / "run"
   command(DEMO, f"--workdir={workdir}", *overrides(fields), env=env, check=0)
   rows = json.loads(next(workdir.glob("*/results.json")).read_text())["rows"]
+  rows = [row for row in rows if row["accuracy"] is not None]
   assert len(rows) == 24 and {row["dataset"] for row in rows} == {"folder"}

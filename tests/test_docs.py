@@ -1,6 +1,7 @@
 """Commands, fields and links in the documents exist."""
 
 import ast
+import functools
 import importlib.util
 import pathlib
 import re
@@ -12,6 +13,7 @@ CONFIGS = sorted({*(ROOT / "configs").glob("*.py")} - {ROOT / "configs" / "commo
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
+@functools.cache
 def _config(path, size=""):
   spec = importlib.util.spec_from_file_location("config", ROOT / path)
   module = importlib.util.module_from_spec(spec)

@@ -170,7 +170,7 @@ def test_fields(refused, tmp_path, field, value, words):
     ([ESTIMATOR, "--config.seed=-1"], "config.seed = -1"),
     ([DEMO, "--config.seed=None", "--config.seed=-2"], "config.seed = -2"),
     ([DEMO, "--config.seed=3", "--config.seed", "None"], "config.seed = None"),
-    ([DEMO, "--config.dataset.fractions", "3"], "write several values in brackets"),
+    ([DEMO, "--config.dataset.fractions", "3"], 'write values in brackets, as "(3,)"'),
   ],
 )
 def test_command_lines(refused, tmp_path, flags, words):
@@ -279,7 +279,7 @@ def test_a_config_file_of_ones_own_works(tmp_path, monkeypatch):
   path = tmp_path / "mine.py"
   path.write_text(f"{_DEMO}  c.seed = 5\n  return c\n")
   arguments = ["", f"--config={path}", "--workdir=w", "--config.epochs=3"]
-  config, workdir = main.parse(arguments)
+  config, workdir, _ = main.parse(arguments)
   assert (config.seed, config.parents.restorer.seed, config.epochs) == (5, 5, 3)
   assert workdir == "w"
 
@@ -302,7 +302,7 @@ def test_none_means_none():
       for setting in (value, None)
       for part in form.format(field, str(setting).replace(" ", "")).split(" ")
     ]
-    config, _ = main.parse(["", "--config=configs/oracle.py", *flags, "--workdir=w"])
+    config, *_ = main.parse(["", "--config=configs/oracle.py", *flags, "--workdir=w"])
     for field in fields:
       value = config
       for name in field.split("."):
@@ -311,7 +311,7 @@ def test_none_means_none():
     # Parents follow; what was set last counts.
     assert config.parents.restorer.dataset.cache is None
   flags = ["--config.dataset.cache=None", "--config.dataset.cache=disk"]
-  config, _ = main.parse(["", DEMO, *flags, "--workdir=w"])
+  config, *_ = main.parse(["", DEMO, *flags, "--workdir=w"])
   assert config.dataset.cache == "disk"
 
 

@@ -231,21 +231,21 @@ def test_an_evaluation_goes_on_where_it_was(toy_copy, background, command):
   kept = list(toy_copy.glob("measurements/*/*.npz"))
   for path in kept:
     path.unlink()
-  fields = TOY | {"evaluation.batch_size": 8, "evaluation.rounds": 6}
+  fields = TOY | {"evaluation.batch_size": 4, "evaluation.rounds": 60}
   arguments = ["--config=configs/oracle.py:demo", f"--workdir={toy_copy}"]
   run = background(*arguments, *overrides(fields))
   # The first batch is past.
   for line in run.stderr:
-    if line.startswith("evaluation") and int(line.rpartition("images ")[2]) > 8:
+    if line.startswith("evaluation") and int(line.rpartition("images ")[2]) > 4:
       break
   run.send_signal(signal.SIGTERM)
   stderr = run.communicate(timeout=600)[1]
   assert run.returncode == 143, stderr
   assert "evaluating" in one_line(stderr)
   # Batches of another size take up what is there.
-  result = command(*arguments, *overrides(TOY | {"evaluation.batch_size": 4}), check=0)
+  result = command(*arguments, *overrides(TOY | {"evaluation.batch_size": 2}), check=0)
   total = int(result.stderr.rpartition(" steps  ")[0].rpartition("/")[2])
-  assert total <= 15 * (64 - 8) // 4
+  assert total <= 15 * (64 - 4) // 2
   again = json.loads((place / "results.json").read_text())["rows"]
   for old, new in zip(before, again, strict=True):
     assert new["accuracy"] == old["accuracy"]
