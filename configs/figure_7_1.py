@@ -5,8 +5,8 @@ r"""The method and the baselines on other networks (paper, Figure 7.1).
     --config.dataset.path=DIR
 
 AlexNet, VGG-16 and GoogLeNet; `--config.backbones` names others.
-With `:demo` the networks have a quarter of their width. It was not run to its end yet; a
-classifier takes 1 to 3 minutes, on a 2-core AMD EPYC (2026-11-24).
+With `:demo` the networks have a quarter of their width. It was not run to its end yet;
+a classifier takes 1 to 3 minutes, on a 2-core AMD EPYC (2026-11-24).
 """
 
 from fidelity_jax.configs import common

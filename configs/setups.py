@@ -6,8 +6,9 @@ r"""Accuracy against level of classifiers trained in three ways (paper, Figure 3
 
 Trained on clean, degraded and restored images, each tested with and without
 restoration; `--config.backbones="('resnet50','vgg16')"` shows several networks.
-With `:demo` the three classifiers and the restorer take 2 to 3 minutes each, on a 2-core
-AMD EPYC (2026-11-24); seed 0 is in docs/results.md. The paper's size was not run here.
+With `:demo` the three classifiers and the restorer take 2 to 3 minutes each, on a
+2-core AMD EPYC (2026-11-24); seed 0 is in docs/results.md. The paper's size was not run
+here.
 """
 
 from fidelity_jax.configs import common

@@ -5,9 +5,9 @@ r"""The paper's main comparison: twelve rows under eight conditions (Table 5.1).
     --config.dataset.path=DIR
 
 Three classifiers, a restorer, an estimator, three calibrated models with ensembles.
-With `:demo` its stages took about 50 minutes one after the other on a 2-core AMD EPYC that
-was busy with other things, the evaluation 3 minutes of processor time (2026-11-24); seed 0
-is in docs/results.md. The paper's size was not run here.
+With `:demo` its stages took about 50 minutes one after the other on a 2-core AMD EPYC
+that was busy with other things, the evaluation 3 minutes of processor time
+(2026-11-24); seed 0 is in docs/results.md. The paper's size was not run here.
 """
 
 from fidelity_jax.configs import common

@@ -5,9 +5,9 @@ r"""Maps, ways to resize them, and modules left out (paper, Table 6.1).
     --config.dataset.path=DIR
 
 The oracle map without ensemble, ten times, beside restoration alone.
-With `:demo` each of the ten calibrations takes 2 to 5 minutes and the evaluation 2, on a
-2-core AMD EPYC that was busy with other things (2026-11-24); seed 0 is in docs/results.md.
-The paper's size was not run here.
+With `:demo` each of the ten calibrations takes 2 to 5 minutes and the evaluation 2, on
+a 2-core AMD EPYC that was busy with other things (2026-11-24); seed 0 is in
+docs/results.md. The paper's size was not run here.
 """
 
 from fidelity_jax.configs import common
