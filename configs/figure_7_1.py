@@ -5,8 +5,9 @@ r"""The method and the baselines on other networks (paper, Figure 7.1).
     --config.dataset.path=DIR
 
 AlexNet, VGG-16 and GoogLeNet; `--config.backbones` names others.
-With `:demo` the networks have a quarter of their width. It was not run to its end yet;
-a classifier takes 1 to 3 minutes, on a 2-core AMD EPYC (2026-11-24).
+With `:demo` the networks have a quarter of their width. A classifier takes 1 to
+3 minutes on a 2-core AMD EPYC (2026-11-24); the calibrations of AlexNet and VGG-16
+diverge at the demo's rate, which is to be lowered. The paper's size was not run here.
 """
 
 from fidelity_jax.configs import common
