@@ -101,8 +101,9 @@ def _plan(
     if "evaluation" in one.config
   }
   results.check_class(work, planned, tests)
-  for dataset in {test.fingerprint: test for test in tests.values()}.values():
-    tested = [e for e in planned.experiments if tests.get(e.name) is dataset]
+  for digest, dataset in {test.fingerprint: test for test in tests.values()}.items():
+    tested = [one for one in planned.experiments if one.name in tests]
+    tested = [one for one in tested if tests[one.name].fingerprint == digest]
     found = {stage.name: stage for one in tested for stage in one.stages}
     plan.warn_of_leaks(list(found.values()), datasets, dataset)
   return planned, tests

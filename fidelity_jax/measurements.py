@@ -33,6 +33,8 @@ class _Round:
     self.add(0, values)
 
   def add(self, start: int, values: Values) -> None:
+    # What was measured before may have had more, such as logits.
+    self._arrays = {name: self._arrays[name] for name in values}
     for name, array in self._arrays.items():
       part = values[name][: len(array) - start]
       array[start : start + len(part)] = part
