@@ -75,7 +75,7 @@ def evaluation(config: ConfigDict, size: str) -> None:
       "batch_size": 64,
       # Images drawn per condition in the picture of examples.
       "examples": 2,
-      # "predictions": keep logits per image and write predictions.npz.
+      # "predictions": keep logits per image, and write them to a file of their own.
       "keep": config_dict.placeholder(str),
     }
   )

@@ -7,7 +7,8 @@ r"""Four further degradations, on every network (paper, Figure A.2), and the met
 Classifiers trained on clean images, with and without restoration; and, which the paper
 leaves to future research, the whole method trained for each degradation, on one of the
 networks.
-With `:demo` the networks have a quarter of their width. It was not run to its end yet.
+With `:demo` the networks are narrow, 16 channels wide at their first convolution. It
+was not run to its end yet.
 """
 
 from fidelity_jax.configs import common

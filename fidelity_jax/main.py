@@ -51,7 +51,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
-  """Returns the config, with all fields set, the workdir, and whether to run at all.
+  """Returns the config, with all fields set, the workdir, and whether only to plan.
 
   Args:
     arguments: as in `sys.argv`.
