@@ -191,6 +191,7 @@ def _nchw(images):
   return torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 def test_bfloat16(toy_copy, command):
   """What accelerators compute in by default, through a whole experiment."""
   fields = _QUICK | TOY_ESTIMATOR | {"precision": "bfloat16"}

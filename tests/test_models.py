@@ -53,7 +53,7 @@ def test_published_sizes(name, parameters, features, taps):
   [
     ("alexnet", 63, (512, 512), 1152, 5),
     ("vgg16", 32, (512, 512), 3136, 7),
-    ("googlenet", 16, (), 128, 6),
+    pytest.param("googlenet", 16, (), 128, 6, marks=pytest.mark.slow),
   ],
 )
 def test_a_narrow_network(name, size, hidden, features, taps):
