@@ -417,9 +417,9 @@ def timed_tensors(calls: Calls) -> type[tensors.Tensors]:
         self._note(PARTS[key[0]], time.perf_counter() - start)
       return self._made[key]
 
-    def values(self, subject: Subject) -> dict[str, jax.Array]:
+    def values(self, subject: Subject, keep: bool = False) -> dict[str, jax.Array]:
       start, before = time.perf_counter(), sum(calls.seconds.values())
-      found = jax.block_until_ready(super().values(subject))
+      found = jax.block_until_ready(super().values(subject, keep))
       within = sum(calls.seconds.values()) - before
       further = subject.compared.method in ("restoration", "estimation")
       part = "further measures" if further else "ensembles and heads"
