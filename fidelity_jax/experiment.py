@@ -76,7 +76,7 @@ def run(
       content = results.gather(work, planned, tests, missing, where, command)
       if content is not None:
         report.write(where, content)
-      workdirs.write_experiments(where, planned)
+      workdirs.write_experiments(where, planned, datasets)
       workdirs.write_index(place)
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")

@@ -125,12 +125,58 @@ class Method:
     confidence = fidelity.confidence(
       self.fidelity_map(variables, degraded, restored, clean), self.map_name
     )
-    features = self.calibrated(variables, restored, confidence)
-    if self.ensemble is not None:
-      features = self.ensemble.apply(
-        variables["ensemble"], features, self.plain(variables, restored), confidence
-      )
+    plain = self.plain(variables, restored) if self.ensemble is not None else None
+    features = self._steered(variables, restored, confidence, plain)
     return self.classify(variables, features)
+
+  def _steered(
+    self,
+    variables: PyTree,
+    restored: jax.Array,
+    confidence: jax.Array,
+    plain: jax.Array | None,
+  ) -> jax.Array:
+    """Returns the feature [N, F] that the whole method gives the head."""
+    features = self.calibrated(variables, restored, confidence)
+    if self.ensemble is None:
+      return features
+    return self.ensemble.apply(variables["ensemble"], features, plain, confidence)
+
+  def outputs(
+    self, variables: PyTree, degraded: jax.Array, clean: jax.Array | None = None
+  ) -> dict[str, jax.Array]:
+    """Returns all that the networks say of images, each thing computed once.
+
+    Args:
+      variables: see the class.
+      degraded: float32 [N, H, W, 3] in [0, 1].
+      clean: likewise; used by the oracle map only.
+
+    Returns:
+      What these networks have of: "restored", float32 [N, H, W, 3] in [0, 1];
+      "fidelity_map", float32 [N, H, W, C]; "confidence", float32 [N, H, W, 1]; and
+      float32 [N, K] "logits" of the whole method, "restored_logits" and
+      "degraded_logits" of the frozen classifier on these images. Without calibration
+      the logits are the classifier's, on what it is to see.
+    """
+    found, plain = {}, None
+    if self.restorer is not None:
+      found["restored"] = self.restore(variables, degraded)
+    if self.calibration is not None or self.estimator is not None:
+      shown = found["restored"]
+      found["fidelity_map"] = self.fidelity_map(variables, degraded, shown, clean)
+      found["confidence"] = fidelity.confidence(found["fidelity_map"], self.map_name)
+    if self.classifier is None:
+      return found
+    for seen, images in (("degraded", degraded), ("restored", found.get("restored"))):
+      if images is not None:
+        plain = self.plain(variables, images)
+        found["logits"] = self.classify(variables, plain)
+        found[f"{seen}_logits"] = found["logits"]
+    if self.calibration is not None:
+      steered = self._steered(variables, found["restored"], found["confidence"], plain)
+      found["logits"] = self.classify(variables, steered)
+    return found
 
   def init_calibration(self, key: jax.Array, size: tuple[int, int]) -> PyTree:
     """Returns fresh calibration variables for images of `size` (H, W)."""

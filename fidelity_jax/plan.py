@@ -100,10 +100,7 @@ def make(configs: list[ConfigDict], workdir: pathlib.Path, datasets: Datasets) -
 
 def _planned(config, workdir, content) -> Planned:
   resolve = lambda stage_config: stages.resolve(stage_config, workdir, content)
-  if "ensemble" in config and config.ensemble.enabled:
-    last = resolve(tasks.calibration.ensemble_config(config))
-  else:
-    last = resolve(config)
+  last = resolve(tasks.calibration.last_config(config))
   further = {
     role: resolve(config.parents[role])
     for role in tasks.KINDS[config.kind].evaluated_with

@@ -330,6 +330,29 @@ def resolve(
   return Stage(config, parents, found, made_of, workdir / name)
 
 
+def reopen(config: ConfigDict, directory: pathlib.Path) -> Stage:
+  """Returns a stage that was begun, with its parents', from what its directory says.
+
+  Its images and weights need not be there.
+
+  Args:
+    config: the stage's, resolved.
+    directory: where it lives, beside its parents.
+
+  Raises:
+    RunError: a directory is missing or damaged.
+  """
+  again = "run the experiment again."
+  begun = files.read_record(directory / "config.json", Begun, again)
+  parents = {
+    role: reopen(config.parents[role], directory.parent / name)
+    for role, name in begun.parents.items()
+  }
+  made_of = begun.made_of
+  content = Content(made_of["images"], made_of["weights"], begun.places)
+  return Stage(config, parents, content, made_of, directory)
+
+
 def as_json(value: Any) -> Any:
   """Returns a config, or a part of one, with tuples kept apart from lists."""
   if isinstance(value, ConfigDict | dict):
@@ -339,6 +362,15 @@ def as_json(value: Any) -> Any:
   if isinstance(value, list):
     return [as_json(item) for item in value]
   return value
+
+
+def from_json(value: Any) -> Any:
+  """Returns what `as_json` was given, configs as ConfigDicts."""
+  if isinstance(value, dict):
+    if value.keys() == {"tuple"}:
+      return tuple(from_json(item) for item in value["tuple"])
+    return ConfigDict({name: from_json(item) for name, item in value.items()})
+  return [from_json(item) for item in value] if isinstance(value, list) else value
 
 
 def records(path: pathlib.Path) -> list[dict[str, float]]:

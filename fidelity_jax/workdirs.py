@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from fidelity_jax import data, degradations, errors, files, plan, rows, stages, titles
+from fidelity_jax.datasets import Datasets
 
 
 def results_directory(
@@ -47,22 +48,52 @@ def results_directory(
   return workdir / f"{name}-{files.digest(of[0] if len(of) == 1 else of, 8)}"
 
 
-def write_experiments(directory: pathlib.Path, planned: plan.Plan) -> None:
+class Experiment(msgspec.Struct):
+  """What experiment.json holds of an experiment: where its networks are.
+
+  Attributes:
+    config: its config, see `stages.as_json`.
+    stages: names of all stages behind it.
+    last: name of its last stage.
+    further: names of those that serve its evaluation alone, by role.
+    class_names: of its dataset.
+  """
+
+  config: dict[str, Any]
+  stages: list[str]
+  last: str
+  further: dict[str, str]
+  class_names: list[str]
+
+
+class Experiments(msgspec.Struct):
+  """What experiment.json holds."""
+
+  experiments: list[Experiment]
+  format: int = stages.FORMAT
+
+
+def write_experiments(
+  directory: pathlib.Path, planned: plan.Plan, datasets: Datasets
+) -> None:
   """Writes experiment.json: what it takes to find the networks again.
 
   Args:
     directory: of the results.
     planned: the experiments.
+    datasets: what loads their images.
   """
   experiments = [
-    {
-      "config": stages.as_json(one.config),
-      "stages": [stage.name for stage in one.stages],
-    }
+    Experiment(
+      config=stages.as_json(one.config),
+      stages=[stage.name for stage in one.stages],
+      last=one.last.name,
+      further={role: stage.name for role, stage in one.further.items()},
+      class_names=list(datasets.encoded(one.config.dataset, "train").class_names),
+    )
     for one in planned.experiments
   ]
-  record = {"format": stages.FORMAT, "experiments": experiments}
-  files.write_json(directory / "experiment.json", files.seal(record))
+  files.write_record(directory / "experiment.json", Experiments(experiments))
 
 
 def write_index(workdir: pathlib.Path) -> None:

@@ -14,9 +14,19 @@ from fidelity_jax import errors, files
 from fidelity_jax.port import published, reading, recognizing, storing
 from fidelity_jax.port.parts import Part, name_classes
 
-__all__ = ["Part", "content_digest", "load", "load_part", "save"]
+__all__ = [
+  "Part",
+  "content_digest",
+  "is_name",
+  "is_ported",
+  "load",
+  "load_part",
+  "save",
+]
 
 save = storing.save
+is_ported = storing.is_ported
+is_name = published.is_name
 
 # A denoiser alone does not say what it is for.
 _SUBSTITUTES = {"restorer": "dncnn", "estimator": "dncnn"}

@@ -147,6 +147,12 @@ def ensemble_config(config: base.ConfigDict) -> base.ConfigDict:
   return phase
 
 
+def last_config(config: base.ConfigDict) -> base.ConfigDict:
+  """Returns the config of the last stage of an experiment."""
+  with_ensemble = "ensemble" in config and config.ensemble.enabled
+  return ensemble_config(config) if with_ensemble else config
+
+
 def _trained_from(config) -> tuple[str, ...]:
   oracle = config.fidelity.source == "oracle"
   return ("classifier", "restorer", *(() if oracle else ("estimator",)))

@@ -1,0 +1,212 @@
+"""Runs: networks that belong together, from an experiment or a checkpoint.
+
+A run is what an experiment's directory in a workdir stands for, or a whole checkpoint
+of the authors' code, or a classifier or denoiser alone. `inference.load` makes
+something of it that takes images.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from fidelity_jax import assembly, errors, files, models, port, stages, tasks, workdirs
+from fidelity_jax.method import Method
+
+PyTree = Any
+
+_RECORD = "experiment.json"
+_AGAIN = "run its command again; nothing is trained anew."
+# Of the authors' images, and of torchvision's networks.
+IMAGE_SIZE = 224
+_MODULES = {"calibration": models.Calibration, "ensemble": models.Ensemble}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Networks that belong together, and what is known of them.
+
+  Attributes:
+    name: the experiment's name, or the checkpoint's.
+    method: the networks and how they are wired, batch norm folded; those that a run
+      has not are None.
+    variables: theirs, by role, in the precision that they compute in.
+    image_size: side of the images that the classifier takes, pixels.
+    class_names: in the order of the logits; numbers if nobody named them; empty without
+      a classifier.
+    directory: the experiment's, None for a checkpoint.
+    config: the experiment's, None for a checkpoint.
+    stages: finished stages of the networks, by role; none for a checkpoint.
+  """
+
+  name: str
+  method: Method
+  variables: PyTree
+  image_size: int
+  class_names: tuple[str, ...]
+  directory: pathlib.Path | None = None
+  config: ConfigDict | None = None
+  stages: dict[str, stages.Stage] = dataclasses.field(default_factory=dict)
+
+  @property
+  def needs_clean(self) -> bool:
+    """Whether the map is the oracle's, made from the clean images."""
+    return self.method.calibration is not None and self.method.estimator is None
+
+
+def find(place: str | os.PathLike) -> Run:
+  """Returns the run that a path or a name stands for.
+
+  Args:
+    place: an experiment's directory ("runs/demo/oracle-1a2b3c4d", without the digest
+      if only one is there, followed by "/NAME" for one of a study's experiments), a
+      checkpoint, a directory that `port` wrote, or a name like "torchvision/resnet50".
+
+  Raises:
+    UsageError: there is nothing of the kind, or several.
+    RunError: it is not finished, or damaged.
+  """
+  path = files.expand(place)
+  if directory := _experiment_directory(path):
+    return _of_experiments(directory, None)
+  if directory := _experiment_directory(path.parent):
+    return _of_experiments(directory, path.name)
+  if path.is_dir() and not port.is_ported(path):
+    raise errors.UsageError(
+      f"{path} is neither an experiment's directory, which has {_RECORD}, nor one that "
+      f"`fidelity_jax port` wrote{_nearby(path)}"
+    )
+  if not path.exists() and not port.is_name(str(place)):
+    raise errors.UsageError(
+      f"there is no {path}: name an experiment's directory in a workdir, a checkpoint "
+      f"or an exported file{_nearby(path.parent)}"
+    )
+  return _of_checkpoint(place)
+
+
+def _experiment_directory(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the experiment's directory of that name, its digest left out or not."""
+  if (path / _RECORD).is_file():
+    return path
+  if path.exists() or not path.name:
+    return None
+  digests = f"{path.name}-{'[0-9a-f]' * 8}"
+  found = sorted(marker.parent for marker in path.parent.glob(f"{digests}/{_RECORD}"))
+  if len(found) > 1:
+    names = ", ".join(str(one) for one in found)
+    raise errors.UsageError(f"{path} may be several: name one of {names}.")
+  return found[0] if found else None
+
+
+def _nearby(directory: pathlib.Path) -> str:
+  """Returns what to say of the experiments that a directory has in it."""
+  found = sorted(str(marker.parent) for marker in directory.glob(f"*/{_RECORD}"))
+  return f"; there are {', '.join(found[:8])}." if found else "."
+
+
+def _of_experiments(directory: pathlib.Path, name: str | None) -> Run:
+  path = directory / _RECORD
+  record = files.read_record(path, workdirs.Experiments, _AGAIN)
+  found = {one.config["experiment"]: one for one in record.experiments}
+  if name is None and len(found) > 1:
+    raise errors.UsageError(
+      f"{directory} has several experiments: write {directory}/NAME with one of "
+      f"{', '.join(found)}."
+    )
+  if name is not None:
+    errors.check_choice(f"experiment in {directory}:", name, found)
+  chosen = found[name] if name else record.experiments[0]
+  return _of_experiment(directory, chosen)
+
+
+def _of_experiment(directory: pathlib.Path, chosen: workdirs.Experiment) -> Run:
+  config, workdir = stages.from_json(chosen.config), directory.parent
+  last = tasks.calibration.last_config(config)
+  last = stages.reopen(last, workdir / chosen.last)
+  further = {
+    role: stages.reopen(config.parents[role], workdir / name)
+    for role, name in chosen.further.items()
+  }
+  networks = last.networks()
+  for role, stage in {**last.parents, **further}.items():
+    networks.setdefault(role, stage)
+  # A classifier of degraded images is to see these.
+  if config.kind == "classifier" and config.source == "degraded":
+    networks.pop("restorer", None)
+  for stage in networks.values():
+    for one in stage.lineage():
+      if one.check() is None:
+        raise errors.RunError(f"{one.directory} is not finished: {_AGAIN}")
+  load = assembly.Loader(len(chosen.class_names))
+  if last.kind.whole:
+    method, variables = load(last)
+  else:
+    loaded = {role: load(stage) for role, stage in networks.items()}
+    method = Method(**{"classifier": None, "restorer": None, **_networks(loaded)})
+    if method.estimator is not None:
+      fidelity = config.fidelity
+      method = dataclasses.replace(
+        method, map_name=fidelity.map, estimator_input=fidelity.estimator_input
+      )
+    variables = {role: frozen.variables for role, frozen in loaded.items()}
+  return Run(
+    name=config.experiment,
+    method=method,
+    variables=variables,
+    image_size=config.dataset.image_size,
+    class_names=tuple(chosen.class_names) if method.classifier is not None else (),
+    directory=directory,
+    config=config,
+    stages=networks,
+  )
+
+
+def _networks(loaded: dict[str, assembly.Frozen]) -> dict[str, Any]:
+  return {role: frozen.network for role, frozen in loaded.items()}
+
+
+def _of_checkpoint(place: str | os.PathLike) -> Run:
+  parts = port.load(place)
+  if "dncnn" in parts:
+    parts["restorer"] = parts.pop("dncnn")
+  loaded, names = {}, ()
+  for role, part in parts.items():
+    if role in ("restorer", "estimator"):
+      loaded[role] = assembly.Frozen(models.DnCNN(**part.config), part.variables)
+    elif role == "classifier":
+      classes = part.config["num_classes"]
+      module = models.create(part.config["model"], classes)
+      loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
+      names = part.config["class_names"] or map(str, range(classes))
+  classifier = loaded["classifier"].network if "classifier" in loaded else None
+  for role, make in _MODULES.items():
+    if role not in parts:
+      continue
+    if classifier is None or "restorer" not in loaded:
+      raise errors.UsageError(
+        f"{place} has a {role} module, but not the classifier and the restorer that it "
+        "was trained with: name the whole checkpoint."
+      )
+    known = {"feature_size": classifier.feature_size}
+    if role == "calibration":
+      known["num_taps"] = classifier.num_taps
+    part = parts[role]
+    loaded[role] = assembly.Frozen(make(**known | part.config), part.variables)
+  if not loaded:
+    raise errors.UsageError(
+      f"{place} has neither a classifier nor a denoiser, but {', '.join(parts)}."
+    )
+  cosine = "estimator" in parts and parts["estimator"].config["out_channels"] == 1
+  networks = {"classifier": None, "restorer": None, **_networks(loaded)}
+  method = Method(**networks, map_name="cosine" if cosine else "l1")
+  variables = {role: frozen.variables for role, frozen in loaded.items()}
+  return Run(
+    name=pathlib.PurePath(place).stem,
+    method=method,
+    variables=jax.device_put(variables),
+    image_size=IMAGE_SIZE,
+    class_names=tuple(names),
+  )
