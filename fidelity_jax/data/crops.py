@@ -128,22 +128,46 @@ def central(pixels: np.ndarray, out: np.ndarray) -> None:
   """
   height, width = pixels.shape[:2]
   size = len(out)
-  if width <= height:
-    new_width, new_height = size, int(size * height / width)
-  else:
-    new_width, new_height = int(size * width / height), size
-  left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
+  (new_height, new_width), (top, left) = _central(height, width, size)
   if new_width >= width and new_height >= height:
     whole = np.empty((new_height, new_width, 3), np.uint8)
     _resize(pixels, whole)
     out[:] = whole[top : top + size, left : left + size]
     return
-  # Only what the square needs is computed.
+  out[:] = _square(pixels, size)
+
+
+def central_float(pixels: np.ndarray, size: int) -> np.ndarray:
+  """Returns the same of an image in floating point, float32 [size, size, 3].
+
+  Args:
+    pixels: float32 [H, W, 3].
+    size: side of the square, in pixels.
+  """
+  return np.stack([_square(pixels[..., i], size) for i in range(3)], -1)
+
+
+def _central(
+  height: int, width: int, size: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Returns the resized image's (height, width), and the square's (top, left)."""
+  if width <= height:
+    new_width, new_height = size, int(size * height / width)
+  else:
+    new_width, new_height = int(size * width / height), size
+  left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
+  return (new_height, new_width), (top, left)
+
+
+def _square(pixels: np.ndarray, size: int) -> np.ndarray:
+  """Returns the central square; only what it needs is computed."""
+  height, width = pixels.shape[:2]
+  (new_height, new_width), (top, left) = _central(height, width, size)
   across, down = width / new_width, height / new_height
   right, bottom = (left + size) * across, (top + size) * down
   box = (left * across, top * down, min(right, width), min(bottom, height))
   image = Image.fromarray(pixels)
-  out[:] = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def _resize(pixels: np.ndarray, out: np.ndarray) -> None:

@@ -171,13 +171,22 @@ def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
   _check_size(*image.size, max_pixels)
   try:
     image.load()
-    return np.asarray(_upright(_to_rgb(image)))
+    return from_pillow(image)
   except (BadImageError, MemoryError):
     raise
   except Exception as error:
     # On damaged data Pillow's decoders raise many types: OSError, SyntaxError,
     # ValueError, struct.error, ...
     raise BadImageError(f"damaged or truncated: {error}") from error
+
+
+def from_pillow(image: Image.Image) -> np.ndarray:
+  """Returns an opened image's pixels, uint8 [H, W, 3], as `Picture.pixels` does.
+
+  Raises:
+    BadImageError: its pixels are floating-point numbers that are none of an image.
+  """
+  return np.asarray(_upright(_to_rgb(image)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

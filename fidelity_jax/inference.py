@@ -1,0 +1,355 @@
+"""Images of any kind and size in; predictions, restored images and maps out.
+
+model = fidelity_jax.load("runs/demo/oracle")
+result = model(images)
+print(result.top(3))
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from fidelity_jax import errors, files, platform, runs
+from fidelity_jax.data import crops
+from fidelity_jax.data import images as image_files
+
+# A path, a Pillow image, or an array [H, W, 3] (grey: [H, W] or [H, W, 1]): uint8,
+# uint16, or float in [0, 1].
+OneImage = str | os.PathLike | Image.Image | np.ndarray | jax.Array
+Outputs = Callable[[np.ndarray, np.ndarray | None], dict[str, Any]]
+
+# Images that are computed at once, at most; fewer are filled up to a power of two, so
+# that no more than six programs are compiled.
+BATCH = 32
+_DEFAULT_WORKERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a model says of N images.
+
+  What its networks do not have is None. Arrays are float32.
+
+  Attributes:
+    class_names: in the order of the logits.
+    degraded: the images as the networks saw them, [N, S, S, 3] in [0, 1].
+    logits: of the whole method, [N, K].
+    restored: the restored images, [N, S, S, 3] in [0, 1].
+    fidelity_map: how far each restored pixel is off, by the map that the method uses,
+      [N, S, S, C]: 3 channels, for cosine similarity 1.
+    confidence: what the calibration sees of the map, larger where restoration is
+      better, [N, S, S, 1], not bounded.
+    restored_logits: of the frozen classifier on the restored images, [N, K].
+    degraded_logits: of the frozen classifier on the images as they are, [N, K].
+  """
+
+  class_names: tuple[str, ...]
+  degraded: np.ndarray
+  logits: np.ndarray | None = None
+  restored: np.ndarray | None = None
+  fidelity_map: np.ndarray | None = None
+  confidence: np.ndarray | None = None
+  restored_logits: np.ndarray | None = None
+  degraded_logits: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    """Returns N."""
+    return len(self.degraded)
+
+  def __getitem__(self, index: int | slice) -> "Result":
+    """Returns the result for some of the images."""
+    some = slice(index, index + 1 or None) if isinstance(index, int) else index
+    return self._map(lambda array: array[some])
+
+  def _map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Result":
+    names = [field.name for field in dataclasses.fields(self)][1:]
+    held = {name: getattr(self, name) for name in names}
+    return dataclasses.replace(
+      self, **{k: function(v) for k, v in held.items() if v is not None}
+    )
+
+  @property
+  def probabilities(self) -> np.ndarray | None:
+    """Softmax of the logits, [N, K]."""
+    return None if self.logits is None else softmax(self.logits)
+
+  def top(
+    self, k: int = 5, logits: np.ndarray | None = None
+  ) -> list[list[tuple[str, float]]]:
+    """Returns the k most probable classes of each image, with their probabilities.
+
+    Args:
+      k: how many; all if there are fewer.
+      logits: [N, K], by default those of the whole method.
+
+    Raises:
+      UsageError: there is no classifier.
+    """
+    logits = self.logits if logits is None else logits
+    if logits is None:
+      raise errors.UsageError("this run has no classifier: it only restores images.")
+    found = []
+    for row in softmax(logits):
+      best = np.argsort(-row, kind="stable")[:k]
+      found.append([(self.class_names[i], float(row[i])) for i in best])
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """What `Model.stream` yields for one file.
+
+  Attributes:
+    path: the file's.
+    result: for one image; None if it cannot be read.
+    problem: why not; None if it can.
+  """
+
+  path: str
+  result: Result | None
+  problem: str | None
+
+
+class Model:
+  """Networks that take images of any size.
+
+  Calls from several threads at a time are safe. A program is compiled once for each
+  size of batch, of which there are six (`BATCH`).
+  """
+
+  def __init__(
+    self,
+    outputs: Outputs,
+    *,
+    name: str,
+    image_size: int,
+    class_names: Sequence[str],
+    needs_clean: bool,
+    run: runs.Run | None = None,
+  ):
+    """Wraps compiled networks; `load` is the way to make one.
+
+    Args:
+      outputs: see `method.Method.outputs`; takes float32 [n, S, S, 3] in [0, 1].
+      name: for people to read.
+      image_size: S, pixels.
+      class_names: in the order of the logits.
+      needs_clean: whether the map is made from clean images.
+      run: where the networks came from; None for an exported file.
+    """
+    self._outputs = outputs
+    self.name, self.image_size, self.run = name, image_size, run
+    self.class_names, self.needs_clean = tuple(class_names), needs_clean
+
+  def __call__(
+    self,
+    images: OneImage | Sequence[OneImage],
+    clean: OneImage | Sequence[OneImage] | None = None,
+  ) -> Result:
+    """Returns what the networks say of images.
+
+    Each is resized, so that its shorter side fits, and its central square is taken, as
+    in evaluation; images of that size are taken as they are.
+
+    Args:
+      images: one or several, of any sizes: see `OneImage`; or an array [N, H, W, 3].
+      clean: the same images without degradation, for runs on the true fidelity map.
+
+    Raises:
+      UsageError: they are no images, or clean ones are missing.
+    """
+    degraded = self._batch(images)
+    truth = None if clean is None else self._batch(clean)
+    if truth is None and self.needs_clean:
+      raise errors.UsageError(
+        f"{self.name} is steered by the true fidelity map, which is made from the clean "
+        "images: give these too, or use a run on an estimated map (pretrained, "
+        "end_to_end)."
+      )
+    if truth is not None and len(truth) != len(degraded):
+      raise errors.UsageError(
+        f"there are {len(degraded)} images, but {len(truth)} clean ones."
+      )
+    return self._result(degraded, truth)
+
+  def stream(
+    self,
+    paths: Iterable[str | os.PathLike],
+    clean: Callable[[str], str | os.PathLike] | None = None,
+    batch_size: int = BATCH,
+    workers: int = _DEFAULT_WORKERS,
+  ) -> Iterator[Streamed]:
+    """Yields what the networks say of files, in order, at constant memory.
+
+    Files are decoded by threads while the networks compute.
+
+    Args:
+      paths: image files; they need not all be known at the start.
+      clean: tells a file's clean image, for runs on the true fidelity map.
+      batch_size: images that are computed at once, at most `BATCH`.
+      workers: threads that decode.
+    """
+    batch_size = max(1, min(batch_size, BATCH))
+
+    def read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+      square = self._square(path)
+      return square, None if clean is None else self._square(clean(path))
+
+    with concurrent.futures.ThreadPoolExecutor(workers + 1) as pool:
+      waiting: collections.deque = collections.deque()
+      computing: collections.deque = collections.deque()
+      names = map(os.fspath, paths)
+      more = True
+      try:
+        while more or waiting or computing:
+          while more and len(waiting) < 2 * batch_size:
+            if (path := next(names, None)) is None:
+              more = False
+            else:
+              waiting.append((path, pool.submit(read, path)))
+          if waiting:
+            some = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+            computing.append(pool.submit(self._streamed, some))
+          # One batch is computed while the next is decoded.
+          if len(computing) > 1 or not waiting:
+            yield from computing.popleft().result()
+      finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+  def _streamed(self, some: list) -> list[Streamed]:
+    read, problems = {}, {}
+    for number, (_, future) in enumerate(some):
+      try:
+        read[number] = future.result()
+      except errors.UsageError as error:
+        problems[number] = str(error)
+    found = {}
+    if read:
+      degraded, clean = zip(*read.values(), strict=True)
+      truth = None if clean[0] is None else np.stack(clean)
+      result = self._result(np.stack(degraded), truth)
+      found = {number: result[i] for i, number in enumerate(read)}
+    return [
+      Streamed(path, found.get(number), problems.get(number))
+      for number, (path, _) in enumerate(some)
+    ]
+
+  def _result(self, degraded: np.ndarray, clean: np.ndarray | None) -> Result:
+    parts = []
+    for start in range(0, len(degraded), BATCH):
+      some = slice(start, start + BATCH)
+      truth = clean[some] if self.needs_clean else None
+      parts.append(self._computed(degraded[some], truth))
+    joined = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    return Result(class_names=self.class_names, degraded=degraded, **joined)
+
+  def _computed(
+    self, degraded: np.ndarray, clean: np.ndarray | None
+  ) -> dict[str, np.ndarray]:
+    count = len(degraded)
+    room = (1 << (count - 1).bit_length()) - count
+    fill = lambda x: np.pad(x, ((0, room), (0, 0), (0, 0), (0, 0)))
+    found = self._outputs(fill(degraded), None if clean is None else fill(clean))
+    return {k: np.asarray(v, np.float32)[:count] for k, v in found.items()}
+
+  def _batch(self, images: Any) -> np.ndarray:
+    """Returns float32 [N, S, S, 3] in [0, 1]."""
+    if isinstance(images, str | os.PathLike | Image.Image):
+      images = [images]
+    elif not isinstance(images, list | tuple):
+      array = np.asarray(images)
+      images = list(array) if array.ndim == 4 else [array]
+    if not images:
+      raise errors.UsageError("there are no images.")
+    return np.stack([self._square(one) for one in images])
+
+  def _square(self, image: OneImage) -> np.ndarray:
+    """Returns the central square, float32 [S, S, 3] in [0, 1]."""
+    pixels, size = pixels_of(image), self.image_size
+    if pixels.dtype == np.uint8:
+      square = np.empty((size, size, 3), np.uint8)
+      crops.central(pixels, square)
+      return square.astype(np.float32) / 255
+    if pixels.shape[:2] == (size, size):
+      return pixels
+    return crops.central_float(pixels, size)
+
+
+def load(place: str | os.PathLike) -> Model:
+  """Returns the model that a path or a name stands for.
+
+  Args:
+    place: see `runs.find`.
+
+  Raises:
+    UsageError: there is nothing of the kind.
+    RunError: it is not finished, or damaged.
+  """
+  run = runs.find(place)
+  compiled = jax.jit(run.method.outputs, compiler_options=platform.compiler_options())
+  return Model(
+    functools.partial(compiled, run.variables),
+    name=run.name,
+    image_size=run.image_size,
+    class_names=run.class_names,
+    needs_clean=run.needs_clean,
+    run=run,
+  )
+
+
+def pixels_of(image: OneImage) -> np.ndarray:
+  """Returns an image's pixels, [H, W, 3]: uint8, or float32 in [0, 1].
+
+  Args:
+    image: see `OneImage`.
+
+  Raises:
+    UsageError: it is none, or cannot be read.
+  """
+  try:
+    if isinstance(image, str | os.PathLike):
+      return image_files.decode(files.read_bytes(files.expand(image)))
+    if isinstance(image, Image.Image):
+      return image_files.from_pillow(image)
+  except (image_files.BadImageError, OSError) as error:
+    name = image if isinstance(image, str | os.PathLike) else "image"
+    reason = getattr(error, "strerror", None) or error
+    raise errors.UsageError(f"{name}: cannot be read as an image: {reason}.") from error
+  array = np.asarray(image)
+  array = array[..., None] if array.ndim == 2 else array
+  if array.ndim != 3 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+    raise errors.UsageError(
+      f"an image has the shape [H, W, 3] (grey: [H, W] or [H, W, 1]), not "
+      f"{list(np.shape(image))}."
+    )
+  array = np.broadcast_to(array, (*array.shape[:2], 3))
+  if array.dtype == np.uint8:
+    return np.ascontiguousarray(array)
+  if array.dtype == np.uint16:
+    return array.astype(np.float32) / 65535
+  if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+    raise errors.UsageError(
+      f"an image is uint8, uint16 or floating-point, not {array.dtype.name}."
+    )
+  array = np.ascontiguousarray(array, np.float32)
+  # What is not a number is neither.
+  if not (array.min() >= 0 and array.max() <= 1):
+    raise errors.UsageError(
+      "a floating-point image has values from 0 to 1; this one has "
+      f"{array.min():g} to {array.max():g}."
+    )
+  return array
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+  """Returns probabilities, float32 [N, K]."""
+  shifted = np.exp(logits - logits.max(-1, keepdims=True))
+  return shifted / shifted.sum(-1, keepdims=True)
