@@ -170,8 +170,8 @@ class Model:
     truth = None if clean is None else self._batch(clean)
     if truth is None and self.needs_clean:
       raise errors.UsageError(
-        f"{self.name} is steered by the true fidelity map, which is made from the clean "
-        "images: give these too, or use a run on an estimated map (pretrained, "
+        f"{self.name} is steered by the true fidelity map, which is made from the "
+        "clean images: give these too, or use a run on an estimated map (pretrained, "
         "end_to_end)."
       )
     if truth is not None and len(truth) != len(degraded):
