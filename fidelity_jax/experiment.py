@@ -73,7 +73,7 @@ def run(
     with _one_at_a_time(work, place):
       with errors.while_doing(f"making the directory {where}"):
         where.mkdir(exist_ok=True)
-      content = results.gather(work, planned, tests, missing, where, command)
+      content = results.gather(work, planned, tests, missing, where, place, command)
       if content is not None:
         report.write(where, content)
       workdirs.write_experiments(where, planned, datasets)

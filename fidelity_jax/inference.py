@@ -133,6 +133,8 @@ class Model:
     image_size: int,
     class_names: Sequence[str],
     needs_clean: bool,
+    map_name: str,
+    digest: str,
     run: runs.Run | None = None,
   ):
     """Wraps compiled networks; `load` is the way to make one.
@@ -143,11 +145,14 @@ class Model:
       image_size: S, pixels.
       class_names: in the order of the logits.
       needs_clean: whether the map is made from clean images.
+      map_name: "l1", "l2" or "cosine".
+      digest: tells whether two models are the same.
       run: where the networks came from; None for an exported file.
     """
     self._outputs = outputs
     self.name, self.image_size, self.run = name, image_size, run
     self.class_names, self.needs_clean = tuple(class_names), needs_clean
+    self.map_name, self.digest = map_name, digest
 
   def __call__(
     self,
@@ -301,6 +306,8 @@ def load(place: str | os.PathLike) -> Model:
     image_size=run.image_size,
     class_names=run.class_names,
     needs_clean=run.needs_clean,
+    map_name=run.method.map_name,
+    digest=run.digest,
     run=run,
   )
 

@@ -35,9 +35,19 @@ def gather(
   tests: Mapping[str, data.Dataset],
   missing: Mapping[str, str],
   where: pathlib.Path,
+  workdir: pathlib.Path,
   command: str,
 ) -> Content | None:
   """Measures all experiments that are evaluated and whose stages are all there.
+
+  Args:
+    work: the experiments, and how to show them.
+    planned: the same, with their stages.
+    tests: the images that they are evaluated on, by experiment.
+    missing: why stages are not there, by name.
+    where: the directory of the results.
+    workdir: where measurements are kept.
+    command: for the record.
 
   Returns:
     What their report shows; None if none is evaluated at all.
@@ -60,7 +70,7 @@ def gather(
     chosen = {one.name: one.subjects() for one in group}
     dataset = tests[group[0].name]
     everything = [subject for one in chosen.values() for subject in one]
-    evaluation = evaluate.Evaluation(everything, dataset, where.parent)
+    evaluation = evaluate.Evaluation(everything, dataset, workdir)
     measured |= evaluation.measure()
     # What experiments of several parts have in common has one row.
     found = evaluation.scored(bootstrap) | found

@@ -11,9 +11,18 @@ import pathlib
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from fidelity_jax import assembly, errors, files, models, port, stages, tasks, workdirs
+from fidelity_jax import (
+  assembly,
+  errors,
+  files,
+  models,
+  plan,
+  port,
+  stages,
+  tasks,
+  workdirs,
+)
 from fidelity_jax.method import Method
 
 PyTree = Any
@@ -37,9 +46,10 @@ class Run:
     image_size: side of the images that the classifier takes, pixels.
     class_names: in the order of the logits; numbers if nobody named them; empty without
       a classifier.
+    digest: tells whether two runs have the same networks.
     directory: the experiment's, None for a checkpoint.
-    config: the experiment's, None for a checkpoint.
-    stages: finished stages of the networks, by role; none for a checkpoint.
+    planned: the experiment, its stages finished; None for a checkpoint.
+    stages: the stages of the networks, by role; none for a checkpoint.
   """
 
   name: str
@@ -47,8 +57,9 @@ class Run:
   variables: PyTree
   image_size: int
   class_names: tuple[str, ...]
+  digest: str
   directory: pathlib.Path | None = None
-  config: ConfigDict | None = None
+  planned: plan.Planned | None = None
   stages: dict[str, stages.Stage] = dataclasses.field(default_factory=dict)
 
   @property
@@ -130,16 +141,16 @@ def _of_experiment(directory: pathlib.Path, chosen: workdirs.Experiment) -> Run:
     role: stages.reopen(config.parents[role], workdir / name)
     for role, name in chosen.further.items()
   }
+  planned = plan.Planned(config, last, further)
+  for stage in planned.stages:
+    if stage.check() is None:
+      raise errors.RunError(f"{stage.directory} is not finished: {_AGAIN}")
   networks = last.networks()
   for role, stage in {**last.parents, **further}.items():
     networks.setdefault(role, stage)
   # A classifier of degraded images is to see these.
   if config.kind == "classifier" and config.source == "degraded":
     networks.pop("restorer", None)
-  for stage in networks.values():
-    for one in stage.lineage():
-      if one.check() is None:
-        raise errors.RunError(f"{one.directory} is not finished: {_AGAIN}")
   load = assembly.Loader(len(chosen.class_names))
   if last.kind.whole:
     method, variables = load(last)
@@ -158,8 +169,9 @@ def _of_experiment(directory: pathlib.Path, chosen: workdirs.Experiment) -> Run:
     variables=variables,
     image_size=config.dataset.image_size,
     class_names=tuple(chosen.class_names) if method.classifier is not None else (),
+    digest=files.digest({role: s.finished().product for role, s in networks.items()}),
     directory=directory,
-    config=config,
+    planned=planned,
     stages=networks,
   )
 
@@ -209,4 +221,5 @@ def _of_checkpoint(place: str | os.PathLike) -> Run:
     variables=jax.device_put(variables),
     image_size=IMAGE_SIZE,
     class_names=tuple(names),
+    digest=port.content_digest(place),
   )

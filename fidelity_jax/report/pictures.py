@@ -101,6 +101,16 @@ def drawn(
   return Drawn(pixels, _standalone(inline).encode(), inline, caption)
 
 
+def png(draw: Callable[[], matplotlib.figure.Figure]) -> bytes:
+  """Returns a figure on white.
+
+  Args:
+    draw: returns it; called in the style of the report.
+  """
+  with _style():
+    return _saved(draw(), "png", dpi=110, facecolor="white")
+
+
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
   with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
