@@ -60,7 +60,7 @@ class Run:
   digest: str
   directory: pathlib.Path | None = None
   planned: plan.Planned | None = None
-  stages: dict[str, stages.Stage] = dataclasses.field(default_factory=dict)
+  stages: "dict[str, stages.Stage]" = dataclasses.field(default_factory=dict)
 
   @property
   def needs_clean(self) -> bool:

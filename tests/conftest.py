@@ -218,6 +218,20 @@ def toy_run(command, shared) -> pathlib.Path:
   return workdir
 
 
+@pytest.fixture(scope="session")
+def toy_estimated(toy_run, command, shared) -> pathlib.Path:
+  """The same with a pretrained map, logits kept, to be read only."""
+  workdir = shared / "toy-estimated"
+  fields = TOY | TOY_ESTIMATOR | {"evaluation.keep": "predictions"}
+  arguments = ["--config=configs/pretrained.py:demo", f"--workdir={workdir}"]
+  with open(shared / "toy-estimated.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not list(workdir.glob("pretrained-*/report.md")):
+      shutil.copytree(toy_run, workdir, dirs_exist_ok=True)
+      command(*arguments, *overrides(fields), check=0)
+  return workdir
+
+
 @pytest.fixture
 def toy_copy(toy_run, tmp_path) -> pathlib.Path:
   """A copy of it, to be continued or damaged."""
