@@ -157,17 +157,26 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     )
 
 
-def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
+def opened(encoded: bytes) -> Image.Image:
+  """Reads the header of an image in one of `FORMATS`; pixels are not yet decoded.
+
+  Raises:
+    BadImageError: the bytes are no image, or their header is damaged.
+  """
   if not encoded:
     raise BadImageError("the file is empty")
   try:
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
   except Image.UnidentifiedImageError as error:
     raise BadImageError(f"no image in a known format ({', '.join(FORMATS)})") from error
   except MemoryError:
     raise
   except Exception as error:
     raise BadImageError(f"damaged header: {error}") from error
+
+
+def _decode_any(encoded: bytes, max_pixels: int) -> np.ndarray:
+  image = opened(encoded)
   _check_size(*image.size, max_pixels)
   try:
     image.load()

@@ -43,24 +43,34 @@ class DnCNN(Restorer):
   batch_norm: bool = False
   dtype: Any = jnp.float32
 
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+  @property
+  def radius(self) -> int:
+    """See `Restorer`: each of the 3x3 convolutions reaches one pixel further."""
+    return self.depth
+
+  def __call__(
+    self, x: jax.Array, train: bool = False, mask: jax.Array | None = None
+  ) -> jax.Array:
     """Returns the stack's output, float32 [N, H, W, out_channels].
 
     Args:
       x: images [N, H, W, channels] in [0, 1].
       train: use and update batch statistics, where there are any.
+      mask: where the images are; see `Restorer.estimate`.
 
     Raises:
       ValueError: x has another number of channels.
     """
     if x.shape[-1] != self.channels:
       raise ValueError(f"DnCNN takes {self.channels} channels, got shape {x.shape}")
-    x = self.some_layers(x, range(self.depth), train)
+    x = self.some_layers(x, range(self.depth), train, mask)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-  def estimate(self, degraded: jax.Array, train: bool = False) -> jax.Array:
+  def estimate(
+    self, degraded: jax.Array, train: bool = False, mask: jax.Array | None = None
+  ) -> jax.Array:
     """Returns d - R(d), float32 [N, H, W, channels]; see `Restorer`."""
-    return degraded - self(degraded, train)
+    return degraded - self(degraded, train, mask)
 
   @nn.nowrap
   def folded(self) -> "DnCNN":
@@ -68,7 +78,13 @@ class DnCNN(Restorer):
     return self.clone(batch_norm=False)
 
   @nn.compact
-  def some_layers(self, x: jax.Array, which: range, train: bool = False) -> jax.Array:
+  def some_layers(
+    self,
+    x: jax.Array,
+    which: range,
+    train: bool = False,
+    mask: jax.Array | None = None,
+  ) -> jax.Array:
     """Returns what the layers `which` make of the output of those before them."""
     last = self.depth - 1
     for i in which:
@@ -83,6 +99,9 @@ class DnCNN(Restorer):
       )(x, train)
       if i < last:
         x = nn.relu(x)
+        if mask is not None:
+          # What a layer makes of the border is no part of the next layer's zeros.
+          x = x * mask.astype(x.dtype)
     return x
 
 
