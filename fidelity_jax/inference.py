@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from fidelity_jax import errors, files, platform, runs
+from fidelity_jax import errors, fidelity, files, platform, runs, tiling
 from fidelity_jax.data import crops
 from fidelity_jax.data import images as image_files
 
@@ -171,14 +171,9 @@ class Model:
     Raises:
       UsageError: they are no images, or clean ones are missing.
     """
+    self._check_clean(clean)
     degraded = self._batch(images)
     truth = None if clean is None else self._batch(clean)
-    if truth is None and self.needs_clean:
-      raise errors.UsageError(
-        f"{self.name} is steered by the true fidelity map, which is made from the "
-        "clean images: give these too, or use a run on an estimated map (pretrained, "
-        "end_to_end)."
-      )
     if truth is not None and len(truth) != len(degraded):
       raise errors.UsageError(
         f"there are {len(degraded)} images, but {len(truth)} clean ones."
@@ -228,6 +223,64 @@ class Model:
             yield from computing.popleft().result()
       finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+  def whole(self, image: OneImage, clean: OneImage | None = None) -> Result:
+    """Restores a whole image, and maps it, without cropping or resizing it.
+
+    Large ones are computed in windows, without seams (`tiling`).
+
+    Args:
+      image: one image of any size.
+      clean: the same without degradation, for runs on the true fidelity map.
+
+    Returns:
+      What there is of "degraded", "restored", "fidelity_map" and "confidence", with
+      S x S become H x W; no logits.
+
+    Raises:
+      UsageError: it is no image, the clean one is missing or of another size, or the
+        networks are an exported file's, which are made for one size, or restore
+        nothing.
+    """
+    if self.run is None or self.run.method.restorer is None:
+      raise errors.UsageError(
+        f"{self.name} cannot restore whole images: name an experiment's directory or "
+        "a checkpoint that has a denoiser."
+      )
+    method, variables = self.run.method, self.run.variables
+    seen = _as_float(pixels_of(image))
+    restore = functools.partial(
+      _compiled(_restore, method.restorer), variables["restorer"]
+    )
+    restored = tiling.apply(restore, seen, method.restorer.radius)
+    found = {"degraded": seen, "restored": restored}
+    if method.estimator is not None:
+      estimate = functools.partial(
+        _compiled(_estimate, method.estimator), variables["estimator"]
+      )
+      shown = found[method.estimator_input]
+      found["fidelity_map"] = tiling.apply(estimate, shown, method.estimator.radius)
+    elif self.needs_clean:
+      self._check_clean(clean)
+      true = _as_float(pixels_of(clean))
+      if true.shape != seen.shape:
+        raise errors.UsageError(
+          f"the clean image has {true.shape[1]}x{true.shape[0]} pixels, the degraded "
+          f"one {seen.shape[1]}x{seen.shape[0]}."
+        )
+      found["fidelity_map"] = fidelity.oracle_map(restored, true, self.map_name)
+    if "fidelity_map" in found:
+      found["confidence"] = fidelity.confidence(found["fidelity_map"], self.map_name)
+    arrays = {name: np.asarray(array)[None] for name, array in found.items()}
+    return Result(class_names=self.class_names, **arrays)
+
+  def _check_clean(self, clean: Any) -> None:
+    if clean is None and self.needs_clean:
+      raise errors.UsageError(
+        f"{self.name} is steered by the true fidelity map, which is made from the "
+        "clean images: give these too, or use a run on an estimated map (pretrained, "
+        "end_to_end)."
+      )
 
   def _streamed(self, some: list) -> list[Streamed]:
     read, problems = {}, {}
@@ -282,10 +335,25 @@ class Model:
     if pixels.dtype == np.uint8:
       square = np.empty((size, size, 3), np.uint8)
       crops.central(pixels, square)
-      return square.astype(np.float32) / 255
+      return _as_float(square)
     if pixels.shape[:2] == (size, size):
       return pixels
     return crops.central_float(pixels, size)
+
+
+@functools.cache
+def _compiled(function: Callable, network: Any) -> Callable:
+  """Returns a function of a network, compiled for its variables and arrays."""
+  bound = functools.partial(function, network)
+  return jax.jit(bound, compiler_options=platform.compiler_options())
+
+
+def _restore(restorer, variables, degraded, mask):
+  return restorer.apply(variables, degraded, mask, method="restore")
+
+
+def _estimate(estimator, variables, seen, mask):
+  return estimator.apply(variables, seen, mask=mask)
 
 
 def load(place: str | os.PathLike) -> Model:
@@ -354,6 +422,13 @@ def pixels_of(image: OneImage) -> np.ndarray:
       f"{array.min():g} to {array.max():g}."
     )
   return array
+
+
+def _as_float(pixels: np.ndarray) -> np.ndarray:
+  """Returns float32 in [0, 1]."""
+  if pixels.dtype == np.uint8:
+    return pixels.astype(np.float32) / 255
+  return pixels
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

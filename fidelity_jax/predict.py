@@ -10,6 +10,7 @@ the predictions; what is there already is not computed again.
 
 import argparse
 import csv
+import functools
 import glob
 import json
 import os
@@ -224,10 +225,10 @@ def _predicted(
       continue
     told = record(name, streamed.result, args.top)
     if kept:
-      draw = lambda one=streamed.result, name=name: predicted.draw(
-        one, model.map_name, name
-      )
-      kept.add(told, pictures.png(draw))
+      path = names[name]
+      whole = model.whole(path, clean(path) if clean else None) if args.full else None
+      shown = streamed.result, model.map_name, name, whole
+      kept.add(told, pictures.png(functools.partial(predicted.draw, *shown)))
     yield told
 
 
@@ -258,6 +259,11 @@ def parser() -> boundary.Parser:
   )
   made.add_argument("--out", metavar="DIR", help="draw a picture of each image there")
   made.add_argument(
+    "--full",
+    action="store_true",
+    help="show the whole image restored and mapped, not the square that is classified",
+  )
+  made.add_argument(
     "--format", choices=("table", "jsonl", "csv"), default="table", help="(table)"
   )
   made.add_argument("--top", type=int, default=5, help="classes to tell (5)")
@@ -279,6 +285,8 @@ def _predict(args: argparse.Namespace) -> None:
   platform.set_up()
   if args.top < 1:
     raise errors.UsageError(f"--top={args.top}: write a number from 1 on.")
+  if args.full and args.out is None:
+    raise errors.UsageError("--full draws whole images: say where with --out=DIR.")
   names = find(args.images)
   model = inference.load(args.run)
   if model.needs_clean and args.clean is None:
@@ -289,7 +297,9 @@ def _predict(args: argparse.Namespace) -> None:
     )
   kept = None
   if args.out is not None:
-    kept = _Kept(files.expand(args.out), [model.digest, args.top, args.clean])
+    kept = _Kept(
+      files.expand(args.out), [model.digest, args.top, args.clean, args.full]
+    )
   write = {"jsonl": _as_json, "csv": _as_csv(args.top), "table": _as_table(names)}
   write = write[args.format]
   problems, bar = [], progress.Progress("predict", len(names), unit="image")

@@ -266,3 +266,25 @@ def test_an_authors_checkpoint_needs_no_experiment(tmp_path):
   safetensors.numpy.save_file(without, tmp_path / "without.safetensors")
   with pytest.raises(errors.UsageError, match="name the whole checkpoint"):
     fidelity_jax.load(tmp_path / "without.safetensors")
+
+
+def test_whole_images_are_what_the_networks_make_of_them(model, toy_run):
+  """Windows or not, of any size; restored and mapped as by the networks themselves."""
+  pixels = photograph(75, 130, seed=5)
+  seen = pixels[None].astype(np.float32) / 255
+  method, variables = model.run.method, model.run.variables
+  restored = method.restore(variables, seen)
+  expected = method.fidelity_map(variables, seen, restored, None)
+  result = model.whole(pixels)
+  np.testing.assert_allclose(result.restored, restored, atol=1e-5)
+  np.testing.assert_allclose(result.fidelity_map, expected, atol=1e-5)
+  assert result.confidence.shape == (1, 75, 130, 1) and result.logits is None
+  assert np.abs(expected).max() > 1e-3
+  oracle = fidelity_jax.load(toy_run / "oracle")
+  true = np.abs(oracle.whole(pixels, pixels).restored - seen)
+  found = oracle.whole(pixels, pixels).fidelity_map
+  np.testing.assert_allclose(found, true, atol=1e-6)
+  with pytest.raises(errors.UsageError, match="130x74 pixels, the degraded one 130x75"):
+    oracle.whole(pixels, pixels[1:])
+  with pytest.raises(errors.UsageError, match="give these too"):
+    oracle.whole(pixels)
