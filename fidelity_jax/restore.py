@@ -58,13 +58,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     add_noise: standard deviation of the noise that is added, in units of 1/255, or
       None.
     seed: its seed; None without noise.
-    reference: folder of clean images of the same names, or None.
   """
 
   weights: str
   add_noise: float | None = None
   seed: int | None = None
-  reference: str | None = None
 
 
 class Row(NamedTuple):
@@ -119,9 +117,16 @@ class Failure(NamedTuple):
 class _Job:
   """Restores images into a directory, which this process has for itself."""
 
-  def __init__(self, denoiser: denoising.Denoiser, options: Options, out: Path):
+  def __init__(
+    self,
+    denoiser: denoising.Denoiser,
+    options: Options,
+    reference: Path | None,
+    out: Path,
+  ):
     """Reads what a directory that `_opened` has checked holds."""
-    self._denoiser, self._options, self._out = denoiser, options, out
+    self._denoiser, self._options = denoiser, options
+    self._reference, self._out = reference, out
     self._table = out / _TABLE
     self._rows = {row.image: row for row in _read_rows(self._table)}
     self._lock = threading.Lock()
@@ -142,7 +147,12 @@ class _Job:
     )
     written = overlap.mapped(self._write, restored)
     with contextlib.closing(read), contextlib.closing(written):
-      yield from written
+      for result in written:
+        if isinstance(result, Failure):
+          # What is there is of other content.
+          with self._lock:
+            self._rows.pop(result.found.name, None)
+        yield result
     self._write_table()
 
   def _read(self, found: photos.Found) -> _Work | Row | Failure:
@@ -150,8 +160,8 @@ class _Job:
       encoded = files.read_bytes(found.path)
       digest = hashlib.sha256(encoded)
       clean = None
-      if self._options.reference is not None:
-        clean = files.read_bytes(Path(self._options.reference, found.name))
+      if self._reference is not None:
+        clean = files.read_bytes(self._reference / found.name)
         digest.update(clean)
       row = self._rows.get(found.name)
       if (
@@ -229,8 +239,8 @@ def restore_files(
   Args:
     denoiser: the denoiser.
     found: the images.
-    out: directory to write: the restored images, `restored.csv`, a `Row` each, and a
-      record of the other arguments, with which alone it can be continued.
+    out: directory to write: the restored images, restored.csv, a `Row` each, and a
+      record of denoiser and noise, with which alone it can be continued.
     add_noise: standard deviation of the noise to add, in units of 1/255; the images
       themselves are then the references.
     seed: of that noise.
@@ -246,12 +256,11 @@ def restore_files(
     weights=denoiser.digest,
     add_noise=add_noise,
     seed=None if add_noise is None else seed,
-    reference=reference and str(reference.resolve()),
   )
 
   def results():
     with _opened(out, options):
-      yield from _Job(denoiser, options, out)(found)
+      yield from _Job(denoiser, options, reference, out)(found)
 
   return results()
 
@@ -424,12 +433,11 @@ def _report(results: Iterator[Row | Failure], total: int) -> None:
 def _line(title: str, quality: Sequence[float]) -> str:
   """Returns a title, and PSNR and SSIM before and after where there are any."""
   psnr_noisy, psnr, ssim_noisy, ssim = quality
-  if math.isnan(psnr):
-    return title
-  return (
-    f"{title}  PSNR {psnr_noisy:.2f} -> {psnr:.2f} dB  "
-    f"SSIM {ssim_noisy:.4f} -> {ssim:.4f}"
-  )
+  if not math.isnan(psnr):
+    title += f"  PSNR {psnr_noisy:.2f} -> {psnr:.2f} dB"
+  if not math.isnan(ssim):
+    title += f"  SSIM {ssim_noisy:.4f} -> {ssim:.4f}"
+  return title
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
