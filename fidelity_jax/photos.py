@@ -233,11 +233,18 @@ def _deep_pixels(image: Image.Image, encoded: bytes) -> np.ndarray:
   """Returns uint16 [H, W, 1 to 4]."""
   if image.mode not in ("I", "I;16", "I;16B", "L", "LA", "RGB", "RGBA", "RGBX"):
     raise BadImageError(f"16-bit pixels of the kind {image.mode}: convert it to RGB")
+  tags = image.tag_v2 if image.format == "TIFF" else {}
   if image.mode.startswith("I"):
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
       raise BadImageError("pixels that are not from 0 to 65535")
-    return values.astype(np.uint16)[..., None]
+    values = values.astype(np.uint16)[..., None]
+    # 0 is white; of 8-bit pixels Pillow knows.
+    inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return 65535 - values if inverted else values
+  if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
+    # OpenCV would mix them up.
+    raise BadImageError("16-bit channels that are not interleaved: convert it")
   pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
   size = (image.height, image.width)
   if pixels is None or pixels.dtype != np.uint16 or pixels.shape[:2] != size:
@@ -273,7 +280,7 @@ def _exif(image: Image.Image) -> bytes | None:
     # A TIFF's own tags are among them.
     for tag in _STORAGE_TAGS & set(found):
       del found[tag]
-    for place in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+    for place in {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo} & set(found):
       found.get_ifd(place)
     return found.tobytes() if found else None
   except MemoryError:
@@ -316,7 +323,10 @@ def encode(photo: Photo, suffix: str) -> bytes:
     metadata = {name: value for name, value in metadata.items() if value}
     image = Image.fromarray(np.ascontiguousarray(squeezed))
     image.save(buffer, kind, **_OPTIONS[kind], **metadata)
-  except (ValueError, OSError) as error:
+  except MemoryError:
+    raise
+  except Exception as error:
+    # For metadata that do not fit, Pillow's encoders raise many types.
     raise BadImageError(f"cannot be written as {kind}: {error}") from error
   return buffer.getvalue()
 

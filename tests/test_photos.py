@@ -58,7 +58,7 @@ def _same(a: photos.Photo, b: photos.Photo) -> None:
     np.testing.assert_array_equal(a.alpha, b.alpha)
     assert a.alpha.dtype == b.alpha.dtype
   assert a.icc == b.icc
-  assert _meant(a.exif) == _meant(b.exif)
+  assert (a.exif and _meant(a.exif)) == (b.exif and _meant(b.exif))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -130,6 +130,44 @@ def test_compressed_and_turned_tiffs_of_others(channels):
     assert _meant(read.exif)[0x0112] == 8
     again = photos.decode(photos.encode(read, ".tif"))
     _same(again, read)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_that_is_zero(dtype):
+  pixels = _pixels(1, dtype)[..., 0]
+  buffer = io.BytesIO()
+  tifffile.imwrite(buffer, np.iinfo(dtype).max - pixels, photometric="miniswhite")
+  read = photos.decode(buffer.getvalue())
+  np.testing.assert_array_equal(read.pixels[..., 0], pixels)
+  _same(photos.decode(photos.encode(read, ".tif")), read)
+
+
+def test_other_tags_of_a_tiff():
+  """Where a satellite image lies, for one."""
+  tags = [(33550, 12, 3, (1.0, 1.0, 0.0), True), (34737, 2, 0, "WGS 84|", True)]
+  for channels, dtype in ((3, np.uint8), (3, np.uint16), (1, np.uint16)):
+    pixels = _pixels(channels, dtype)
+    kind = "rgb" if channels == 3 else "minisblack"
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels.squeeze(), photometric=kind, extratags=tags)
+    encoded = photos.encode(photos.decode(buffer.getvalue()), ".tif")
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+      found = file.pages[0].tags
+      assert (found[33550].value, found[34737].value) == (tags[0][3], "WGS 84|")
+      assert 34665 not in found
+
+
+def test_channels_one_after_the_other():
+  for dtype in (np.uint8, np.uint16):
+    pixels = np.moveaxis(_pixels(3, dtype), -1, 0)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="rgb", planarconfig="separate")
+    if dtype == np.uint16:
+      with pytest.raises(photos.BadImageError, match="not interleaved"):
+        photos.decode(buffer.getvalue())
+    else:
+      read = photos.decode(buffer.getvalue())
+      np.testing.assert_array_equal(np.moveaxis(read.pixels, -1, 0), pixels)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF"])
