@@ -84,6 +84,19 @@ def _start(task: tasks.Task, initial: PyTree) -> PyTree:
   return {"params": params} | ({"batch_stats": state} if state else {})
 
 
+def trained(stage: stages.Stage, num_classes: int) -> tuple[Any, PyTree]:
+  """Returns the network that a finished stage trained, and its variables as trained.
+
+  Batch norm is not folded; of a whole method, the variables are those that trained.
+
+  Args:
+    stage: a finished stage.
+    num_classes: of its dataset.
+  """
+  task = task_of(stage, num_classes)
+  return task.network, stage.load(_start(task, None))
+
+
 class Loader:
   """Loads what finished stages gave, frozen, each stage once."""
 
@@ -110,17 +123,16 @@ class Loader:
     return self._loaded[key]
 
   def _load(self, stage: stages.Stage, dtype: Any) -> Frozen:
-    task = task_of(stage, self._num_classes)
-    variables = stage.load(_start(task, None))
-    if isinstance(task.network, Method):
+    network, variables = trained(stage, self._num_classes)
+    if isinstance(network, Method):
       task, _ = self.with_parents(stage)
       cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
-      trained = {role: {"params": params} for role, params in cast.items()}
-      return Frozen(task.network, task.frozen | trained)
+      own = {role: {"params": params} for role, params in cast.items()}
+      return Frozen(task.network, task.frozen | own)
     fold = lambda v: jax.tree.map(
-      lambda x: x.astype(dtype), models.fold(task.network, v)[1]
+      lambda x: x.astype(dtype), models.fold(network, v)[1]
     )
-    return Frozen(task.network.folded(), jax.jit(fold)(variables))
+    return Frozen(network.folded(), jax.jit(fold)(variables))
 
   def with_parents(
     self, stage: stages.Stage, sharding: jax.sharding.Sharding | None = None

@@ -6,10 +6,11 @@ jaxlib still needs it. `choose` is the only way in. A program that is lowered fo
 another platform, by `jax.export` on a CPU too, has nothing of this module in it.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -72,6 +73,25 @@ def choose(
   )
   chosen.defvjp(lambda *arguments: (chosen(*arguments), arguments), backward)
   return chosen
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+  """Leaves this module out of all programs that are traced meanwhile.
+
+  For compilers of JAX's programs that know nothing of platforms.
+  """
+
+  def plain_alone(plain, on_cpu, dtype=None, **options):
+    del on_cpu, dtype
+    return functools.partial(plain, **options)
+
+  global choose
+  chosen, choose = choose, plain_alone
+  try:
+    yield
+  finally:
+    choose = chosen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -143,6 +143,16 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return next(value for value in first if value is not None)
 
 
+def read(record: dict[str, Any]) -> Row:
+  """Returns a row of results.json, which has the paper's number beside ours.
+
+  Raises:
+    msgspec.ValidationError: it is none.
+  """
+  own = {name: value for name, value in record.items() if name != "paper"}
+  return msgspec.convert(own, Row)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
   """A row with the values that it is made of.

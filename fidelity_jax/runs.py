@@ -31,6 +31,8 @@ _RECORD = "experiment.json"
 _AGAIN = "run its command again; nothing is trained anew."
 # Of the authors' images, and of torchvision's networks.
 IMAGE_SIZE = 224
+# Fields of a `Method` that a calibration module's description may have.
+WIRING = ("map_name", "estimator_input")
 _MODULES = {"calibration": models.Calibration, "ensemble": models.Ensemble}
 
 
@@ -184,7 +186,7 @@ def _of_checkpoint(place: str | os.PathLike) -> Run:
   parts = port.load(place)
   if "dncnn" in parts:
     parts["restorer"] = parts.pop("dncnn")
-  loaded, names = {}, ()
+  loaded, names, image_size = {}, (), IMAGE_SIZE
   for role, part in parts.items():
     if role in ("restorer", "estimator"):
       loaded[role] = assembly.Frozen(models.DnCNN(**part.config), part.variables)
@@ -193,7 +195,11 @@ def _of_checkpoint(place: str | os.PathLike) -> Run:
       module = models.create(part.config["model"], classes)
       loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
       names = part.config["class_names"] or map(str, range(classes))
+      image_size = part.config.get("image_size", IMAGE_SIZE)
   classifier = loaded["classifier"].network if "classifier" in loaded else None
+  # Of these the authors' checkpoints say nothing; exported ones do.
+  cosine = "estimator" in parts and parts["estimator"].config["out_channels"] == 1
+  wiring = {"map_name": "cosine" if cosine else "l1"}
   for role, make in _MODULES.items():
     if role not in parts:
       continue
@@ -205,21 +211,21 @@ def _of_checkpoint(place: str | os.PathLike) -> Run:
     known = {"feature_size": classifier.feature_size}
     if role == "calibration":
       known["num_taps"] = classifier.num_taps
-    part = parts[role]
-    loaded[role] = assembly.Frozen(make(**known | part.config), part.variables)
+    for name, value in parts[role].config.items():
+      (wiring if name in WIRING else known)[name] = value
+    loaded[role] = assembly.Frozen(make(**known), parts[role].variables)
   if not loaded:
     raise errors.UsageError(
       f"{place} has neither a classifier nor a denoiser, but {', '.join(parts)}."
     )
-  cosine = "estimator" in parts and parts["estimator"].config["out_channels"] == 1
   networks = {"classifier": None, "restorer": None, **_networks(loaded)}
-  method = Method(**networks, map_name="cosine" if cosine else "l1")
+  method = Method(**networks, **wiring)
   variables = {role: frozen.variables for role, frozen in loaded.items()}
   return Run(
     name=pathlib.PurePath(place).stem,
     method=method,
     variables=jax.device_put(variables),
-    image_size=IMAGE_SIZE,
+    image_size=image_size,
     class_names=tuple(names),
     digest=port.content_digest(place),
   )

@@ -126,7 +126,7 @@ def _experiments(workdir: pathlib.Path) -> tuple[list[str], dict[str, list[str]]
       measured: list[rows.Row] = []
       if any("evaluation" in one["config"] for one in experiments):
         content = json.loads(files.read_bytes(path.parent / "results.json"))
-        measured = [_row(row) for row in content["rows"]]
+        measured = [rows.read(row) for row in content["rows"]]
       config = experiments[0]["config"]
       facts = [config["dataset"]["name"], config["seed"]]
       for stage in {s for one in experiments for s in one["stages"]}:
@@ -151,12 +151,6 @@ def _experiments(workdir: pathlib.Path) -> tuple[list[str], dict[str, list[str]]
     if not measured:
       lines.append(f"| {name} | | {facts[0]} | {facts[1]} | not evaluated |")
   return lines, used
-
-
-def _row(record: dict[str, Any]) -> rows.Row:
-  """Returns a row of results.json, which has the paper's number beside ours."""
-  own = {name: value for name, value in record.items() if name != "paper"}
-  return msgspec.convert(own, rows.Row)
 
 
 def _stages(workdir: pathlib.Path, used: dict[str, list[str]]) -> list[str]:

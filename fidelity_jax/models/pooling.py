@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax import cpu
@@ -41,4 +42,8 @@ def max_pool(
 
 
 def _pool(x: jax.Array, window: int, stride: int, pads: cpu.Pads) -> jax.Array:
-  return nn.max_pool(x, (window, window), (stride, stride), pads)
+  # Padded before, and called so, as jax2onnx's own `max_pool` has it; XLA makes the two
+  # one operation.
+  if any(map(any, pads)):
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+  return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride))

@@ -35,13 +35,19 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
   parts: dict[str, _Entry]
 
 
-def save(parts: Mapping[str, Part], directory: pathlib.Path, checkpoint: str) -> None:
+def save(
+  parts: Mapping[str, Part],
+  directory: pathlib.Path,
+  checkpoint: str,
+  texts: Mapping[str, str] | None = None,
+) -> None:
   """Writes parts to a new directory, which appears when it is complete.
 
   Args:
     parts: what `load` returned.
     directory: must not exist, or be a ported directory, which is then replaced.
     checkpoint: what the parts came from, for the record.
+    texts: further files, by name.
 
   Raises:
     errors.UsageError: the directory exists and is something else, or cannot be written.
@@ -56,7 +62,7 @@ def save(parts: Mapping[str, Part], directory: pathlib.Path, checkpoint: str) ->
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   try:
     with errors.while_doing(f"writing {directory}"):
-      _write(parts, directory, temporary, checkpoint)
+      _write(parts, directory, temporary, checkpoint, texts or {})
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UsageError(f"cannot write {directory}: {error}") from error
   finally:
@@ -68,8 +74,11 @@ def _write(
   directory: pathlib.Path,
   temporary: pathlib.Path,
   checkpoint: str,
+  texts: Mapping[str, str],
 ) -> None:
   temporary.mkdir(parents=True)
+  for name, text in texts.items():
+    files.write_bytes(temporary / name, text.encode())
   index = _Index(checkpoint, {})
   for name, part in parts.items():
     file_name = f"{name}.safetensors"

@@ -1,0 +1,337 @@
+"""Networks as files that run elsewhere: `fidelity_jax export RUN --to=FILE`.
+
+FILE.jax is a program in StableHLO with its weights, for JAX alone; FILE.onnx the same
+for onnxruntime and others; a directory has the weights of each network, for this
+package. docs/export.md says how to use them.
+"""
+
+from fidelity_jax import boundary
+
+if __name__ == "__main__":
+  # Before imports that take seconds.
+  boundary.start()
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from fidelity_jax import (
+  assembly,
+  cards,
+  cpu,
+  environment,
+  errors,
+  exported,
+  files,
+  models,
+  platform,
+  port,
+  runs,
+  signals,
+)
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# What leaves the networks, of what `Method.outputs` has.
+_OUTPUTS = ("logits", "fidelity_map", "confidence", "restored")
+
+
+def export(
+  place: str | os.PathLike, to: str | os.PathLike, licence: str = "unknown"
+) -> None:
+  """Writes a run's networks into a file, or a directory, with a card.
+
+  Beside FILE it writes FILE.json, its record, and FILE.md, its card; into a directory,
+  README.md. What an earlier export wrote there is replaced.
+
+  Args:
+    place: the run, see `runs.find`.
+    to: ends in ".jax" or ".onnx", or is a directory.
+    licence: of the weights, as Hugging Face calls it.
+
+  Raises:
+    UsageError: there is no such run, no such format, or something else is there.
+    RunError: the run is not finished or damaged, or `to` cannot be written.
+  """
+  path = _checked(to)
+  if path.suffix == ".onnx":
+    _jax2onnx()
+  run = runs.find(place)
+  source = None if run.stages else port.content_digest(place)
+  if not path.suffix:
+    parts = _parts(run) if run.stages else port.load(place)
+    card = cards.card(run, path.name, licence, source)
+    port.save(parts, path, str(place), {"README.md": card})
+    return
+  program = Program(run, precision="float32" if path.suffix == ".onnx" else None)
+  content = (_to_jax if path.suffix == ".jax" else _to_onnx)(program)
+  record = exported.Record(
+    name=run.name,
+    digest=hashlib.sha256(content).hexdigest(),
+    inputs=program.inputs,
+    outputs=program.outputs,
+    image_size=run.image_size,
+    class_names=list(run.class_names),
+    precision=program.precision,
+    platforms=list(PLATFORMS) if path.suffix == ".jax" else ["onnx"],
+    stages={role: stage.name for role, stage in run.stages.items()},
+    products={role: s.finished().product for role, s in run.stages.items()},
+    source=source,
+    licence=licence,
+    versions=environment.versions(),
+  )
+  # The record comes last: without it, or beside another file, nothing is loaded.
+  files.write_bytes(path, content)
+  card = cards.card(run, path.name, licence, source, record)
+  files.write_bytes(exported.card_path(path), card.encode())
+  files.write_record(exported.record_path(path), record)
+
+
+def _checked(to: str | os.PathLike) -> pathlib.Path:
+  """Returns the path to write to, after everything that can be known about it."""
+  path = pathlib.Path(os.path.abspath(files.expand(to)))
+  if path.suffix not in ("", *exported.SUFFIXES):
+    raise errors.UsageError(
+      f"--to={to}: name a file that ends in {' or '.join(exported.SUFFIXES)}, or a "
+      "directory (no ending) for the weights of each network."
+    )
+  if not path.parent.is_dir():
+    raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
+  files.check_directory(path.parent, write=True)
+  ours = exported.record_path(path).is_file() if path.suffix else port.is_ported(path)
+  if os.path.lexists(path) and not ours:
+    raise errors.UsageError(
+      f"--to={to}: something else is there already: name another place."
+    )
+  return path
+
+
+class Program:
+  """A run's networks as a function of images.
+
+  Attributes:
+    precision: what it computes in, "float32" or "bfloat16".
+    inputs: shapes by name, "batch" for the number of images; see `exported.Record`.
+    outputs: likewise.
+    image_size: side of the images, pixels.
+  """
+
+  def __init__(self, run: runs.Run, precision: str | None = None):
+    """Takes a run's networks.
+
+    Args:
+      run: the run.
+      precision: to compute in; None: the run's own.
+    """
+    method, variables = run.method, run.variables
+    if precision is not None:
+      method = in_precision(method, precision)
+      variables = jax.tree.map(lambda leaf: leaf.astype(precision), variables)
+    # Which serves training alone.
+    self._method = dataclasses.replace(method, rematerialize=False)
+    self._variables = variables
+    short = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(variables))
+    self.precision = "bfloat16" if short else "float32"
+    self.image_size = run.image_size
+    shape = ["batch", run.image_size, run.image_size, 3]
+    names = ["degraded", *(["clean"] if run.needs_clean else [])]
+    self.inputs: dict[str, list[int | str]] = {name: shape for name in names}
+    outputs = jax.eval_shape(self, *self.shapes())
+    self.outputs = {name: ["batch", *leaf.shape[1:]] for name, leaf in outputs.items()}
+
+  def __call__(self, *images: Any) -> dict[str, Any]:
+    """Returns what the networks say of images [N, S, S, 3], in the inputs' order."""
+    found = self._method.outputs(self._variables, *images)
+    return {name: found[name] for name in _OUTPUTS if name in found}
+
+  def shapes(self) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of the inputs, for any number of images."""
+    (count,) = jax.export.symbolic_shape("batch")
+    return [
+      jax.ShapeDtypeStruct((count, *shape[1:]), jnp.float32)
+      for shape in self.inputs.values()
+    ]
+
+
+def in_precision(network: Any, precision: str) -> Any:
+  """Returns a `Method` or a Linen module that computes in another precision.
+
+  Args:
+    network: the module, or the method with all of its modules.
+    precision: "float32" or "bfloat16".
+  """
+  changed = {}
+  for field in dataclasses.fields(network):
+    value = getattr(network, field.name, None)
+    if field.name == "dtype":
+      changed["dtype"] = jnp.dtype(precision)
+    elif isinstance(value, nn.Module) and field.name != "parent":
+      changed[field.name] = in_precision(value, precision)
+  if isinstance(network, nn.Module):
+    return network.clone(**changed)
+  return dataclasses.replace(network, **changed)
+
+
+def _to_jax(program: Program) -> bytes:
+  """Returns the program as `jax.export.deserialize` reads it."""
+  make = jax.export.export(jax.jit(program), platforms=PLATFORMS)
+  return bytes(make(*program.shapes()).serialize())
+
+
+def _to_onnx(program: Program) -> bytes:
+  """Returns the program as an ONNX model."""
+  jax2onnx, names = _jax2onnx(), list(program.outputs)
+
+  def ordered(*images):
+    found = program(*images)
+    return tuple(found[name] for name in names)
+
+  # ONNX has no platforms to choose between. jax2onnx prints as it goes.
+  with cpu.left_out(), contextlib.redirect_stdout(io.StringIO()):
+    model = jax2onnx.to_onnx(
+      ordered,
+      inputs=[tuple(shape) for shape in program.inputs.values()],
+      input_names=list(program.inputs),
+      output_names=names,
+      return_mode="proto",
+    )
+  _broadcast(model.graph)
+  return model.SerializeToString()
+
+
+def _broadcast(graph: Any) -> None:
+  """Leaves broadcasting to operators that do it themselves.
+
+  JAX's operators take arrays of one shape. With a batch of any size, an array is given
+  that shape when the model runs, which keeps a bias from becoming part of its
+  convolution.
+
+  Args:
+    graph: the GraphProto, changed in place.
+  """
+  makers = {name: node for node in graph.node for name in node.output}
+  for node in graph.node:
+    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+      continue
+    for i, name in enumerate(node.input):
+      maker = makers.get(name)
+      if maker is not None and maker.op_type == "Expand":
+        node.input[i] = maker.input[0]
+        # The other one has the whole shape.
+        break
+  dead = True
+  while dead:
+    used = {name for node in graph.node for name in node.input}
+    used |= {output.name for output in graph.output}
+    dead = [node for node in graph.node if used.isdisjoint(node.output)]
+    for node in dead:
+      graph.node.remove(node)
+  for tensor in [t for t in graph.initializer if t.name not in used]:
+    graph.initializer.remove(tensor)
+
+
+def _jax2onnx() -> Any:
+  try:
+    import jax2onnx
+  except ImportError as error:
+    raise errors.RunError(
+      "jax2onnx, which writes .onnx files, is not installed: pip install "
+      "'fidelity_jax[onnx]'."
+    ) from error
+  return jax2onnx
+
+
+def _parts(run: runs.Run) -> dict[str, port.Part]:
+  """Returns the networks of a run's finished stages, as `port.load` returns them.
+
+  The classifier is as it was trained, with its batch norms; others have these folded.
+  """
+  modules, variables = {}, {}
+  for role, stage in run.stages.items():
+    network, trained = assembly.trained(stage, len(run.class_names))
+    if stage.kind.whole:
+      # An estimator that trained along takes the place of the one it started from.
+      for name, params in trained["params"].items():
+        modules[name], variables[name] = getattr(network, name), {"params": params}
+    elif role == "classifier":
+      modules[role], variables[role] = network, trained
+    else:
+      modules[role], variables[role] = models.fold(network, trained)
+  as_arrays = lambda tree: jax.tree.map(np.asarray, tree)
+  return {
+    role: port.Part(as_arrays(variables[role]), _described(run, role, module))
+    for role, module in modules.items()
+  }
+
+
+def _described(run: runs.Run, role: str, module: nn.Module) -> dict[str, Any]:
+  """Returns what describes a network, see `port.Part`, and what the run knows of it."""
+  if role == "classifier":
+    return {
+      "model": models.registry.complete(run.stages[role].config.model),
+      "num_classes": len(run.class_names),
+      "class_names": list(run.class_names),
+      "image_size": run.image_size,
+    }
+  if role in ("restorer", "estimator"):
+    if not isinstance(module, models.DnCNN):
+      raise errors.UsageError(
+        f"the weights of a {type(module).__name__} cannot be written to a directory: "
+        "export a .jax or .onnx file."
+      )
+    return {
+      "depth": module.depth,
+      "width": module.width,
+      "channels": module.channels,
+      "out_channels": module.out_channels or module.channels,
+    }
+  fields = {field.name for field in dataclasses.fields(module)}
+  found = {name: getattr(module, name) for name in fields - {"dtype", "name", "parent"}}
+  if role == "calibration":
+    found |= {name: getattr(run.method, name) for name in runs.WIRING}
+  return dict(sorted(found.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  parser = boundary.Parser(
+    prog="fidelity_jax export",
+    description="Write a run's networks into a file that runs elsewhere.",
+  )
+  parser.add_argument(
+    "run", metavar="RUN", help="an experiment's directory, or a checkpoint"
+  )
+  parser.add_argument(
+    "--to",
+    required=True,
+    metavar="FILE",
+    help="FILE.jax (StableHLO), FILE.onnx, or a directory (safetensors)",
+  )
+  parser.add_argument(
+    "--license",
+    default=cards.UNKNOWN,
+    help="of the weights, as Hugging Face calls it, such as apache-2.0 (default: "
+    f"{cards.UNKNOWN})",
+  )
+  return boundary.run(lambda: _export(parser.parse_args(arguments)))
+
+
+def _export(args: argparse.Namespace) -> None:
+  signals.interrupt("while it exported", "no file is half written")
+  platform.set_up()
+  export(args.run, args.to, args.license)
+  print(f"written to {args.to}")
+
+
+if __name__ == "__main__":
+  boundary.leave(main())

@@ -1,0 +1,183 @@
+"""Exported networks, read back: programs that need none of this package's networks."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import msgspec
+import numpy as np
+
+from fidelity_jax import errors, files
+
+SUFFIXES = (".jax", ".onnx")
+_AGAIN = "export it again, or copy it again with the .json file beside it."
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+  """What the JSON file beside an exported file holds.
+
+  Attributes:
+    name: the experiment's, or the checkpoint's.
+    digest: SHA-256 of the exported file.
+    inputs: shapes by name, in order: "degraded" and, for runs on the true fidelity map,
+      "clean"; float32 in [0, 1]. "batch" stands for any number.
+    outputs: shapes by name, float32; see `method.Method.outputs`.
+    image_size: side of the images, pixels.
+    class_names: in the order of the logits; empty without a classifier.
+    precision: what the networks compute in, "float32" or "bfloat16".
+    platforms: what the program runs on.
+    stages: names of the stages that the networks came from, by role.
+    products: digests of what these stages gave, by role.
+    source: digest of the checkpoint that the networks came from, None for stages.
+    licence: of the weights, "unknown" if nobody said.
+    versions: of the libraries that exported it.
+    format: version of this record.
+  """
+
+  name: str
+  digest: str
+  inputs: dict[str, list[int | str]]
+  outputs: dict[str, list[int | str]]
+  image_size: int
+  class_names: list[str]
+  precision: str
+  platforms: list[str]
+  stages: dict[str, str]
+  products: dict[str, str]
+  source: str | None
+  licence: str
+  versions: dict[str, str]
+  format: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """An exported file, ready to run.
+
+  Attributes:
+    record: what it takes and gives, and where it came from.
+    program: from arrays by name to arrays by name.
+  """
+
+  record: Record
+  program: Callable[[dict[str, np.ndarray]], dict[str, Any]]
+
+  def __call__(
+    self, degraded: np.ndarray, clean: np.ndarray | None = None
+  ) -> dict[str, np.ndarray]:
+    """Returns what the networks say of images, float32 arrays by name.
+
+    Args:
+      degraded: float32 [N, S, S, 3] in [0, 1], S = `record.image_size`.
+      clean: likewise; used by the true fidelity map only.
+
+    Raises:
+      UsageError: images are missing or of another shape.
+    """
+    given = {"degraded": degraded, "clean": clean}
+    arrays = {}
+    for name, shape in self.record.inputs.items():
+      if given[name] is None:
+        raise errors.UsageError(f"{self.record.name} needs the {name} images, too.")
+      arrays[name] = np.asarray(given[name], np.float32)
+      if list(arrays[name].shape[1:]) != shape[1:]:
+        raise errors.UsageError(
+          f"{self.record.name} takes images of the shape {tuple(shape)}, not "
+          f"{arrays[name].shape}."
+        )
+    return {k: np.asarray(v) for k, v in self.program(arrays).items()}
+
+
+def record_path(path: pathlib.Path) -> pathlib.Path:
+  """Returns where the record of an exported file is."""
+  return path.with_name(f"{path.name}.json")
+
+
+def card_path(path: pathlib.Path) -> pathlib.Path:
+  """Returns where the card of an exported file is."""
+  return path.with_name(f"{path.name}.md")
+
+
+def read_record(path: pathlib.Path) -> Record:
+  """Returns the record of an exported file, which is compared with its digest.
+
+  Raises:
+    UsageError: there is no such file.
+    RunError: it or its record is damaged, or cannot be read.
+  """
+  if not path.is_file():
+    raise errors.UsageError(f"there is no exported file {path}.")
+  record = files.read_record(record_path(path), Record, _AGAIN)
+  with errors.while_doing(f"reading {path}"):
+    digest = files.sha256(path)
+  if digest != record.digest:
+    raise errors.RunError(f"{path} is not what its record says: {_AGAIN}")
+  return record
+
+
+def load(place: str | os.PathLike) -> Exported:
+  """Returns an exported file, ready to run.
+
+  Args:
+    place: a .jax or .onnx file; its record is the .json file beside it.
+
+  Raises:
+    UsageError: there is no such file, or it is of another kind.
+    RunError: it is damaged, this machine cannot run it, or, for .onnx files,
+      onnxruntime is not installed.
+  """
+  path = files.expand(place)
+  if path.suffix not in SUFFIXES:
+    raise errors.UsageError(f"{path} is no exported file: {' or '.join(SUFFIXES)}.")
+  record = read_record(path)
+  read = _read_jax if path.suffix == ".jax" else _read_onnx
+  with _unreadable(path):
+    return Exported(record, read(files.read_bytes(path)))
+
+
+@contextlib.contextmanager
+def _unreadable(path: pathlib.Path) -> Iterator[None]:
+  """Turns what libraries raise for files that they cannot read into one line."""
+  try:
+    with errors.while_doing(f"reading {path}"):
+      yield
+  except (errors.RunError, errors.UsageError):
+    raise
+  except Exception as error:  # They raise many types.
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise errors.RunError(
+      f"{path} cannot be read by the libraries here ({reason:.200}): {_AGAIN}"
+    ) from error
+
+
+def _read_jax(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
+  network = jax.export.deserialize(bytearray(content))
+  platform = jax.default_backend()
+  # JAX calls NVIDIA's and AMD's alike where it names its own.
+  if {"gpu": "cuda"}.get(platform, platform) not in network.platforms:
+    raise errors.RunError(
+      f"this file is for {', '.join(network.platforms)}, not for {platform}: set "
+      "JAX_PLATFORMS=cpu."
+    )
+  call = jax.jit(network.call)
+  return lambda arrays: call(*arrays.values())
+
+
+def _read_onnx(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
+  try:
+    import onnxruntime
+  except ImportError as error:
+    raise errors.RunError(
+      "onnxruntime, which runs .onnx files, is not installed: pip install "
+      "'fidelity_jax[onnx]'."
+    ) from error
+  session = onnxruntime.InferenceSession(
+    content, providers=onnxruntime.get_available_providers()
+  )
+  names = [output.name for output in session.get_outputs()]
+  return lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))

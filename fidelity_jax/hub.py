@@ -1,0 +1,195 @@
+"""Runs and exported files on Hugging Face's hub: `fidelity_jax push` and `pull`."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+
+from fidelity_jax import cards, errors, export, exported, files, port
+
+_ADDRESS = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def push(
+  place: str | os.PathLike,
+  address: str,
+  private: bool = False,
+  licence: str = cards.UNKNOWN,
+) -> str:
+  """Uploads a run or an export, in one commit, to a repository, made where absent.
+
+  An exported file goes with its record, and its card becomes the repository's. A run is
+  exported to a directory first.
+
+  Args:
+    place: an exported file or directory, or a run, see `runs.find`.
+    address: "hf:OWNER/NAME", with "@BRANCH" for another branch than the main one.
+    private: whether a repository that is made is private.
+    licence: of the weights, for a run; exports have theirs.
+
+  Returns:
+    The commit's address.
+
+  Raises:
+    UsageError: the address is none, or there is no such run.
+    RunError: what is to be uploaded is damaged, or the hub refuses or is not reached.
+  """
+  repo, revision = _parsed(address)
+  hub, path = _library(), files.expand(place)
+  with tempfile.TemporaryDirectory() as temporary:
+    if path.suffix in exported.SUFFIXES:
+      exported.read_record(path)
+      folder = pathlib.Path(temporary) / "export"
+      folder.mkdir()
+      for one in (path, exported.record_path(path)):
+        os.symlink(one.absolute(), folder / one.name)
+      card = exported.card_path(path)
+      if card.is_file():
+        os.symlink(card.absolute(), folder / "README.md")
+    elif port.is_ported(path):
+      port.load(path)
+      folder = path
+    else:
+      folder = pathlib.Path(temporary) / repo.partition("/")[2].replace(".", "_")
+      export.export(place, folder, licence)
+    with _speaking(hub, address):
+      api = hub.HfApi()
+      api.create_repo(repo, private=private, exist_ok=True)
+      if revision:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+      # A list of its own, as folders with links in them are not followed.
+      operations = [
+        hub.CommitOperationAdd(one.name, one.resolve())
+        for one in sorted(folder.iterdir())
+      ]
+      commit = api.create_commit(
+        repo,
+        operations,
+        commit_message=f"{path.name}, exported by fidelity_jax",
+        revision=revision,
+      )
+  return commit.commit_url
+
+
+def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
+  """Downloads what `push` uploaded, whole or not at all, and checks its digests.
+
+  Args:
+    address: "hf:OWNER/NAME", with "@REVISION" for a branch, a tag or a commit.
+    to: a directory that does not exist.
+
+  Returns:
+    What can be loaded: exported files, or the directory itself.
+
+  Raises:
+    UsageError: the address is none, or the directory exists or cannot be made.
+    RunError: there is no such repository, nothing of this package in it, it is damaged,
+      or the hub is not reached.
+  """
+  repo, revision = _parsed(address)
+  hub = _library()
+  path = pathlib.Path(os.path.abspath(files.expand(to)))
+  if os.path.lexists(path):
+    raise errors.UsageError(f"--to={to} exists: name a directory that does not.")
+  if not path.parent.is_dir():
+    raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
+  files.check_directory(path.parent, write=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with _speaking(hub, address), errors.while_doing(f"writing {path}"):
+      hub.snapshot_download(repo, revision=revision, local_dir=temporary)
+    # Where huggingface_hub notes what it has downloaded.
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)
+    found = _checked(temporary, address)
+    with errors.while_doing(f"writing {path}"):
+      os.replace(temporary, path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return [path / one.relative_to(temporary) for one in found]
+
+
+def _parsed(address: str) -> tuple[str, str | None]:
+  match = _ADDRESS.fullmatch(address)
+  if match is None:
+    raise errors.UsageError(
+      f"{address!r} is no address: write hf:OWNER/NAME, or hf:OWNER/NAME@REVISION."
+    )
+  return match["repo"], match["revision"]
+
+
+def _checked(directory: pathlib.Path, address: str) -> list[pathlib.Path]:
+  """Returns what can be loaded of a directory, after all of it was compared."""
+  found = [
+    path
+    for suffix in exported.SUFFIXES
+    for path in sorted(directory.glob(f"*{suffix}"))
+    if exported.record_path(path).is_file()
+  ]
+  for path in found:
+    exported.read_record(path)
+  if port.is_ported(directory):
+    port.load(directory)
+    found.append(directory)
+  if not found:
+    raise errors.RunError(f"{address} has nothing in it that fidelity_jax exported.")
+  return found
+
+
+def _library() -> ModuleType:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise errors.RunError(
+      "huggingface_hub, which speaks to the hub, is not installed: pip install "
+      "'fidelity_jax[hub]'."
+    ) from error
+  return huggingface_hub
+
+
+@contextlib.contextmanager
+def _speaking(hub: ModuleType, address: str) -> Iterator[None]:
+  """Turns what the hub or the way there objects to into one line."""
+  try:
+    yield
+  except hub.errors.GatedRepoError as error:
+    raise errors.RunError(
+      f"{address} asks for its owner's permission first: see its page, then set "
+      "HF_TOKEN."
+    ) from error
+  except hub.errors.RepositoryNotFoundError as error:
+    raise errors.RunError(
+      f"{address}: the hub has no such repository, or shows it to others only: check "
+      "the name, and set HF_TOKEN to a token that may use it."
+    ) from error
+  except hub.errors.RevisionNotFoundError as error:
+    raise errors.RunError(f"{address}: the repository has no such revision.") from error
+  except hub.errors.LocalTokenNotFoundError as error:
+    raise errors.RunError(
+      f"{address}: no token: set HF_TOKEN to one that may write there "
+      "(huggingface.co/settings/tokens)."
+    ) from error
+  except hub.errors.HfHubHTTPError as error:
+    status = error.response.status_code if error.response is not None else None
+    reason = str(error).strip().splitlines()[0]
+    if status in (401, 403):
+      reason = f"the hub refuses (HTTP {status}): set HF_TOKEN to one that may do so"
+    raise errors.RunError(f"{address}: {reason:.200}.") from error
+  except hub.errors.HFValidationError as error:
+    raise errors.UsageError(f"{address} is no address of the hub: {error}.") from error
+  except (errors.RunError, OSError) as error:
+    if isinstance(error, errors.RunError) or errors.circumstance(error):
+      raise
+    raise _not_reached(hub, address, error) from error
+  except Exception as error:  # Of its HTTP library, whose name changes.
+    raise _not_reached(hub, address, error) from error
+
+
+def _not_reached(hub: ModuleType, address: str, error: Exception) -> errors.RunError:
+  return errors.RunError(
+    f"{address}: the hub at {hub.constants.ENDPOINT} is not reached ({error!s:.100}): "
+    "check the network and run the same command again."
+  )
