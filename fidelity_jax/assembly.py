@@ -129,9 +129,7 @@ class Loader:
       cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
       own = {role: {"params": params} for role, params in cast.items()}
       return Frozen(task.network, task.frozen | own)
-    fold = lambda v: jax.tree.map(
-      lambda x: x.astype(dtype), models.fold(network, v)[1]
-    )
+    fold = lambda v: jax.tree.map(lambda x: x.astype(dtype), models.fold(network, v)[1])
     return Frozen(network.folded(), jax.jit(fold)(variables))
 
   def with_parents(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import skimage.metrics
 
-from fidelity_jax import models, platform, port, tiling
+from fidelity_jax import models, platform, runs, tiling
 from fidelity_jax.errors import UsageError
 
 PyTree = Any
@@ -41,25 +41,26 @@ class Denoiser:
 
 
 def load(place: str | Path) -> Denoiser:
-  """Returns the denoiser of a checkpoint.
+  """Returns the denoiser of a checkpoint or an experiment.
 
   Args:
-    place: what `port.load_part` takes.
+    place: see `runs.find`.
 
   Raises:
-    UsageError, Missing, RunError: see `port.load`; UsageError also if it is no denoiser
-      of grey or RGB images.
+    UsageError, Missing, RunError: see `runs.find`; UsageError also if there is no
+      denoiser of grey or RGB images.
   """
-  part = port.load_part(place, "restorer")
-  config = part.config
-  if config["channels"] not in (1, 3) or config["out_channels"] != config["channels"]:
+  run = runs.find(place)
+  network = run.method.restorer
+  if network is None:
+    raise UsageError(f"{place} has no denoiser in it")
+  out_channels = network.out_channels or network.channels
+  if network.channels not in (1, 3) or out_channels != network.channels:
     raise UsageError(
-      f"{place}: from {config['channels']} channels to {config['out_channels']}, which "
-      "is no denoiser of grey or RGB images"
+      f"{place}: from {network.channels} channels to {out_channels}, which is no "
+      "denoiser of grey or RGB images"
     )
-  network = models.DnCNN(**config)
-  variables = jax.device_put(part.variables)
-  return Denoiser(network, variables, port.content_digest(place))
+  return Denoiser(network, run.variables["restorer"], run.digest)
 
 
 @functools.cache

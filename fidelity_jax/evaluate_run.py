@@ -127,6 +127,11 @@ def _with_classes(dataset: data.Dataset, known: Sequence[str]) -> data.Dataset:
   return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
 
 
+def _tables(report_md: str) -> str:
+  """Returns a report's first section, which has the tables of results."""
+  return "## " + report_md.split("\n## ")[1]
+
+
 def parser() -> boundary.Parser:
   """Returns the command's parser."""
   made = boundary.Parser(
@@ -160,5 +165,5 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   stages.check_workdir(out)
   command = shlex.join(["fidelity_jax", "evaluate", *arguments])
   evaluate(runs.find(args.run), args.folder, out, args.as_is, args.rounds, command)
-  print(files.read_bytes(out / "report.md").decode().split("\n## ", 1)[0])
+  print(_tables(files.read_bytes(out / "report.md").decode()))
   print(f"report.html, tables and pictures: in {out}.")

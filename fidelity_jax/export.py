@@ -82,6 +82,7 @@ def export(
     outputs=program.outputs,
     image_size=run.image_size,
     class_names=list(run.class_names),
+    map_name=run.method.map_name,
     precision=program.precision,
     platforms=list(PLATFORMS) if path.suffix == ".jax" else ["onnx"],
     stages={role: stage.name for role, stage in run.stages.items()},

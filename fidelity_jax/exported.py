@@ -29,6 +29,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     outputs: shapes by name, float32; see `method.Method.outputs`.
     image_size: side of the images, pixels.
     class_names: in the order of the logits; empty without a classifier.
+    map_name: of the fidelity map: "l1", "l2" or "cosine".
     precision: what the networks compute in, "float32" or "bfloat16".
     platforms: what the program runs on.
     stages: names of the stages that the networks came from, by role.
@@ -45,6 +46,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   outputs: dict[str, list[int | str]]
   image_size: int
   class_names: list[str]
+  map_name: str
   precision: str
   platforms: list[str]
   stages: dict[str, str]

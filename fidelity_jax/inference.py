@@ -5,19 +5,29 @@ result = model(images)
 print(result.top(3))
 """
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from fidelity_jax import errors, fidelity, files, platform, runs, tiling
+from fidelity_jax import (
+  errors,
+  exported,
+  fidelity,
+  files,
+  overlap,
+  platform,
+  runs,
+  tiling,
+)
 from fidelity_jax.data import crops
 from fidelity_jax.data import images as image_files
 
@@ -118,6 +128,15 @@ class Streamed:
   problem: str | None
 
 
+class _Read(NamedTuple):
+  """A file's square and that of its clean image, or why they cannot be had."""
+
+  path: str
+  square: np.ndarray | None
+  clean: np.ndarray | None
+  problem: str | None
+
+
 class Model:
   """Networks that take images of any size.
 
@@ -199,30 +218,20 @@ class Model:
     """
     batch_size = max(1, min(batch_size, BATCH))
 
-    def read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-      square = self._square(path)
-      return square, None if clean is None else self._square(clean(path))
-
-    with concurrent.futures.ThreadPoolExecutor(workers + 1) as pool:
-      waiting: collections.deque = collections.deque()
-      computing: collections.deque = collections.deque()
-      names = map(os.fspath, paths)
-      more = True
+    def read(path: str) -> _Read:
       try:
-        while more or waiting or computing:
-          while more and len(waiting) < 2 * batch_size:
-            if (path := next(names, None)) is None:
-              more = False
-            else:
-              waiting.append((path, pool.submit(read, path)))
-          if waiting:
-            some = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            computing.append(pool.submit(self._streamed, some))
-          # One batch is computed while the next is decoded.
-          if len(computing) > 1 or not waiting:
-            yield from computing.popleft().result()
-      finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        square = self._square(path)
+        truth = None if clean is None else self._square(clean(path))
+      except errors.UsageError as error:
+        return _Read(path, None, None, str(error))
+      return _Read(path, square, truth, None)
+
+    squares = overlap.mapped(read, map(os.fspath, paths), workers)
+    batches = iter(lambda: list(itertools.islice(squares, batch_size)), [])
+    results = overlap.mapped(self._streamed, batches, threads=1)
+    with contextlib.closing(squares), contextlib.closing(results):
+      for batch in results:
+        yield from batch
 
   def whole(self, image: OneImage, clean: OneImage | None = None) -> Result:
     """Restores a whole image, and maps it, without cropping or resizing it.
@@ -282,22 +291,16 @@ class Model:
         "end_to_end)."
       )
 
-  def _streamed(self, some: list) -> list[Streamed]:
-    read, problems = {}, {}
-    for number, (_, future) in enumerate(some):
-      try:
-        read[number] = future.result()
-      except errors.UsageError as error:
-        problems[number] = str(error)
-    found = {}
-    if read:
-      degraded, clean = zip(*read.values(), strict=True)
-      truth = None if clean[0] is None else np.stack(clean)
-      result = self._result(np.stack(degraded), truth)
-      found = {number: result[i] for i, number in enumerate(read)}
+  def _streamed(self, batch: Sequence[_Read]) -> list[Streamed]:
+    good = [one for one in batch if one.problem is None]
+    found = iter(())
+    if good:
+      truth = None if good[0].clean is None else np.stack([one.clean for one in good])
+      result = self._result(np.stack([one.square for one in good]), truth)
+      found = (result[i] for i in range(len(good)))
     return [
-      Streamed(path, found.get(number), problems.get(number))
-      for number, (path, _) in enumerate(some)
+      Streamed(one.path, None if one.problem else next(found), one.problem)
+      for one in batch
     ]
 
   def _result(self, degraded: np.ndarray, clean: np.ndarray | None) -> Result:
@@ -360,12 +363,23 @@ def load(place: str | os.PathLike) -> Model:
   """Returns the model that a path or a name stands for.
 
   Args:
-    place: see `runs.find`.
+    place: see `runs.find`; or a file that `fidelity_jax export` wrote.
 
   Raises:
     UsageError: there is nothing of the kind.
     RunError: it is not finished, or damaged.
   """
+  if pathlib.PurePath(place).suffix in exported.SUFFIXES:
+    made = exported.load(place)
+    return Model(
+      made,
+      name=made.record.name,
+      image_size=made.record.image_size,
+      class_names=made.record.class_names,
+      needs_clean="clean" in made.record.inputs,
+      map_name=made.record.map_name,
+      digest=made.record.digest,
+    )
   run = runs.find(place)
   compiled = jax.jit(run.method.outputs, compiler_options=platform.compiler_options())
   return Model(

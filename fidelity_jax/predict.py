@@ -11,9 +11,7 @@ the predictions; what is there already is not computed again.
 import argparse
 import csv
 import functools
-import glob
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,64 +22,42 @@ from fidelity_jax import (
   errors,
   files,
   inference,
+  photos,
   platform,
   progress,
   signals,
   streams,
 )
-from fidelity_jax.data.images import SUFFIXES
 
 _RECORDS = "predictions.jsonl"
 _MADE_OF = "predict.json"
 
 
-def find(places: Iterable[str]) -> dict[str, str]:
-  """Returns the images that a command line names: paths, by names that differ.
+def find(places: Iterable[str], out: pathlib.Path | None = None) -> list[photos.Found]:
+  """Returns the images that a command line names.
 
   Args:
-    places: of images; of folders, whose images are searched recursively; patterns, as
-      "photos/*.jpg"; or "-" for standard input, one a line.
-
-  Returns:
-    Paths in order. The name of a folder's image is its path in the folder.
+    places: see `photos.find`; "-" stands for those on standard input, one a line.
+    out: a folder to leave out, in which each name gets a picture.
 
   Raises:
-    UsageError: a place is empty or is not there, or two images have one name.
+    UsageError: a place is empty or is not there, or two images have one picture.
   """
-  found: dict[str, str] = {}
+  named = []
   for place in places:
-    if place == "-":
-      lines = (line.strip() for line in sys.stdin)
-      pairs = [(os.path.basename(line), line) for line in lines if line]
-    else:
-      pairs = _at(str(files.expand(place)))
-    for name, path in pairs:
-      if found.setdefault(name, path) != path:
-        raise errors.UsageError(
-          f"{found[name]} and {path} are two images of one name: name the folder above "
-          "them instead."
-        )
+    lines = (line.rstrip("\n") for line in sys.stdin) if place == "-" else (place,)
+    named += [line for line in lines if line]
+  found = photos.find(named, out)
   if not found:
     raise errors.UsageError("no image is named.")
+  known: dict[str, pathlib.Path] = {}
+  for one in found if out else ():
+    if known.setdefault(one.name, one.path) != one.path:
+      raise errors.UsageError(
+        f"{known[one.name]} and {one.path} would have one picture: name the folder "
+        "above them instead."
+      )
   return found
-
-
-def _at(place: str) -> list[tuple[str, str]]:
-  if os.path.isdir(place):
-    inside = [
-      os.path.relpath(os.path.join(folder, file), place)
-      for folder, _, names in os.walk(place)
-      for file in names
-      if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
-    ]
-    if not inside:
-      raise errors.UsageError(f"{place} has no images in it.")
-    return [(name, os.path.join(place, name)) for name in sorted(inside)]
-  if os.path.exists(place):
-    return [(os.path.basename(place), place)]
-  if matching := sorted(glob.glob(place, recursive=True)):
-    return [(os.path.basename(path), path) for path in matching]
-  raise errors.UsageError(f"there is no {place}: name an image, a folder or a pattern.")
 
 
 class _Kept:
@@ -113,8 +89,8 @@ class _Kept:
       for line in files.read_bytes(path).decode(errors="replace").splitlines():
         try:
           known = json.loads(line)
-          if self.picture(known["file"]).is_file():
-            self.done[known["file"]] = known
+          if self.picture(known["name"]).is_file():
+            self.done[known["name"]] = known
         except (ValueError, LookupError, TypeError):
           continue
       whole = "".join(json.dumps(known) + "\n" for known in self.done.values())
@@ -127,7 +103,7 @@ class _Kept:
 
   def add(self, record: dict[str, Any], png: bytes) -> None:
     """Writes an image's picture, then its line."""
-    path = self.picture(record["file"])
+    path = self.picture(record["name"])
     with errors.while_doing(f"writing {path}"):
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_bytes(path, png)
@@ -139,15 +115,15 @@ class _Kept:
     self._file.close()
 
 
-def record(name: str, result: inference.Result, top: int) -> dict[str, Any]:
+def record(found: photos.Found, result: inference.Result, top: int) -> dict[str, Any]:
   """Returns what is told of one image, JSON-able.
 
   Args:
-    name: the image's.
+    found: the image.
     result: for it alone.
     top: how many classes to tell.
   """
-  told: dict[str, Any] = {"file": name}
+  told: dict[str, Any] = {"file": str(found.path), "name": found.name}
   if result.logits is not None:
     told["top"] = _told(result.top(top)[0])
     told["on_input"] = _told(result.top(1, result.degraded_logits)[0])[0]
@@ -185,8 +161,8 @@ def _as_json(told: dict[str, Any] | None) -> None:
     print(json.dumps(told))
 
 
-def _as_table(names: Iterable[str]) -> Callable[[dict[str, Any] | None], None]:
-  width = min(max(map(len, names), default=4), 48)
+def _as_table(found: Iterable[photos.Found]) -> Callable[[dict[str, Any] | None], None]:
+  width = min(max(len(str(one.path)) for one in found), 48)
 
   def line(file, *cells):
     shown = file if len(file) <= width else f"…{file[1 - width :]}"
@@ -206,39 +182,42 @@ def _as_table(names: Iterable[str]) -> Callable[[dict[str, Any] | None], None]:
 
 
 def _predicted(
-  model: inference.Model, args: argparse.Namespace, kept: _Kept | None, names: dict
+  model: inference.Model,
+  args: argparse.Namespace,
+  kept: _Kept | None,
+  found: Sequence[photos.Found],
 ) -> Iterator[dict[str, Any] | str]:
   """Yields a record for each image, or what is wrong with it."""
   from fidelity_jax.report import pictures, predicted
 
   done = kept.done if kept else {}
-  waiting = {name: path for name, path in names.items() if name not in done}
-  clean = _clean(args.clean, {path: name for name, path in waiting.items()})
-  found = model.stream(waiting.values(), clean)
-  for name in names:
-    if name in done:
-      yield done[name]
+  waiting = [one for one in found if one.name not in done]
+  clean = _clean(args.clean, waiting)
+  streamed = model.stream([one.path for one in waiting], clean)
+  for one in found:
+    if one.name in done:
+      yield done[one.name]
       continue
-    streamed = next(found)
-    if streamed.result is None:
-      yield streamed.problem
+    given = next(streamed)
+    if given.result is None:
+      yield given.problem
       continue
-    told = record(name, streamed.result, args.top)
+    told = record(one, given.result, args.top)
     if kept:
-      path = names[name]
-      whole = model.whole(path, clean(path) if clean else None) if args.full else None
-      shown = streamed.result, model.map_name, name, whole
+      truth = clean(given.path) if clean else None
+      whole = model.whole(given.path, truth) if args.full else None
+      shown = given.result, model.map_name, one.name, whole
       kept.add(told, pictures.png(functools.partial(predicted.draw, *shown)))
     yield told
 
 
 def _clean(
-  place: str | None, names: dict[str, str]
-) -> Callable[[str], str | os.PathLike] | None:
+  place: str | None, found: Iterable[photos.Found]
+) -> Callable[[str], pathlib.Path] | None:
   """Returns what tells an image's clean one."""
   if place is None:
     return None
-  root = files.expand(place)
+  root, names = files.expand(place), {str(one.path): one.name for one in found}
   return lambda path: root / names[path] if root.is_dir() else root
 
 
@@ -287,7 +266,8 @@ def _predict(args: argparse.Namespace) -> None:
     raise errors.UsageError(f"--top={args.top}: write a number from 1 on.")
   if args.full and args.out is None:
     raise errors.UsageError("--full draws whole images: say where with --out=DIR.")
-  names = find(args.images)
+  out = None if args.out is None else files.expand(args.out)
+  chosen = find(args.images, out)
   model = inference.load(args.run)
   if model.needs_clean and args.clean is None:
     raise errors.UsageError(
@@ -300,11 +280,11 @@ def _predict(args: argparse.Namespace) -> None:
     kept = _Kept(
       files.expand(args.out), [model.digest, args.top, args.clean, args.full]
     )
-  write = {"jsonl": _as_json, "csv": _as_csv(args.top), "table": _as_table(names)}
+  write = {"jsonl": _as_json, "csv": _as_csv(args.top), "table": _as_table(chosen)}
   write = write[args.format]
-  problems, bar = [], progress.Progress("predict", len(names), unit="image")
+  problems, bar = [], progress.Progress("predict", len(chosen), unit="image")
   write(None)
-  for number, found in enumerate(_predicted(model, args, kept, names), 1):
+  for number, found in enumerate(_predicted(model, args, kept, chosen), 1):
     if isinstance(found, str):
       problems.append(found)
       progress.say(found)
@@ -318,6 +298,6 @@ def _predict(args: argparse.Namespace) -> None:
     progress.say(f"pictures and {_RECORDS}: in {args.out}.")
   if problems:
     raise errors.RunError(
-      f"{len(problems)} of {len(names)} images could not be used, the first: "
+      f"{len(problems)} of {len(chosen)} images could not be used, the first: "
       f"{problems[0]}"
     )

@@ -1,20 +1,14 @@
 r"""Restores image files with a denoiser alone.
 
-  python -m fidelity_jax.restore WEIGHTS IMAGE... --out=DIR
+  fidelity_jax restore WEIGHTS|RUN IMAGE... --out=DIR
     [--add_noise=25 [--seed=0] | --reference=DIR]
 
-WEIGHTS is what `fidelity_jax.port` reads: a denoiser's checkpoint or a ported
-directory. IMAGE is a file, a folder or a pattern; docs/restore.md has examples. DIR
-gets the restored images under the same names, and with --add_noise or --reference
-restored.csv with each image's PSNR and SSIM before and after. The same command again
-restores what is not there yet.
+WEIGHTS is what `fidelity_jax port` reads: a denoiser's checkpoint or a ported
+directory; RUN is an experiment's directory, whose restorer is taken. IMAGE is a file, a
+folder or a pattern; docs/restore.md has examples. DIR gets the restored images under
+the same names, and with --add_noise or --reference restored.csv with each image's PSNR
+and SSIM before and after. The same command again restores what is not there yet.
 """
-
-from fidelity_jax import boundary
-
-if __name__ == "__main__":
-  # Before imports that take seconds.
-  boundary.start()
 
 import argparse
 import contextlib
@@ -34,6 +28,7 @@ import numpy as np
 import tqdm
 
 from fidelity_jax import (
+  boundary,
   denoising,
   files,
   overlap,
@@ -349,7 +344,9 @@ def _opened(out: Path, options: Options) -> Iterator[None]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments to its parser."""
-  parser.add_argument("weights", metavar="WEIGHTS", help="a denoiser's checkpoint")
+  parser.add_argument(
+    "weights", metavar="RUN", help="a denoiser's checkpoint, an experiment's directory"
+  )
   parser.add_argument(
     "images", nargs="+", metavar="IMAGE", help="a file, a folder, or a pattern"
   )
@@ -443,12 +440,8 @@ def _line(title: str, quality: Sequence[float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = boundary.Parser(
-    prog="python -m fidelity_jax.restore",
+    prog="fidelity_jax restore",
     description="Restore images with a denoiser alone.",
   )
   add_arguments(parser)
   return boundary.run(lambda: run(parser.parse_args(arguments)))
-
-
-if __name__ == "__main__":
-  boundary.leave(main())

@@ -41,9 +41,9 @@ def test_every_command_has_help(name, capsys):
 
 
 def test_what_is_no_command_is_refused():
-  result = _run("pedrict", "x")
+  result = _run("evaluat", "x")
   assert result.returncode == 2
-  assert "did you mean 'predict'?" in one_line(result.stderr)
+  assert "did you mean 'evaluate'?" in one_line(result.stderr)
 
 
 def test_version():

@@ -39,7 +39,7 @@ def _values(path):
 def test_its_own_images_give_its_own_results(toy_estimated, tiles, command, tmp_path):
   out, run = tmp_path / "out", toy_estimated / "pretrained"
   result = command(run, tiles, f"--out={out}", program=_PROGRAM, check=0)
-  assert "| trained on clean, without restoration" in result.stdout
+  assert "trained on clean, without restoration |" in result.stdout
   own = experiment(toy_estimated, "pretrained") / "results.json"
   found, expected = _values(out / "results.json"), _values(own)
   assert found.keys() == expected.keys() and len(found) > 40
