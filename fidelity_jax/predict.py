@@ -126,9 +126,10 @@ def record(found: photos.Found, result: inference.Result, top: int) -> dict[str,
   told: dict[str, Any] = {"file": str(found.path), "name": found.name}
   if result.logits is not None:
     told["top"] = _told(result.top(top)[0])
-    told["on_input"] = _told(result.top(1, result.degraded_logits)[0])[0]
-    if result.restored_logits is not None:
-      told["on_restored"] = _told(result.top(1, result.restored_logits)[0])[0]
+    frozen = {"restored": result.restored_logits, "input": result.degraded_logits}
+    for seen, logits in frozen.items():
+      if logits is not None:
+        told[f"on_{seen}"] = _told(result.top(1, logits)[0])[0]
   if result.fidelity_map is not None:
     told["mean_map"] = round(float(result.fidelity_map.mean()), 6)
   return told

@@ -67,14 +67,15 @@ def _bare(ax: Axes, title: str) -> None:
 
 def _bars(ax: Axes, result: Result) -> None:
   """Draws the most probable classes, from each kind of image that is classified."""
-  groups = []
-  if result.restored_logits is not None and not np.array_equal(
-    result.logits, result.restored_logits
-  ):
-    groups.append(("with the map", result.logits))
-  if result.restored_logits is not None:
-    groups.append(("frozen, on restored", result.restored_logits))
-  groups.append(("frozen, on input", result.degraded_logits))
+  frozen = {"restored": result.restored_logits, "input": result.degraded_logits}
+  groups = [
+    (f"frozen, on {seen}", logits)
+    for seen, logits in frozen.items()
+    if logits is not None
+  ]
+  # Without calibration it is one of these.
+  if not any(np.array_equal(result.logits, logits) for _, logits in groups):
+    groups.insert(0, ("whole method", result.logits))
   row, ticks, labels = 0.0, [], []
   for number, (name, logits) in enumerate(groups):
     color = pictures.COLOURS[number]
