@@ -157,16 +157,12 @@ class _Job:
 
   def _read(self, found: photos.Found) -> _Work | Row | Failure:
     try:
-      encoded = files.read_bytes(found.path)
-      digest = hashlib.sha256(encoded)
-      clean = None
+      encoded, clean = files.read_bytes(found.path), None
       if self._reference is not None:
-        clean = files.read_bytes(self._reference / found.name)
-        digest.update(clean)
+        clean = self._read_reference(found.name)
+      digest = hashlib.sha256(encoded + (clean or b"")).hexdigest()
       row = self._rows.get(found.name)
-      if (
-        row and row.sha256 == digest.hexdigest() and (self._out / row.output).is_file()
-      ):
+      if row and row.sha256 == digest and (self._out / row.output).is_file():
         return row
       photo = photos.decode(encoded)
       degraded, reference = _floats(photo), None
@@ -176,16 +172,18 @@ class _Job:
           degraded, options.add_noise, options.seed, found.name
         )
       elif clean is not None:
-        reference = _floats(photos.decode(clean))
-        if reference.shape != degraded.shape:
-          raise BadImageError(
-            f"its reference has shape {reference.shape}, not {degraded.shape}"
-          )
+        reference = _decode_reference(clean, degraded.shape)
     except (BadImageError, OSError) as error:
       return Failure(found, str(error))
     if photo.frames > 1:
       progress.say(f"{found.path}: the first of {photo.frames} images in it")
-    return _Work(found, digest.hexdigest(), photo, degraded, reference)
+    return _Work(found, digest, photo, degraded, reference)
+
+  def _read_reference(self, name: str) -> bytes:
+    try:
+      return files.read_bytes(self._reference / name)
+    except OSError as error:
+      raise BadImageError(f"its reference cannot be read: {error}") from error
 
   def _write(self, work: _Work | Row | Failure) -> Row | Failure:
     if not isinstance(work, _Work):
@@ -273,6 +271,16 @@ def output_name(name: str) -> str:
 
 def _floats(photo: photos.Photo) -> np.ndarray:
   return photo.pixels.astype(np.float32) / np.iinfo(photo.pixels.dtype).max
+
+
+def _decode_reference(encoded: bytes, shape: tuple[int, ...]) -> np.ndarray:
+  try:
+    reference = _floats(photos.decode(encoded))
+  except BadImageError as error:
+    raise BadImageError(f"its reference cannot be used: {error}") from error
+  if reference.shape != shape:
+    raise BadImageError(f"its reference has shape {reference.shape}, not {shape}")
+  return reference
 
 
 def _cells(row: Row) -> list[str]:

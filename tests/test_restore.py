@@ -227,7 +227,7 @@ def test_added_noise_is_measured(folder, weights, tmp_path, capsys):
   assert float(_rows(other)["grey.png"]["psnr_noisy"]) == pytest.approx(found, abs=1e-4)
 
 
-def test_references(folder, weights, tmp_path):
+def test_references(folder, weights, tmp_path, capsys):
   """By name; what has none, or one of another size, is passed over."""
   noisy, out = tmp_path / "noisy", tmp_path / "out"
   for name in ("colour.png", "inner/grey.png"):
@@ -243,9 +243,17 @@ def test_references(folder, weights, tmp_path):
       # The output is measured before it is rounded.
       assert float(row[column]) == pytest.approx(expected, abs=0.02)
   _save(noisy / "new.png", _photograph(20, 20))
-  assert _run(*arguments) == 1
+
+  def passed_over(reason):
+    capsys.readouterr()
+    assert _run(*arguments) == 1
+    assert f"new.png: passed over: its reference {reason}" in capsys.readouterr().err
+
+  passed_over("cannot be read")
   _save(folder / "new.png", _photograph(20, 21))
-  assert _run(*arguments) == 1
+  passed_over("has shape (20, 21, 3), not (20, 20, 3)")
+  (folder / "new.png").write_text("no image")
+  passed_over("cannot be used: no image in a known format")
   _save(folder / "new.png", _photograph(20, 20))
   assert _run(*arguments) == 0
   assert float(_rows(out)["new.png"]["psnr_noisy"]) == 100
