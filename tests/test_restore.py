@@ -13,7 +13,7 @@ from conftest import flip, one_line
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from fidelity_jax import denoising, photos, port, restore
+from fidelity_jax import denoising, files, photos, port, restore
 from fidelity_jax.errors import UsageError
 
 PROGRAM = ("-m", "fidelity_jax.restore")
@@ -355,6 +355,8 @@ def test_one_directory_has_one_kind_of_images(folder, weights, tmp_path, refused
   run(2, "holds other files", *arguments[:2], f"--out={weights[1].parent}")
   run(2, "be written over", *arguments[:2], f"--out={folder}")
   run(2, "be written over", weights[3], out, f"--out={out}", "--add_noise=25")
+  with files.holding(out / ".lock"):
+    run(1, "another run restores into", *arguments, "--add_noise=25")
   flip(out / "restored.json", 30)
   run(1, "restored.json is damaged", *arguments, "--add_noise=25")
 
