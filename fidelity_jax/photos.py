@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from fidelity_jax import files
 from fidelity_jax.data import images
 from fidelity_jax.data.images import BadImageError
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import RunError, UsageError
 
 # A header can claim any size; this takes 1.2 GB in 8 bits.
 _MAX_PIXELS = 400_000_000
@@ -91,7 +91,8 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
     apart: a folder to leave out.
 
   Raises:
-    UsageError: a place is not there, or holds no images; a file is not named in UTF-8.
+    UsageError: a place is not there, or holds no images; a name cannot be shown.
+    RunError: a folder cannot be read.
   """
   found = []
   for place in places:
@@ -118,7 +119,7 @@ def _is_image(path: Path) -> bool:
 
 def _below(root: Path, apart: Path | None) -> list[Found]:
   found = []
-  for folder, inner, names in os.walk(root):
+  for folder, inner, names in os.walk(root, onerror=_unreadable):
     inner[:] = sorted(
       name
       for name in inner
@@ -132,6 +133,13 @@ def _below(root: Path, apart: Path | None) -> list[Found]:
       if _is_image(path)
     ]
   return found
+
+
+def _unreadable(error: OSError) -> None:
+  raise RunError(
+    f"{error.filename} cannot be read ({error.strerror}): change its permissions, or "
+    "name other folders"
+  ) from error
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -178,8 +186,8 @@ def decode(encoded: bytes) -> Photo:
   width, height = image.size
   if width * height > _MAX_PIXELS:
     raise BadImageError(f"{width}x{height} pixels are more than {_MAX_PIXELS}")
-  frames = getattr(image, "n_frames", 1)
   try:
+    frames = getattr(image, "n_frames", 1)
     # Pillow reads an orientation out of it.
     image.info.pop("xmp", None)
     exif = None

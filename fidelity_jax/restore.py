@@ -12,18 +12,10 @@ and SSIM before and after. The same command again restores what is not there yet
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import hashlib
-import io
 import math
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import tqdm
 
@@ -31,344 +23,41 @@ from fidelity_jax import (
   boundary,
   denoising,
   files,
-  overlap,
   photos,
   platform,
   progress,
   signals,
 )
-from fidelity_jax.data.images import BadImageError
+from fidelity_jax.denoising_files import Failure, Row, restore_files
 from fidelity_jax.errors import RunError, UsageError
 
-# What says with what a directory's images were restored.
-_RECORD, _TABLE = "restored.json", "restored.csv"
-_AGAIN = "move the directory away, or name another with --out"
 
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-  """What the restored images of a directory have in common.
-
-  Attributes:
-    weights: the denoiser's digest.
-    add_noise: standard deviation of the noise that is added, in units of 1/255, or
-      None.
-    seed: its seed; None without noise.
-  """
-
-  weights: str
-  add_noise: float | None = None
-  seed: int | None = None
-
-
-class Row(NamedTuple):
-  """What is known of a restored image, a row of restored.csv.
-
-  Attributes:
-    image: its name, see `photos.Found`.
-    output: the restored image's, relative to its directory.
-    sha256: of the content that was restored, and of its reference's where there is one.
-    psnr_noisy: of what the denoiser saw, dB; NaN without a reference.
-    psnr: of what it gave, not yet rounded to 8 or 16 bits.
-    ssim_noisy: likewise.
-    ssim: likewise.
-  """
-
-  image: str
-  output: str
-  sha256: str
-  psnr_noisy: float
-  psnr: float
-  ssim_noisy: float
-  ssim: float
-
-
-class _Work(NamedTuple):
-  """An image on its way.
-
-  Attributes:
-    found: its file.
-    sha256: see `Row`.
-    photo: the file's content.
-    degraded: float32 [H, W, C].
-    reference: likewise, or None.
-    restored: likewise; None before it is computed.
-  """
-
-  found: photos.Found
-  sha256: str
-  photo: photos.Photo
-  degraded: np.ndarray
-  reference: np.ndarray | None
-  restored: np.ndarray | None = None
-
-
-class Failure(NamedTuple):
-  """An image that was passed over, and why."""
-
-  found: photos.Found
-  reason: str
-
-
-class _Job:
-  """Restores images into a directory, which this process has for itself."""
-
-  def __init__(
-    self,
-    denoiser: denoising.Denoiser,
-    options: Options,
-    reference: Path | None,
-    out: Path,
-  ):
-    """Reads what a directory that `_opened` has checked holds."""
-    self._denoiser, self._options = denoiser, options
-    self._reference, self._out = reference, out
-    self._table = out / _TABLE
-    self._rows = {row.image: row for row in _read_rows(self._table)}
-    self._lock = threading.Lock()
-    # Without the last line of a process that was killed.
-    self._write_table()
-
-  def __call__(self, found: Sequence[photos.Found]) -> Iterator[Row | Failure]:
-    """Yields what became of each image, in order.
-
-    Reading, computing and writing overlap; memory does not grow with their number.
-    """
-    read = overlap.mapped(self._read, found)
-    restored = (
-      one._replace(restored=denoising.restore(self._denoiser, one.degraded))
-      if isinstance(one, _Work)
-      else one
-      for one in read
-    )
-    written = overlap.mapped(self._write, restored)
-    with contextlib.closing(read), contextlib.closing(written):
-      for result in written:
-        if isinstance(result, Failure):
-          # What is there is of other content.
-          with self._lock:
-            self._rows.pop(result.found.name, None)
-        yield result
-    self._write_table()
-
-  def _read(self, found: photos.Found) -> _Work | Row | Failure:
-    try:
-      encoded = files.read_bytes(found.path)
-      digest = hashlib.sha256(encoded)
-      clean = None
-      if self._reference is not None:
-        clean = files.read_bytes(self._reference / found.name)
-        digest.update(clean)
-      row = self._rows.get(found.name)
-      if (
-        row and row.sha256 == digest.hexdigest() and (self._out / row.output).is_file()
-      ):
-        return row
-      photo = photos.decode(encoded)
-      degraded, reference = _floats(photo), None
-      if self._options.add_noise is not None:
-        reference, options = degraded, self._options
-        degraded = denoising.add_noise(
-          degraded, options.add_noise, options.seed, found.name
-        )
-      elif clean is not None:
-        reference = _floats(photos.decode(clean))
-        if reference.shape != degraded.shape:
-          raise BadImageError(
-            f"its reference has shape {reference.shape}, not {degraded.shape}"
-          )
-    except (BadImageError, OSError) as error:
-      return Failure(found, str(error))
-    if photo.frames > 1:
-      progress.say(f"{found.path}: the first of {photo.frames} images in it")
-    return _Work(found, digest.hexdigest(), photo, degraded, reference)
-
-  def _write(self, work: _Work | Row | Failure) -> Row | Failure:
-    if not isinstance(work, _Work):
-      return work
-    name = output_name(work.found.name)
-    quality = (math.nan,) * 4
-    if work.reference is not None:
-      pairs = [(work.reference, seen) for seen in (work.degraded, work.restored)]
-      quality = [
-        measure(*pair) for measure in (denoising.psnr, denoising.ssim) for pair in pairs
-      ]
-    pixels = work.photo.pixels
-    largest = np.iinfo(pixels.dtype).max
-    pixels = np.rint(work.restored * largest).astype(pixels.dtype)
-    path = self._out / name
-    try:
-      content = photos.encode(
-        dataclasses.replace(work.photo, pixels=pixels), path.suffix
-      )
-    except BadImageError as error:
-      return Failure(work.found, str(error))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, content)
-    row = Row(work.found.name, name, work.sha256, *quality)
-    with self._lock, open(self._table, "a", newline="") as file:
-      self._rows[row.image] = row
-      csv.writer(file, lineterminator="\n").writerow(_cells(row))
-    return row
-
-  def _write_table(self) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    rows = (self._rows[name] for name in sorted(self._rows))
-    writer.writerows([Row._fields, *map(_cells, rows)])
-    files.write_bytes(self._table, text.getvalue().encode())
-
-
-def restore_files(
-  denoiser: denoising.Denoiser,
-  found: Sequence[photos.Found],
-  out: Path,
-  *,
-  add_noise: float | None = None,
-  seed: int = 0,
-  reference: Path | None = None,
-) -> Iterator[Row | Failure]:
-  """Restores image files that are not yet restored; yields what became of each.
-
-  Reading, computing and writing overlap; memory does not grow with their number.
-
-  Args:
-    denoiser: the denoiser.
-    found: the images.
-    out: directory to write: the restored images, restored.csv, a `Row` each, and a
-      record of denoiser and noise, with which alone it can be continued.
-    add_noise: standard deviation of the noise to add, in units of 1/255; the images
-      themselves are then the references.
-    seed: of that noise.
-    reference: folder of clean images of the same names.
-
-  Raises:
-    UsageError: outputs would replace each other or an image; `out` holds something
-      else.
-    RunError: `out` cannot be written, or another process holds it.
-  """
-  _check_outputs(found, out)
-  options = Options(
-    weights=denoiser.digest,
-    add_noise=add_noise,
-    seed=None if add_noise is None else seed,
+def parser() -> boundary.Parser:
+  """Returns the command's parser."""
+  made = boundary.Parser(
+    prog="fidelity_jax restore", description="Restore images with a denoiser alone."
   )
-
-  def results():
-    with _opened(out, options):
-      yield from _Job(denoiser, options, reference, out)(found)
-
-  return results()
-
-
-def output_name(name: str) -> str:
-  """Returns the name of what an image of this name is written to."""
-  suffix = Path(name).suffix
-  return name.removesuffix(suffix) + photos.written_suffix(suffix)
-
-
-def _floats(photo: photos.Photo) -> np.ndarray:
-  return photo.pixels.astype(np.float32) / np.iinfo(photo.pixels.dtype).max
-
-
-def _cells(row: Row) -> list[str]:
-  # NaN, where there is no reference, is an empty cell.
-  return ["" if cell != cell else str(cell) for cell in row]
-
-
-def _read_rows(table: Path) -> list[Row]:
-  """Returns the rows of a table; the last one may be cut off."""
-  if not table.exists():
-    return []
-  rows = []
-  lines = files.read_bytes(table).decode().splitlines(keepends=True)
-  for cells in csv.reader(line for line in lines[1:] if line.endswith("\n")):
-    try:
-      rows.append(Row(*cells[:3], *(float(cell or "nan") for cell in cells[3:])))
-    except (TypeError, ValueError) as error:
-      raise RunError(f"{table} is damaged ({','.join(cells)}): {_AGAIN}") from error
-  return rows
-
-
-def _check_outputs(found: Sequence[photos.Found], out: Path) -> None:
-  """Refuses images whose outputs would replace each other, or an image.
-
-  Raises:
-    UsageError: there are such.
-  """
-  named = {}
-  for one in found:
-    name = output_name(one.name)
-    if name in named:
-      raise UsageError(
-        f"{named[name]} and {one.path} would both be written to {out / name}: name the "
-        "folder that both are in, or restore them into two directories"
-      )
-    named[name] = one.path
-  given = {one.path.resolve() for one in found}
-  for name, path in named.items():
-    if (out / name).resolve() in given:
-      raise UsageError(f"{path} would be written over {out / name}: name another --out")
-
-
-@contextlib.contextmanager
-def _opened(out: Path, options: Options) -> Iterator[None]:
-  """Holds a directory whose images are restored with these options.
-
-  Raises:
-    UsageError: it holds something else.
-    RunError: another process holds it, or it cannot be written.
-  """
-  files.check_directory(out, write=True)
-  with files.holding(out / ".lock") as held:
-    if not held:
-      raise RunError(f"another run restores into {out}: wait for it, or name another")
-    record = out / _RECORD
-    if record.exists():
-      there = files.read_record(record, Options, _AGAIN)
-      others = [
-        name
-        for name in options.__struct_fields__
-        if getattr(there, name) != getattr(options, name)
-      ]
-      if others:
-        raise UsageError(
-          f"{out} holds images restored with other {' and '.join(others)}: name "
-          "another --out"
-        )
-    elif any(not path.name.startswith(".") for path in out.iterdir()):
-      raise UsageError(f"{out} holds other files: name a new directory with --out")
-    else:
-      files.write_record(record, options)
-    yield
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments to its parser."""
-  parser.add_argument(
-    "weights", metavar="RUN", help="a denoiser's checkpoint, an experiment's directory"
+  made.add_argument(
+    "run", metavar="RUN", help="a denoiser's checkpoint, an experiment's directory"
   )
-  parser.add_argument(
+  made.add_argument(
     "images", nargs="+", metavar="IMAGE", help="a file, a folder, or a pattern"
   )
-  parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-  parser.add_argument(
+  made.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+  made.add_argument(
     "--add_noise",
     type=float,
     metavar="SIGMA",
     help="add Gaussian noise first, of this standard deviation on the scale to 255",
   )
-  parser.add_argument("--seed", type=int, default=0, help="of that noise (default 0)")
-  parser.add_argument(
+  made.add_argument("--seed", type=int, default=0, help="of that noise (default 0)")
+  made.add_argument(
     "--reference", metavar="DIR", help="folder of clean images of the same names"
   )
+  return made
 
 
-def run(args: argparse.Namespace) -> None:
-  """Runs the command.
-
-  Raises:
-    UsageError, RunError: see `boundary`; RunError also if images were passed over.
-  """
+def _restore(args: argparse.Namespace) -> None:
   signals.interrupt("while it restored", "what is restored is kept")
   noise = args.add_noise
   if noise is not None and not 0 < noise <= 255:
@@ -388,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
   out = files.expand(args.out)
   found = photos.find(args.images, out)
   platform.set_up()
-  denoiser = denoising.load(args.weights)
+  denoiser = denoising.load(args.run)
   results = restore_files(
     denoiser, found, out, add_noise=noise, seed=args.seed, reference=reference
   )
@@ -439,9 +128,4 @@ def _line(title: str, quality: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  parser = boundary.Parser(
-    prog="fidelity_jax restore",
-    description="Restore images with a denoiser alone.",
-  )
-  add_arguments(parser)
-  return boundary.run(lambda: run(parser.parse_args(arguments)))
+  return boundary.run(lambda: _restore(parser().parse_args(arguments)))

@@ -24,7 +24,8 @@ _TILE = 512
 _AHEAD = 2
 
 # A network: from windows float32 [1, h, w, C] and a mask float32 [1, h, w, 1] that is 1
-# in the image and 0 beyond its border (None: all is in the image) to [1, h, w, K].
+# in the image and 0 beyond its border (None: all is in the image) to [1, h, w, K]. Of
+# several, one after the other, each has to be given zeros beyond the border.
 Network = Callable[[np.ndarray, np.ndarray | None], jax.Array]
 
 

@@ -1,16 +1,19 @@
 """Image files come back with their bits, alpha, ICC profile and EXIF."""
 
 import io
+import pathlib
+import tempfile
 
 import cv2
 import numpy as np
 import pytest
 import skimage.data
 import tifffile
+from conftest import without_privileges
 from PIL import Image, ImageCms
 
 from fidelity_jax import photos
-from fidelity_jax.errors import UsageError
+from fidelity_jax.errors import RunError, UsageError
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -274,6 +277,16 @@ def test_suffixes():
   kept = (".jpg", ".JPEG", ".png", ".tif", ".webp")
   assert tuple(map(photos.written_suffix, kept)) == kept
   assert {photos.written_suffix(s) for s in (".gif", ".bmp", ".ppm", "")} == {".png"}
+
+
+def test_a_folder_that_cannot_be_read():
+  # Not below the test runner's own folder, which is closed to others.
+  with tempfile.TemporaryDirectory() as name:
+    root = pathlib.Path(name)
+    root.chmod(0o755)
+    (root / "closed").mkdir(mode=0)
+    with without_privileges(), pytest.raises(RunError, match="closed cannot be read"):
+      photos.find([root])
 
 
 def test_files_folders_and_patterns(tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ import skimage.data
 from conftest import flip, one_line
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from test_data_images import photograph
 
-from fidelity_jax import denoising, photos, port, restore
+from fidelity_jax import denoising, files, photos, port, restore, runs
 from fidelity_jax.errors import UsageError
 
-PROGRAM = ("-m", "fidelity_jax.restore")
+PROGRAM = ("-m", "fidelity_jax", "restore")
 
 
 def _smoothing(channels: int) -> dict[str, np.ndarray]:
@@ -227,7 +228,7 @@ def test_added_noise_is_measured(folder, weights, tmp_path, capsys):
   assert float(_rows(other)["grey.png"]["psnr_noisy"]) == pytest.approx(found, abs=1e-4)
 
 
-def test_references(folder, weights, tmp_path):
+def test_references(folder, weights, tmp_path, capsys):
   """By name; what has none, or one of another size, is passed over."""
   noisy, out = tmp_path / "noisy", tmp_path / "out"
   for name in ("colour.png", "inner/grey.png"):
@@ -243,9 +244,17 @@ def test_references(folder, weights, tmp_path):
       # The output is measured before it is rounded.
       assert float(row[column]) == pytest.approx(expected, abs=0.02)
   _save(noisy / "new.png", _photograph(20, 20))
-  assert _run(*arguments) == 1
+
+  def passed_over(reason):
+    capsys.readouterr()
+    assert _run(*arguments) == 1
+    assert f"new.png: passed over: its reference {reason}" in capsys.readouterr().err
+
+  passed_over("cannot be read")
   _save(folder / "new.png", _photograph(20, 21))
-  assert _run(*arguments) == 1
+  passed_over("has shape (20, 21, 3), not (20, 20, 3)")
+  (folder / "new.png").write_text("no image")
+  passed_over("cannot be used: no image in a known format")
   _save(folder / "new.png", _photograph(20, 20))
   assert _run(*arguments) == 0
   assert float(_rows(out)["new.png"]["psnr_noisy"]) == 100
@@ -347,6 +356,8 @@ def test_one_directory_has_one_kind_of_images(folder, weights, tmp_path, refused
   run(2, "holds other files", *arguments[:2], f"--out={weights[1].parent}")
   run(2, "be written over", *arguments[:2], f"--out={folder}")
   run(2, "be written over", weights[3], out, f"--out={out}", "--add_noise=25")
+  with files.holding(out / ".lock"):
+    run(1, "another run restores into", *arguments, "--add_noise=25")
   flip(out / "restored.json", 30)
   run(1, "restored.json is damaged", *arguments, "--add_noise=25")
 
@@ -370,3 +381,14 @@ def test_what_is_refused(folder, weights, tmp_path, refused):
   (tmp_path / "file").write_text("")
   run(1, "a directory belongs", weights[3], twin, f"--out={tmp_path / 'file'}")
   assert not (tmp_path / "out" / "colour.png").exists()
+
+
+def test_the_restorer_of_an_experiment(toy_run, tmp_path):
+  """A run's own, from its directory; a run without one is refused."""
+  denoiser = denoising.load(toy_run / "oracle")
+  run = runs.find(toy_run / "oracle")
+  image = photograph(40, 50, seed=2).astype(np.float32) / 255
+  expected = run.method.restore(run.variables, image[None])[0]
+  found = denoising.restore(denoiser, image)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert np.abs(found - image).max() > 1e-3
