@@ -65,7 +65,7 @@ def test_every_number_of_table_6_1():
   [
     {"dataset": "demo"},
     {"image_size": 64},
-    {"backbone": "vgg16"},
+    {"backbone": "resnet18"},
     {"restorer": "another"},
   ],
   ids=str,
@@ -81,6 +81,7 @@ def test_other_data_and_networks_have_the_number_of_the_same_method(changes):
   [
     _row(trained_on="given"),
     _row(trained_on="none"),
+    _row(backbone="vgg16"),
     _row(degradation="motion_blur"),
     _row("clean", degradation="motion_blur"),
     scored_rows.row(Condition("awgn-0.35", "awgn", 0.35, None, [])),
@@ -97,7 +98,7 @@ def test_other_data_and_networks_have_the_number_of_the_same_method(changes):
     _row(method="restoration", trained_on=None, backbone=None, map=None),
     _row(method="estimation", trained_on=None, backbone=None, source="pretrained"),
   ],
-  ids=range(17),
+  ids=range(18),
 )
 def test_there_is_no_such_number(row):
   assert paper.accuracy(row) is None

@@ -366,7 +366,7 @@ def test_what_is_refused(folder, weights, tmp_path, refused):
   out = f"--out={tmp_path / 'out'}"
   run = lambda status, words, *given: refused(given, status, words, restore.main)
   run(2, "--out", weights[3], folder)
-  run(2, "there is no file", tmp_path / "none.pth", folder, out)
+  run(2, "there is no", tmp_path / "none.pth", folder, out)
   run(2, "none.png: no such file", weights[3], "none.png", out)
   run(2, "--add_noise=0: write", weights[3], folder, out, "--add_noise=0")
   run(2, "--add_noise=nan: write", weights[3], folder, out, "--add_noise=nan")
