@@ -74,7 +74,7 @@ def export(
     port.save(parts, path, str(place), {"README.md": card})
     return
   program = Program(run, precision="float32" if path.suffix == ".onnx" else None)
-  content = (_to_jax if path.suffix == ".jax" else _to_onnx)(program)
+  content = (to_jax if path.suffix == ".jax" else to_onnx)(program)
   record = exported.Record(
     name=run.name,
     digest=hashlib.sha256(content).hexdigest(),
@@ -105,14 +105,16 @@ def _checked(to: str | os.PathLike) -> pathlib.Path:
       f"--to={to}: name a file that ends in {' or '.join(exported.SUFFIXES)}, or a "
       "directory (no ending) for the weights of each network."
     )
-  if not path.parent.is_dir():
-    raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
-  files.check_directory(path.parent, write=True)
-  ours = exported.record_path(path).is_file() if path.suffix else port.is_ported(path)
-  if os.path.lexists(path) and not ours:
-    raise errors.UsageError(
-      f"--to={to}: something else is there already: name another place."
-    )
+  with errors.while_doing(f"writing {path}"):
+    if not path.parent.is_dir():
+      raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
+    files.check_directory(path.parent, write=True)
+    beside = exported.record_path(path).is_file()
+    ours = beside if path.suffix else port.is_ported(path)
+    if os.path.lexists(path) and not ours:
+      raise errors.UsageError(
+        f"--to={to}: something else is there already: name another place."
+      )
   return path
 
 
@@ -182,13 +184,13 @@ def in_precision(network: Any, precision: str) -> Any:
   return dataclasses.replace(network, **changed)
 
 
-def _to_jax(program: Program) -> bytes:
+def to_jax(program: Program) -> bytes:
   """Returns the program as `jax.export.deserialize` reads it."""
   make = jax.export.export(jax.jit(program), platforms=PLATFORMS)
   return bytes(make(*program.shapes()).serialize())
 
 
-def _to_onnx(program: Program) -> bytes:
+def to_onnx(program: Program) -> bytes:
   """Returns the program as an ONNX model."""
   jax2onnx, names = _jax2onnx(), list(program.outputs)
 
