@@ -78,7 +78,8 @@ class Hub:
       if name in self.repos:
         url = f"{self.url}/{name}"
         return 409, {}, {"error": "You already created this repo", "url": url}
-      self.repos[name] = {"private": asked.get("private"), "branches": {"main": {}}}
+      private = asked.get("visibility") == "private"
+      self.repos[name] = {"private": private, "branches": {"main": {}}}
       return 200, {}, {"url": f"{self.url}/{name}"}
     if path == "/api/validate-yaml":
       _, told, _ = json.loads(body)["content"].split("---\n", 2)
