@@ -40,6 +40,7 @@ from fidelity_jax import (
   runs,
   signals,
 )
+from fidelity_jax.models import conv, pooling
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # What leaves the networks, of what `Method.outputs` has.
@@ -199,7 +200,7 @@ def to_onnx(program: Program) -> bytes:
     return tuple(found[name] for name in names)
 
   # ONNX has no platforms to choose between. jax2onnx prints as it goes.
-  with cpu.left_out(), contextlib.redirect_stdout(io.StringIO()):
+  with cpu.left_out(_FOR_ONNX), contextlib.redirect_stdout(io.StringIO()):
     model = jax2onnx.to_onnx(
       ordered,
       inputs=[tuple(shape) for shape in program.inputs.values()],
@@ -209,6 +210,27 @@ def to_onnx(program: Program) -> bytes:
     )
   _broadcast(model.graph)
   return model.SerializeToString()
+
+
+def _pool(x: jax.Array, window: int, stride: int, pads: cpu.Pads) -> jax.Array:
+  """Returns `pooling.plain_pool` as jax2onnx takes it: padded before."""
+  border = ((0, 0), *pads, (0, 0))
+  x = jnp.pad(x, border, constant_values=-jnp.inf) if any(map(any, pads)) else x
+  return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride))
+
+
+def _reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns `conv.plain_reflected` in fewer operations, which each are long in ONNX."""
+  for axis in (1, 2):
+    last = x.shape[axis] - 1
+    first, second = (
+      jax.lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (1, last - 1)
+    )
+    x = jax.lax.concatenate([first, x, second], axis)
+  return conv.plain_convolve(x, kernel, (1, 1), ((0, 0), (0, 0)))
+
+
+_FOR_ONNX = {pooling.plain_pool: _pool, conv.plain_reflected: _reflected}
 
 
 def _broadcast(graph: Any) -> None:
