@@ -41,12 +41,13 @@ outputs = dict(zip(names, session.run(names, {{{pairs}}})))
 print({{name: array.shape for name, array in outputs.items()}})
 """,
   "": """\
+import jax
 import numpy as np
 from fidelity_jax import runs
 
 run = runs.find("{file}")
 {images}
-outputs = run.method.outputs(run.variables, {names})
+outputs = jax.jit(run.method.outputs)(run.variables, {names})
 print({{name: array.shape for name, array in outputs.items()}})
 """,
 }
