@@ -41,12 +41,13 @@ outputs = dict(zip(names, session.run(names, {{{pairs}}})))
 print({{name: array.shape for name, array in outputs.items()}})
 """,
   "": """\
+import jax
 import numpy as np
 from fidelity_jax import runs
 
 run = runs.find("{file}")
 {images}
-outputs = run.method.outputs(run.variables, {names})
+outputs = jax.jit(run.method.outputs)(run.variables, {names})
 print({{name: array.shape for name, array in outputs.items()}})
 """,
 }
@@ -118,7 +119,7 @@ def results(run: Run) -> list[Row]:
   path, again = run.directory / "results.json", "run its experiment again."
   try:
     rows = [read(row) for row in files.read_json(path, again)["rows"]]
-  except (LookupError, TypeError, msgspec.ValidationError) as error:
+  except (LookupError, TypeError, AttributeError, msgspec.ValidationError) as error:
     raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
   own = {s.name for stage in run.stages.values() for s in stage.lineage()}
   return [row for row in rows if own.issuperset(row.stages.values()) and _of(row, run)]

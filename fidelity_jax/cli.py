@@ -19,6 +19,9 @@ COMMANDS = {
   "predict": _Command("predict", "classify images; draw restored images and maps"),
   "restore": _Command("restore", "restore images by the denoiser alone"),
   "evaluate": _Command("evaluate_run", "evaluate a run on another labelled folder"),
+  "export": _Command("export", "write networks as StableHLO, ONNX or safetensors"),
+  "push": _Command("push", "upload a run or an export to Hugging Face's hub"),
+  "pull": _Command("pull", "download what was pushed"),
   "port": _Command("port.__main__", "convert a PyTorch checkpoint"),
   "gallery": _Command("gallery", "draw what each degradation does to images"),
 }

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,15 +76,18 @@ def choose(
 
 
 @contextlib.contextmanager
-def left_out() -> Iterator[None]:
+def left_out(instead: Mapping[Callable, Callable] | None = None) -> Iterator[None]:
   """Leaves this module out of all programs that are traced meanwhile.
 
   For compilers of JAX's programs that know nothing of platforms.
+
+  Args:
+    instead: other forms of plain functions.
   """
 
   def plain_alone(plain, on_cpu, dtype=None, **options):
     del on_cpu, dtype
-    return functools.partial(plain, **options)
+    return functools.partial((instead or {}).get(plain, plain), **options)
 
   global choose
   chosen, choose = choose, plain_alone

@@ -40,6 +40,7 @@ from fidelity_jax import (
   runs,
   signals,
 )
+from fidelity_jax.models import conv, pooling
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # What leaves the networks, of what `Method.outputs` has.
@@ -74,7 +75,7 @@ def export(
     port.save(parts, path, str(place), {"README.md": card})
     return
   program = Program(run, precision="float32" if path.suffix == ".onnx" else None)
-  content = (_to_jax if path.suffix == ".jax" else _to_onnx)(program)
+  content = (to_jax if path.suffix == ".jax" else to_onnx)(program)
   record = exported.Record(
     name=run.name,
     digest=hashlib.sha256(content).hexdigest(),
@@ -106,14 +107,16 @@ def _checked(to: str | os.PathLike) -> pathlib.Path:
       f"--to={to}: name a file that ends in {' or '.join(exported.SUFFIXES)}, or a "
       "directory (no ending) for the weights of each network."
     )
-  if not path.parent.is_dir():
-    raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
-  files.check_directory(path.parent, write=True)
-  ours = exported.record_path(path).is_file() if path.suffix else port.is_ported(path)
-  if os.path.lexists(path) and not ours:
-    raise errors.UsageError(
-      f"--to={to}: something else is there already: name another place."
-    )
+  with errors.while_doing(f"writing {path}"):
+    if not path.parent.is_dir():
+      raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
+    files.check_directory(path.parent, write=True)
+    beside = exported.record_path(path).is_file()
+    ours = beside if path.suffix else port.is_ported(path)
+    if os.path.lexists(path) and not ours:
+      raise errors.UsageError(
+        f"--to={to}: something else is there already: name another place."
+      )
   return path
 
 
@@ -183,13 +186,13 @@ def in_precision(network: Any, precision: str) -> Any:
   return dataclasses.replace(network, **changed)
 
 
-def _to_jax(program: Program) -> bytes:
+def to_jax(program: Program) -> bytes:
   """Returns the program as `jax.export.deserialize` reads it."""
   make = jax.export.export(jax.jit(program), platforms=PLATFORMS)
   return bytes(make(*program.shapes()).serialize())
 
 
-def _to_onnx(program: Program) -> bytes:
+def to_onnx(program: Program) -> bytes:
   """Returns the program as an ONNX model."""
   jax2onnx, names = _jax2onnx(), list(program.outputs)
 
@@ -198,7 +201,7 @@ def _to_onnx(program: Program) -> bytes:
     return tuple(found[name] for name in names)
 
   # ONNX has no platforms to choose between. jax2onnx prints as it goes.
-  with cpu.left_out(), contextlib.redirect_stdout(io.StringIO()):
+  with cpu.left_out(_FOR_ONNX), contextlib.redirect_stdout(io.StringIO()):
     model = jax2onnx.to_onnx(
       ordered,
       inputs=[tuple(shape) for shape in program.inputs.values()],
@@ -208,6 +211,27 @@ def _to_onnx(program: Program) -> bytes:
     )
   _broadcast(model.graph)
   return model.SerializeToString()
+
+
+def _pool(x: jax.Array, window: int, stride: int, pads: cpu.Pads) -> jax.Array:
+  """Returns `pooling.plain_pool` as jax2onnx takes it: padded before."""
+  border = ((0, 0), *pads, (0, 0))
+  x = jnp.pad(x, border, constant_values=-jnp.inf) if any(map(any, pads)) else x
+  return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride))
+
+
+def _reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns `conv.plain_reflected` in fewer operations, which each are long in ONNX."""
+  for axis in (1, 2):
+    last = x.shape[axis] - 1
+    first, second = (
+      jax.lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (1, last - 1)
+    )
+    x = jax.lax.concatenate([first, x, second], axis)
+  return conv.plain_convolve(x, kernel, (1, 1), ((0, 0), (0, 0)))
+
+
+_FOR_ONNX = {pooling.plain_pool: _pool, conv.plain_reflected: _reflected}
 
 
 def _broadcast(graph: Any) -> None:

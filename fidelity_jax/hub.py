@@ -43,33 +43,25 @@ def push(
   with tempfile.TemporaryDirectory() as temporary:
     if path.suffix in exported.SUFFIXES:
       exported.read_record(path)
-      folder = pathlib.Path(temporary) / "export"
-      folder.mkdir()
-      for one in (path, exported.record_path(path)):
-        os.symlink(one.absolute(), folder / one.name)
-      card = exported.card_path(path)
-      if card.is_file():
-        os.symlink(card.absolute(), folder / "README.md")
-    elif port.is_ported(path):
-      port.load(path)
-      folder = path
+      record, card = exported.record_path(path), exported.card_path(path)
+      uploads = {path.name: path, record.name: record}
+      uploads |= {"README.md": card} if card.is_file() else {}
     else:
-      folder = pathlib.Path(temporary) / repo.partition("/")[2].replace(".", "_")
-      export.export(place, folder, licence)
+      if port.is_ported(path):
+        port.load(path)
+      else:
+        path = pathlib.Path(temporary) / "weights"
+        export.export(place, path, licence)
+      uploads = {one.name: one for one in sorted(path.iterdir())}
     with _speaking(hub, address):
       api = hub.HfApi()
       api.create_repo(repo, private=private, exist_ok=True)
       if revision:
         api.create_branch(repo, branch=revision, exist_ok=True)
-      # A list of its own, as folders with links in them are not followed.
-      operations = [
-        hub.CommitOperationAdd(one.name, one.resolve())
-        for one in sorted(folder.iterdir())
-      ]
       commit = api.create_commit(
         repo,
-        operations,
-        commit_message=f"{path.name}, exported by fidelity_jax",
+        [hub.CommitOperationAdd(name, one) for name, one in uploads.items()],
+        commit_message="Exported by fidelity_jax",
         revision=revision,
       )
   return commit.commit_url

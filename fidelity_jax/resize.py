@@ -109,10 +109,8 @@ def _resize_axis(x: jax.Array, axis: int, n_out: int, method: str) -> jax.Array:
   out = 0
   for tap in range(indices.shape[1]):
     index = indices[:, tap]
-    part = jnp.take(
-      x,
-      index,
-      axis=axis,
+    # As jnp.take, for which jax2onnx has one of its own without these options.
+    part = x.at[(slice(None),) * axis + (index,)].get(
       mode="clip",
       indices_are_sorted=True,
       unique_indices=bool(np.all(np.diff(index) > 0)),

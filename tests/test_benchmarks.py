@@ -111,3 +111,24 @@ def test_evaluation_refuses_to_compare_different_work(monkeypatch):
   for other in (1.01 * logits, np.full_like(logits, np.nan)):
     with pytest.raises(SystemExit, match="compute different things"):
       benchmark.check_agreement("clean", other, logits)
+
+
+@pytest.mark.slow
+def test_inference(command, tmp_path):
+  small = ("--backbone=resnet18", "--depth=3", "--batches=1,2", *SMALL[1:])
+  batches = _run(command, tmp_path, "inference", *small)["batches"]
+  assert batches.keys() == {"1", "2"}
+  for row in batches.values():
+    assert {"jit", "jax_file", "torch", "torch_nhwc"} <= row.keys()
+    assert all(side["difference"] < 1e-3 for side in row.values())
+    assert max(row[k]["ratio"] for k in ("torch", "torch_nhwc")) == 1
+
+
+def test_inference_refuses_to_compare_different_work(monkeypatch):
+  benchmark = _imported(monkeypatch, "inference")
+  logits = np.arange(1.0, 5.0, dtype=np.float32)[None]
+  sides = {"torch": lambda images: (logits, logits)}
+  for factor in (1.01, np.nan):
+    sides["jit"] = lambda images, factor=factor: (logits, factor * logits)
+    with pytest.raises(SystemExit, match="compute different things"):
+      benchmark.check_agreement(sides, None)

@@ -51,19 +51,20 @@ def conv2d(
   """
   if padding == "REFLECT":
     _check_reflected(x, kernel, strides)
-    convolve = cpu.choose(_convolve_reflected, cpu.conv2d_reflected, x.dtype)
+    convolve = cpu.choose(plain_reflected, cpu.conv2d_reflected, x.dtype)
   else:
     if isinstance(padding, str):
       padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
     options = {"strides": tuple(strides), "pads": pads}
-    convolve = cpu.choose(_convolve, cpu.conv2d, x.dtype, **options)
+    convolve = cpu.choose(plain_convolve, cpu.conv2d, x.dtype, **options)
   return convolve(x, kernel)
 
 
-def _convolve(
+def plain_convolve(
   x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: cpu.Pads
 ) -> jax.Array:
+  """Returns `conv2d`, padding in numbers, as platforms other than CPUs have it."""
   return lax.conv_general_dilated(
     x,
     kernel,
@@ -74,13 +75,10 @@ def _convolve(
   )
 
 
-def _convolve_reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  # Fewer operations than jnp.pad's, of which ONNX would have a long chain each.
-  for axis in (1, 2):
-    last = x.shape[axis] - 1
-    first, second = (lax.slice_in_dim(x, i, i + 1, axis=axis) for i in (1, last - 1))
-    x = lax.concatenate([first, x, second], axis)
-  return _convolve(x, kernel, (1, 1), ((0, 0), (0, 0)))
+def plain_reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns `conv2d` with "REFLECT", likewise."""
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+  return plain_convolve(x, kernel, (1, 1), ((0, 0), (0, 0)))
 
 
 def _check_reflected(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> None:

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from fidelity_jax import cpu
@@ -38,12 +37,9 @@ def max_pool(
   """
   pads = tuple(_padding(n, window, stride, pad, ceil_mode) for n in x.shape[1:3])
   options = {"window": window, "stride": stride, "pads": pads}
-  return cpu.choose(_pool, cpu.max_pool, x.dtype, **options)(x)
+  return cpu.choose(plain_pool, cpu.max_pool, x.dtype, **options)(x)
 
 
-def _pool(x: jax.Array, window: int, stride: int, pads: cpu.Pads) -> jax.Array:
-  # Padded before, and called so, as jax2onnx's own `max_pool` has it; XLA makes the two
-  # one operation.
-  if any(map(any, pads)):
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-  return nn.max_pool(x, window_shape=(window, window), strides=(stride, stride))
+def plain_pool(x: jax.Array, window: int, stride: int, pads: cpu.Pads) -> jax.Array:
+  """Returns `max_pool`, padding in numbers, as platforms other than CPUs have it."""
+  return nn.max_pool(x, (window, window), (stride, stride), pads)

@@ -1,0 +1,118 @@
+"""Cards say what was measured, and Hugging Face's own tools read them."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, experiment, results
+
+from fidelity_jax import cards, errors, export, port, runs
+
+
+@pytest.fixture(scope="module")
+def exports(toy_run, tmp_path_factory):
+  """A directory with the same run as a .jax file and as weights."""
+  root = tmp_path_factory.mktemp("exports")
+  export.export(experiment(toy_run), root / "toy.jax", licence="cc-by-4.0")
+  export.export(experiment(toy_run), root / "weights")
+  return root
+
+
+def parts(text):
+  _, metadata, body = text.split("---\n", 2)
+  return yaml.safe_load(metadata), body
+
+
+def test_the_card_has_the_measured_accuracies(exports, toy_run):
+  metadata, body = parts((exports / "toy.jax.md").read_text())
+  rows = json.loads(results(toy_run).read_text())["rows"]
+  own = [r for r in rows if r["method"] == "oracle" and r["ensemble"]]
+  (index,) = metadata["model-index"]
+  told = {
+    one["dataset"]["config"]: one["metrics"][0]["value"] for one in index["results"]
+  }
+  assert told == {r["condition"]["name"]: r["accuracy"] / 100 for r in own}
+  assert len(told) == 8
+  for row in own:
+    shown = f"{row['accuracy']:.2f} | {row['low']:.2f} to {row['high']:.2f}"
+    assert f"| {row['condition']['name']} | {shown} |" in body
+
+
+def test_the_card_says_what_it_takes_and_where_it_is_from(exports, toy_run):
+  metadata, body = parts((exports / "toy.jax.md").read_text())
+  run = runs.find(experiment(toy_run))
+  assert metadata["license"] == "cc-by-4.0"
+  assert metadata["pipeline_tag"] == "image-classification"
+  for words in (
+    "[N, 32, 32, 3] with values in [0, 1]",
+    "(0.485, 0.456, 0.406)",
+    "awgn (discrete, levels [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])",
+    "16, in the order of the logits: astronaut, brick",
+    "Of the images that they were trained on: unknown",
+    "6 months",
+    *(stage.finished().product for stage in run.stages.values()),
+  ):
+    assert words in body
+  # What nobody said is not made up.
+  metadata, body = parts((exports / "weights" / "README.md").read_text())
+  assert metadata["license"] == "unknown"
+  assert "Of the weights: unknown" in body
+
+
+def test_hugging_face_reads_it(exports):
+  hub = pytest.importorskip("huggingface_hub")
+  card = hub.ModelCard.load(exports / "toy.jax.md")
+  assert card.data.library_name == "fidelity_jax"
+  assert len(card.data.eval_results) == 8
+  assert {one.metric_type for one in card.data.eval_results} == {"accuracy"}
+  # Nothing is lost on its way through.
+  again = yaml.safe_load(card.data.to_yaml())
+  assert again["model-index"] == parts(card.content)[0]["model-index"]
+
+
+@pytest.mark.parametrize("file", ["toy.jax.md", "weights/README.md"])
+def test_its_program_runs(exports, file):
+  _, body = parts((exports / file).read_text())
+  (program,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+  result = subprocess.run(
+    [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"],
+    cwd=exports,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  assert "'logits': (1, 16)" in result.stdout
+
+
+def test_a_checkpoint_is_said_to_be_unknown(exports, tmp_path):
+  part = port.load(exports / "weights")["restorer"]
+  port.save({"restorer": part}, tmp_path / "restorer", "toy")
+  run = runs.find(tmp_path / "restorer")
+  metadata, body = parts(cards.card(run, "x.onnx", "unknown", "0" * 64))
+  assert metadata["pipeline_tag"] == "image-to-image"
+  assert "model-index" not in metadata
+  assert "Dataset and degradation: unknown" in body
+  assert "Not evaluated" in body
+  assert "0" * 64 in body
+
+
+def test_names_of_classes_are_no_markdown(exports):
+  run = runs.find(exports / "weights")
+  names = ("a|b", "*c*", "[d](e)", "line\nline", "é")
+  text = cards.card(dataclasses.replace(run, class_names=names), "x", "unknown", "0")
+  assert r"a\|b, \*c\*, \[d\](e), line?line, é" in text
+
+
+def test_damaged_results_are_said_to_be(toy_copy):
+  path = results(toy_copy)
+  run = runs.find(path.parent)
+  for content in ("{", '{"rows": [1]}', "[]"):
+    path.write_text(content)
+    with pytest.raises(errors.RunError, match=r"results.json is damaged"):
+      cards.results(run)
+  path.unlink()
+  assert cards.results(run) == []

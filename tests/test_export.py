@@ -1,0 +1,351 @@
+"""Exported networks give what the run gives, without this package."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import venv
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from conftest import (
+  ROOT,
+  TOY,
+  TOY_ESTIMATOR,
+  experiment,
+  flip,
+  one_line,
+  overrides,
+  without_privileges,
+)
+
+from fidelity_jax import errors, export, exported, models, port, runs
+from fidelity_jax.method import Method
+
+BATCHES = (1, 3, 8)
+# Runs .jax files on images, as somebody would who has JAX alone.
+ALONE = """
+import sys
+sys.modules["fidelity_jax"] = None
+import jax, numpy as np
+from jax import export
+for path in sys.argv[1:]:
+  with open(path, "rb") as file:
+    network = jax.jit(export.deserialize(bytearray(file.read())).call)
+  images = np.load(path + ".npz")
+  found = {}
+  for count in (1, 3, 8):
+    outputs = network(*(images[name][:count] for name in images.files))
+    found |= {f"{name}{count}": value for name, value in outputs.items()}
+  np.savez(path + ".out.npz", **found)
+assert not any(name.startswith(("flax", "fidelity_jax.")) for name in sys.modules)
+"""
+
+
+def pictures(run, count=8):
+  """Returns the images that a run takes, by name."""
+  rng, size = np.random.default_rng(0), run.image_size
+  names = ["degraded", *(["clean"] if run.needs_clean else [])]
+  shape = (count, size, size, 3)
+  return {name: rng.random(shape, np.float32) for name in names}
+
+
+def expected(run, images):
+  return jax.jit(run.method.outputs)(run.variables, *images.values())
+
+
+@pytest.fixture(scope="module")
+def places(toy_run, tmp_path_factory):
+  """Runs: a finished experiment's, and of some of its networks, as checkpoints."""
+  root, oracle = tmp_path_factory.mktemp("runs"), experiment(toy_run)
+  export.export(oracle, root / "all")
+  parts = port.load(root / "all")
+  # An estimator that was not trained for it is one all the same.
+  chosen = {
+    "classifier": {"classifier": parts["classifier"]},
+    "restorer": {"restorer": parts["restorer"]},
+    "estimated": {**parts, "estimator": parts["restorer"]},
+  }
+  for name, some in chosen.items():
+    port.save(some, root / name, "toy")
+  return {"oracle": oracle} | {name: root / name for name in chosen}
+
+
+@pytest.fixture(scope="module")
+def jax_files(places, tmp_path_factory):
+  """Exports all of them to .jax files, with images beside."""
+  root = tmp_path_factory.mktemp("jax")
+  for name, place in places.items():
+    export.export(place, root / f"{name}.jax")
+    np.savez(root / f"{name}.jax.npz", **pictures(runs.find(place)))
+  return root
+
+
+def check_alone(python, places, root):
+  names = [str(root / f"{name}.jax") for name in places]
+  # Where the package would be found if it were not forbidden.
+  quick = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  result = subprocess.run(
+    [python, "-c", ALONE, *names], cwd=root, capture_output=True, text=True, env=quick
+  )
+  assert result.returncode == 0, result.stderr
+  for name, place in places.items():
+    run = runs.find(place)
+    found, want = np.load(root / f"{name}.jax.out.npz"), expected(run, pictures(run))
+    for count in BATCHES:
+      outputs = {k.removesuffix(str(count)) for k in found if k.endswith(str(count))}
+      assert outputs == set(want) & {"logits", "fidelity_map", "confidence", "restored"}
+      for output in outputs:
+        np.testing.assert_allclose(
+          found[f"{output}{count}"], want[output][:count], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_jax_file_runs_without_the_package(places, jax_files):
+  check_alone(sys.executable, places, jax_files)
+
+
+@pytest.mark.slow
+def test_a_jax_file_runs_where_there_is_jax_alone(places, jax_files, tmp_path):
+  venv.create(tmp_path / "venv", with_pip=True)
+  python = tmp_path / "venv" / "bin" / "python"
+  install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+  subprocess.run([*install, "jax", "flatbuffers"], check=True)
+  listed = subprocess.run(
+    [python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True
+  )
+  installed = {one["name"].lower() for one in json.loads(listed.stdout)}
+  needed = {"jax", "jaxlib", "ml_dtypes", "numpy", "opt_einsum", "scipy"}
+  assert installed - needed <= {"pip", "setuptools", "flatbuffers"}
+  check_alone(python, places, jax_files)
+
+
+def test_a_jax_file_is_for_all_platforms_and_any_batch(places, jax_files):
+  content = (jax_files / "estimated.jax").read_bytes()
+  network = jax.export.deserialize(bytearray(content))
+  assert network.platforms == ("cpu", "cuda", "tpu")
+  assert str(network.in_avals[0].shape[0]) == "batch"
+  # Nothing in it that JAX does not promise to read later.
+  assert not network.disabled_safety_checks
+  program = network.mlir_module()
+  assert set(re.findall(r"custom_call @(\w+)", program)) == {"shape_assertion"}
+  # Weights are there once, not once for each platform.
+  variables = runs.find(places["estimated"]).variables
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+  assert weights < len(content) < 2 * weights + 300_000
+
+
+def test_accelerators_multiply_float32_as_it_is(places, monkeypatch):
+  """Nothing rounds the operands first, as their default would."""
+  monkeypatch.setattr(export, "PLATFORMS", ("tpu",))
+  content = export.to_jax(export.Program(runs.find(places["estimated"])))
+  text = jax.export.deserialize(bytearray(content)).mlir_module()
+  products = re.findall(r"stablehlo\.(?:convolution|dot_general)\b.*", text)
+  assert len(products) > 20
+  for line in products:
+    assert line.count("HIGHEST") == 2, line
+
+
+def test_a_loaded_file_is_called_with_arrays(places, jax_files):
+  run, network = runs.find(places["oracle"]), exported.load(jax_files / "oracle.jax")
+  images = pictures(run, 3)
+  found, want = network(**images), expected(run, images)
+  np.testing.assert_allclose(found["logits"], want["logits"], atol=1e-5)
+  assert network.record.class_names == list(run.class_names)
+  assert network.record.products.keys() == run.stages.keys()
+  with pytest.raises(errors.UsageError, match="needs the clean images"):
+    network(images["degraded"])
+  with pytest.raises(errors.UsageError, match="takes images of the shape"):
+    network(images["degraded"][:, :16], images["clean"])
+
+
+def test_a_damaged_file_is_not_loaded(jax_files, tmp_path):
+  for name in ("oracle.jax", "oracle.jax.json"):
+    shutil.copy(jax_files / name, tmp_path)
+  flip(tmp_path / "oracle.jax")
+  with pytest.raises(errors.RunError, match="not what its record says"):
+    exported.load(tmp_path / "oracle.jax")
+  flip(tmp_path / "oracle.jax.json", -80)
+  with pytest.raises(errors.RunError, match="damaged"):
+    exported.load(tmp_path / "oracle.jax")
+  with pytest.raises(errors.UsageError, match="no exported file"):
+    exported.load(tmp_path / "none.jax")
+
+
+@pytest.mark.parametrize("name", ["estimated", "oracle"])
+def test_an_onnx_file_gives_the_same(places, tmp_path, name):
+  pytest.importorskip("jax2onnx")
+  export.export(places[name], tmp_path / "toy.onnx")
+  run, network = runs.find(places[name]), exported.load(tmp_path / "toy.onnx")
+  images = pictures(run)
+  want = expected(run, images)
+  for count in BATCHES:
+    found = network(**{key: value[:count] for key, value in images.items()})
+    assert found.keys() == {"logits", "fidelity_map", "confidence", "restored"}
+    for output, value in found.items():
+      np.testing.assert_allclose(value, want[output][:count], rtol=1e-4, atol=1e-4)
+
+
+def drawn(name, size, **fields):
+  """Returns a run of untrained networks, pretrained-map method with ensemble."""
+  classifier = models.create({"name": name}, 10).folded()
+  cosine = fields.get("map_name") == "cosine"
+  method = Method(
+    classifier,
+    models.DnCNN(depth=3, width=8),
+    models.Calibration(
+      classifier.feature_size,
+      classifier.num_taps,
+      ratio=0.01,
+      channels=4,
+      resize=fields.pop("resize", "bilinear"),
+    ),
+    models.Ensemble(classifier.feature_size, 0.01),
+    models.DnCNN(depth=3, width=8, out_channels=1 if cosine else 3),
+    **fields,
+  )
+  key, image = jax.random.key(0), np.zeros((1, size, size, 3), np.float32)
+  variables = {
+    role: getattr(method, role).init(key, image)
+    for role in ("classifier", "restorer", "estimator")
+  }
+  variables["calibration"] = method.init_calibration(key, (size, size))
+  variables["ensemble"] = method.init_ensemble(key)
+  return runs.Run(name, method, variables, size, tuple("abcdefghij"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "size", "fields"),
+  [
+    ("alexnet", 64, {"map_name": "l2"}),
+    ("vgg16", 32, {"resize": "nearest"}),
+    ("googlenet", 64, {"map_name": "cosine"}),
+    ("resnet18", 64, {"resize": "bicubic", "estimator_input": "restored"}),
+    ("resnet50", 64, {}),
+  ],
+)
+def test_every_backbone_map_and_resizing_has_its_onnx_file(name, size, fields):
+  pytest.importorskip("jax2onnx")
+  import onnxruntime
+
+  run = drawn(name, size, **fields)
+  content = export.to_onnx(export.Program(run, "float32"))
+  session = onnxruntime.InferenceSession(content)
+  images = pictures(run, 2)
+  want = expected(run, images)
+  for output, value in zip(
+    session.get_outputs(), session.run(None, images), strict=True
+  ):
+    np.testing.assert_allclose(value, want[output.name], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_networks_are_float32_in_onnx(places):
+  method = runs.find(places["estimated"]).method
+  half = export.in_precision(method, "bfloat16")
+  assert half.classifier.backbone.dtype == half.ensemble.dtype == "bfloat16"
+  assert export.in_precision(half, "float32") == method
+
+
+def test_a_directory_is_read_back(places, tmp_path):
+  """The classifier unfolded, and what only the experiment's config said beside it."""
+  export.export(places["oracle"], tmp_path / "weights")
+  run, again = runs.find(places["oracle"]), runs.find(tmp_path / "weights")
+  wiring = ("calibration", "ensemble", "classifier", *runs.WIRING)
+  for name in wiring:
+    assert getattr(again.method, name) == getattr(run.method, name)
+  assert (again.class_names, again.image_size) == (run.class_names, run.image_size)
+  images = pictures(run)
+  want, found = expected(run, images), expected(again, images)
+  np.testing.assert_allclose(found["logits"], want["logits"], atol=1e-5)
+  assert "batch_stats" in port.load(tmp_path / "weights")["classifier"].variables
+  assert (tmp_path / "weights" / "README.md").read_text().startswith("---\nlicense")
+  # Once more, from the directory, over the same.
+  export.export(tmp_path / "weights", tmp_path / "weights")
+  assert runs.find(tmp_path / "weights").method == again.method
+
+
+@pytest.mark.slow
+def test_an_experiment_starts_from_an_exported_directory(places, command, tmp_path):
+  export.export(places["oracle"], tmp_path / "w")
+  parents = {f"parents.{role}.epochs": 0 for role in ("classifier", "restorer")}
+  fields = {name: value for name, value in TOY.items() if "warmup" not in name}
+  fields |= parents | {"epochs": 0, "ensemble.epochs": 0}
+  fields |= {f"parents.{n}.warmup_epochs": 0 for n in ("classifier", "restorer")}
+  fields |= {"warmup_epochs": 0, "ensemble.warmup_epochs": 0}
+  for role in ("parents.classifier.model", "parents.restorer.model", "model"):
+    fields[f"{role}.weights"] = tmp_path / "w"
+  fields |= {"ensemble.weights": tmp_path / "w"}
+  fields["parents.classifier.model.new_head"] = False
+  config = "--config=configs/oracle.py:demo"
+  command(config, f"--workdir={tmp_path}/again", *overrides(fields), check=0)
+  run = runs.find(places["oracle"])
+  again = runs.find(experiment(tmp_path / "again"))
+  images = pictures(run)
+  want, found = expected(run, images), expected(again, images)
+  np.testing.assert_allclose(found["logits"], want["logits"], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["pretrained", "end_to_end"])
+def test_trained_estimators_travel_along(toy_copy, command, tmp_path, source):
+  """End-to-end, the estimator is that which trained along, not the one before."""
+  fields = overrides(TOY | TOY_ESTIMATOR)
+  command(
+    f"--config=configs/{source}.py:demo", f"--workdir={toy_copy}", *fields, check=0
+  )
+  place = experiment(toy_copy, source)
+  run = runs.find(place)
+  images = pictures(run)
+  want = expected(run, images)
+  export.export(place, tmp_path / "weights")
+  export.export(place, tmp_path / "toy.jax")
+  again = expected(runs.find(tmp_path / "weights"), images)
+  for found in (again, exported.load(tmp_path / "toy.jax")(**images)):
+    for output in ("logits", "fidelity_map"):
+      np.testing.assert_allclose(found[output], want[output], atol=1e-5)
+
+
+def test_what_cannot_be_written_is_refused(places, tmp_path, refused):
+  place = places["classifier"]
+  (tmp_path / "other.jax").write_text("mine")
+  (tmp_path / "directory").mkdir()
+  for to, words in (
+    ("x.txt", "ends in .jax or .onnx"),
+    ("other.jax", "something else is there"),
+    ("directory", "something else is there"),
+    ("none/x.jax", "there is no directory"),
+  ):
+    arguments = [place, f"--to={tmp_path / to}"]
+    refused(arguments, 2, words, command=export.main)
+  refused([tmp_path / "no", f"--to={tmp_path}/x.jax"], 2, "no", command=export.main)
+  assert (tmp_path / "other.jax").read_text() == "mine"
+  closed = tmp_path / "closed"
+  closed.mkdir(mode=0o555)
+  with without_privileges(), pytest.raises(errors.RunError, match="written"):
+    export.export(place, closed / "x.jax")
+  assert not list(closed.iterdir())
+
+
+def test_without_the_libraries_one_line_says_what_to_install(places, tmp_path):
+  hide = "import sys; sys.modules['jax2onnx'] = None; from fidelity_jax import export"
+  result = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      f"{hide}; sys.exit(export.main(sys.argv[1:]))",
+      places["classifier"],
+      f"--to={tmp_path}/x.onnx",
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert result.returncode == 1
+  assert "pip install 'fidelity_jax[onnx]'" in one_line(result.stderr)
+  assert not list(pathlib.Path(tmp_path).iterdir())

@@ -1,0 +1,155 @@
+"""Pushing and pulling: huggingface_hub itself, against a stand-in for the hub."""
+
+import json
+import os
+import subprocess
+import sys
+
+import hub_server
+import numpy as np
+import pytest
+from conftest import ROOT, experiment, flip, one_line
+from test_export import expected, pictures
+
+from fidelity_jax import errors, export, exported, hub, port, pull, push, runs
+
+pytest.importorskip("huggingface_hub")
+
+# Commands one after the other; the library reads its settings when it is imported.
+COMMANDS = """
+import contextlib, io, json, sys
+if sys.argv[1] == "hide":
+  sys.modules["huggingface_hub"] = None
+from fidelity_jax import pull, push
+for name, *arguments in json.loads(sys.argv[2]):
+  out, error = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    status = {"push": push, "pull": pull}[name].main(arguments)
+  told = [l for l in error.getvalue().splitlines() if l.startswith("fidelity_jax: ")]
+  print(json.dumps([status, out.getvalue(), "\\n".join(told)]))
+"""
+
+
+@pytest.fixture
+def server():
+  with hub_server.serving() as running:
+    yield running
+
+
+@pytest.fixture
+def run(server, tmp_path):
+  """Runs commands in one process; returns (status, output, error) of each."""
+
+  def commands(*several, token=hub_server.TOKEN, url=None, hide="show"):
+    several = [[str(part) for part in one] for one in several]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {
+      "HF_ENDPOINT": url or server.url,
+      "HF_HOME": str(tmp_path / "hf"),
+      "HF_HUB_DISABLE_XET": "1",
+      "PYTHONPATH": str(ROOT),
+      **({"HF_TOKEN": token} if token else {}),
+    }
+    result = subprocess.run(
+      [sys.executable, "-c", COMMANDS, hide, json.dumps(several)],
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+  return commands
+
+
+@pytest.fixture(scope="module")
+def files(toy_run, tmp_path_factory):
+  """A directory with an exported file, and one with weights."""
+  root = tmp_path_factory.mktemp("exports")
+  export.export(experiment(toy_run), root / "toy.jax")
+  export.export(experiment(toy_run), root / "weights")
+  return root
+
+
+def test_what_is_pushed_comes_back(server, run, files, toy_run, tmp_path):
+  results = run(
+    ("push", files / "toy.jax", "hf:me/toy", "--private"),
+    ("push", files / "weights", "hf:me/toy@weights"),
+    ("push", experiment(toy_run), "hf:me/run"),
+    ("pull", "hf:me/toy", f"--to={tmp_path}/a"),
+    ("pull", "hf:me/toy@weights", f"--to={tmp_path}/b"),
+    ("pull", "hf:me/run", f"--to={tmp_path}/c"),
+  )
+  assert [status for status, *_ in results] == [0] * 6, results
+  assert "/me/toy/commit/" in results[0][1]
+  assert server.repos["me/toy"]["private"]
+  # Large files by LFS, and each push is one commit.
+  assert sum("PUT /lfs/" in line for line in server.requests) >= 3
+  assert sum("/commit/" in line for line in server.requests) == 3
+  assert sorted(os.listdir(tmp_path / "a")) == ["README.md", "toy.jax", "toy.jax.json"]
+  for name in ("toy.jax", "toy.jax.json"):
+    assert (tmp_path / "a" / name).read_bytes() == (files / name).read_bytes()
+  card = (tmp_path / "a" / "README.md").read_text()
+  assert card == exported.card_path(files / "toy.jax").read_text()
+  mine = runs.find(experiment(toy_run))
+  images = pictures(mine)
+  want = expected(mine, images)["logits"]
+  found = [exported.load(tmp_path / "a" / "toy.jax")(**images)["logits"]]
+  found += [expected(runs.find(tmp_path / one), images)["logits"] for one in "bc"]
+  for logits in found:
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+
+
+def test_what_goes_wrong_is_one_line(server, run, files, tmp_path):
+  (pushed,) = run(("push", files / "toy.jax", "hf:me/toy", "--private"))
+  assert pushed[0] == 0
+  held = server.repos["me/toy"]["branches"]["main"]
+  server.repos["me/other"] = {"private": False, "branches": {"main": {"a": b"b"}}}
+  damaged = dict(held)
+  damaged["toy.jax"] = held["toy.jax"][:-1] + b"!"
+  server.repos["me/bad"] = {"private": False, "branches": {"main": damaged}}
+  there = f"--to={tmp_path}/there"
+  expected_lines = [
+    (("pull", "hf:me/none", there), "no such repository"),
+    (("pull", "hf:me/toy@v9", there), "no such revision"),
+    (("pull", "hf:me/other", there), "nothing in it that fidelity_jax exported"),
+    (("pull", "hf:me/bad", there), "not what its record says"),
+  ]
+  results = run(*(command for command, _ in expected_lines))
+  for (status, _, line), (_, words) in zip(results, expected_lines, strict=True):
+    assert status == 1, line
+    assert words in one_line(line)
+  without = run(
+    ("pull", "hf:me/toy", there),
+    ("push", files / "toy.jax", "hf:me/toy"),
+    token=None,
+  )
+  for status, _, line in without:
+    assert status == 1, line
+    assert "HF_TOKEN" in one_line(line)
+  ((status, _, line),) = run(("pull", "hf:me/toy", there), url="http://127.0.0.1:9")
+  assert status == 1
+  assert "is not reached" in one_line(line)
+  ((status, _, line),) = run(("pull", "hf:me/toy", there), hide="hide")
+  assert status == 1
+  assert "pip install 'fidelity_jax[hub]'" in one_line(line)
+  # Nothing of all that is left behind.
+  assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
+
+
+def test_commands_that_are_wrong_are_refused(files, tmp_path, refused):
+  for address in ("me/toy", "hf:toy", "hf:a/b/c", "hf:me/toy@"):
+    refused([address, f"--to={tmp_path}/x"], 2, "hf:OWNER/NAME", command=pull.main)
+    refused([files / "toy.jax", address], 2, "hf:OWNER/NAME", command=push.main)
+  refused(["hf:me/toy", f"--to={tmp_path}"], 2, "exists", command=pull.main)
+  words = "there is no directory"
+  refused(["hf:me/toy", f"--to={tmp_path}/a/b"], 2, words, command=pull.main)
+
+
+def test_a_damaged_export_is_not_pushed(files, tmp_path):
+  for one in ("toy.jax", "toy.jax.json"):
+    (tmp_path / one).write_bytes((files / one).read_bytes())
+  flip(tmp_path / "toy.jax")
+  with pytest.raises(errors.RunError, match="not what its record says"):
+    hub.push(tmp_path / "toy.jax", "hf:me/toy")
+  assert port.is_ported(files / "weights")
