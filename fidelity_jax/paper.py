@@ -25,9 +25,10 @@ def accuracy(row: Row) -> float | None:
   """Returns the accuracy in percent that the paper has for a row's method.
 
   It is on Caltech-256 with ResNet-50 and DnCNN, whatever the row's dataset, restorer
-  and ResNet are: see `same_experiment`. None where Tables 5.1 and 6.1 have no such number:
-  a network that is no ResNet, another degradation or level than theirs, a classifier
-  that was not trained, more than one thing that is not as in the paper's main method.
+  and ResNet are: see `same_experiment`. None where Tables 5.1 and 6.1 have no such
+  number: a network that is no ResNet, another degradation or level than theirs, a
+  classifier that was not trained, more than one thing that is not as in the paper's
+  main method.
 
   Args:
     row: any.
