@@ -7,9 +7,9 @@ r"""Four further degradations, on every network (paper, Figure A.2), and the met
 Classifiers trained on clean images, with and without restoration; and, which the paper
 leaves to future research, the whole method trained for each degradation, on one of the
 networks.
-With `:demo` the networks are narrow, 16 channels wide at their first convolution; once
-Figure 7.1's classifiers are there, it takes about 45 minutes on a 2-core AMD EPYC beside
-other work (2026-11-24). The paper's size was not run here.
+With `:demo` the networks are narrow, 16 channels wide at their first convolution; it
+took 70 minutes of training and 15 of evaluation on a 2-core AMD EPYC, beside other work
+that took most of it (2026-11-24). The paper's size was not run here.
 """
 
 from fidelity_jax.configs import common
