@@ -52,8 +52,8 @@ def export(
 ) -> None:
   """Writes a run's networks into a file, or a directory, with a card.
 
-  Beside FILE it writes FILE.json, its record, and FILE.md, its card; into a directory,
-  README.md. What an earlier export wrote there is replaced.
+  Beside a file it writes its record, x.jax.json, and its card, x.jax.md; into a
+  directory, README.md. What an earlier export wrote there is replaced.
 
   Args:
     place: the run, see `runs.find`.

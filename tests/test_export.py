@@ -209,13 +209,20 @@ def drawn(name, size, **fields):
     models.DnCNN(depth=3, width=8, out_channels=1 if cosine else 3),
     **fields,
   )
-  key, image = jax.random.key(0), np.zeros((1, size, size, 3), np.float32)
-  variables = {
-    role: getattr(method, role).init(key, image)
-    for role in ("classifier", "restorer", "estimator")
-  }
-  variables["calibration"] = method.init_calibration(key, (size, size))
-  variables["ensemble"] = method.init_ensemble(key)
+
+  def shapes():
+    key, image = jax.random.key(0), np.zeros((1, size, size, 3), np.float32)
+    given = {
+      role: getattr(method, role).init(key, image)
+      for role in ("classifier", "restorer", "estimator")
+    }
+    steering = method.init_calibration(key, (size, size))
+    return given | {"calibration": steering, "ensemble": method.init_ensemble(key)}
+
+  rng = np.random.default_rng(0)
+  scale = lambda leaf: (2 / max(1, np.prod(leaf.shape[:-1]))) ** 0.5
+  draw = lambda leaf: np.float32(scale(leaf)) * rng.standard_normal(leaf.shape, "f")
+  variables = jax.tree.map(draw, jax.eval_shape(shapes))
   return runs.Run(name, method, variables, size, tuple("abcdefghij"))
 
 
