@@ -83,7 +83,7 @@ def package_run(method: Deployed, args) -> runs.Run:
   loaded = {role: part.variables for role, part in parts.items()}
   loaded["classifier"] = variables
   names = tuple(map(str, range(CLASSES)))
-  return runs.Run("benchmark", ours, jax.device_put(loaded), args.size, names)
+  return runs.Run("benchmark", ours, jax.device_put(loaded), args.size, names, "")
 
 
 def make_sides(args) -> dict[str, Side]:

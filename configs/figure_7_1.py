@@ -6,8 +6,8 @@ r"""The method and the baselines on other networks (paper, Figure 7.1).
 
 AlexNet, VGG-16 and GoogLeNet; `--config.backbones` names others.
 With `:demo` the networks have a quarter of their width, and the calibration has the
-paper's rate, as AlexNet and VGG-16 diverge at the demo's. It took 58 minutes of training
-and 6 of evaluation on a 2-core AMD EPYC, beside other work that took most of it
+paper's rate, as AlexNet and VGG-16 diverge at the demo's. Training took 58 minutes and
+the evaluation 6 on a 2-core AMD EPYC, beside other work that took most of it
 (2026-11-24). The paper's size was not run here.
 """
 

@@ -223,7 +223,7 @@ def drawn(name, size, **fields):
   scale = lambda leaf: (2 / max(1, np.prod(leaf.shape[:-1]))) ** 0.5
   draw = lambda leaf: np.float32(scale(leaf)) * rng.standard_normal(leaf.shape, "f")
   variables = jax.tree.map(draw, jax.eval_shape(shapes))
-  return runs.Run(name, method, variables, size, tuple("abcdefghij"))
+  return runs.Run(name, method, variables, size, tuple("abcdefghij"), "")
 
 
 @pytest.mark.slow
