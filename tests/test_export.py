@@ -23,7 +23,9 @@ from conftest import (
   overrides,
   without_privileges,
 )
+from test_data_images import photograph
 
+import fidelity_jax
 from fidelity_jax import errors, export, exported, models, port, runs
 from fidelity_jax.method import Method
 
@@ -162,6 +164,22 @@ def test_a_loaded_file_is_called_with_arrays(places, jax_files):
     network(images["degraded"])
   with pytest.raises(errors.UsageError, match="takes images of the shape"):
     network(images["degraded"][:, :16], images["clean"])
+
+
+def test_a_loaded_file_is_a_model_of_images_of_any_size(places, jax_files):
+  """As the run itself is, but for what an export has not."""
+  photos = [photograph(40, 50, seed=1), photograph(32, 32, seed=2)]
+  for name in ("estimated", "oracle", "classifier"):
+    ours = fidelity_jax.load(places[name])
+    model = fidelity_jax.load(jax_files / f"{name}.jax")
+    clean = photos if ours.needs_clean else None
+    found, want = model(photos, clean), ours(photos, clean)
+    np.testing.assert_allclose(found.logits, want.logits, atol=1e-5)
+    assert found.class_names == want.class_names
+    assert model.needs_clean == ours.needs_clean and model.map_name == ours.map_name
+    assert found.degraded_logits is None
+    with pytest.raises(errors.UsageError, match="cannot restore whole images"):
+      model.whole(photos[0])
 
 
 def test_a_damaged_file_is_not_loaded(jax_files, tmp_path):
