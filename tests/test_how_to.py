@@ -1,0 +1,258 @@
+"""What the how-to pages tell users to type, typed: from top to bottom of each page.
+
+Each page has a directory of its own, with real files of the names that it uses. A
+command that names anything else fails, as it does for users.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+from conftest import ROOT, TOY, TOY_ESTIMATOR, overrides
+from jax.experimental.compilation_cache import compilation_cache as compiler
+from PIL import Image
+
+from fidelity_jax import cli, data
+
+# What the classifier's page trains, small. The classifier itself is what it is.
+_SMALL = {
+  **{k: v for k, v in (TOY | TOY_ESTIMATOR).items() if "classifier" not in k},
+  "batch_size": 8,
+  "epochs": 1,
+  "warmup_epochs": 0,
+  "model.ratio": 0.1,
+  "ensemble.warmup_epochs": 0,
+  "evaluation.rounds": 1,
+  **{f"parents.{x}.batch_size": 8 for x in ("classifier", "restorer", "estimator")},
+  "parents.classifier.warmup_epochs": 0,
+}
+del _SMALL["dataset.per_class"]
+
+
+@pytest.fixture(autouse=True)
+def cached(compilation_cache):
+  """Compiles once what several commands use, as the commands are in one process."""
+  fields = {
+    "jax_compilation_cache_dir": str(compilation_cache),
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+  }
+  before = {name: getattr(jax.config, name) for name in fields}
+  for settings in (fields, before):
+    compiler.reset_cache()
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    if settings is fields:
+      yield
+
+
+def _save(path, pixels):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(pixels).save(path)
+
+
+def _noisy(pixels, seed=0):
+  noise = np.random.default_rng(seed).normal(0, 50, pixels.shape)
+  return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def _photograph(height, width):
+  return skimage.data.astronaut()[:height, 60 : 60 + width]
+
+
+def _labelled(root):
+  """Makes a labelled folder of the demo's tiles of two classes, clean and noisy."""
+  test = data.load(data.default_config("demo"), "test")
+  for name in ("brick", "moon"):
+    own = np.flatnonzero(test.labels == test.class_names.index(name))
+    for i in own[:16]:
+      pixels = test.picture(i).pixels()
+      _save(root / "labelled" / name / f"{i}.png", pixels)
+      _save(root / "labelled_noisy" / name / f"{i}.png", _noisy(pixels))
+
+
+def _images(root, toy_estimated):
+  """Makes what docs/images.md names; the workdir has an oracle's run, too."""
+  (root / "runs").mkdir()
+  (root / "runs" / "demo").symlink_to(toy_estimated)
+  _save(root / "photo.png", _photograph(90, 120))
+  _save(root / "photos" / "a.jpg", _photograph(64, 70))
+  _save(root / "photos" / "more" / "b.png", _photograph(50, 50))
+  _save(root / "clean" / "a.png", _photograph(60, 64))
+  _save(root / "noisy" / "a.png", _noisy(_photograph(60, 64)))
+  _labelled(root)
+
+
+def _classifiers(root):
+  """Makes what docs/classifiers.md names."""
+  import torch
+  from torch_reference import torchvision
+
+  torch.manual_seed(0)
+  network = torchvision().models.resnet18(num_classes=2)
+  torch.save(network.state_dict(), root / "classifier.pth")
+  (root / "names.txt").write_text("brick\nmoon\n")
+  _save(root / "photo.png", _photograph(90, 120))
+  _save(root / "photos" / "a.jpg", _photograph(64, 70))
+  _labelled(root)
+
+
+def _restore(root):
+  """Makes what docs/restore.md names."""
+  from test_port import prefixed, save_torch, sequential
+  from torch_reference import state_dict
+
+  for name, channels in (("denoiser.pth", 3), ("dncnn_25.pth", 1)):
+    network = sequential(4, channels, False, True)
+    save_torch(prefixed("model.", state_dict(network)), root / name)
+  _save(root / "photos" / "colour.png", _photograph(40, 50))
+  (root / "photos" / "inner").mkdir()
+  deep = _photograph(30, 40)[..., 0].astype(np.uint16) * 257
+  Image.fromarray(deep).save(root / "photos" / "inner" / "deep.tif")
+  _save(root / "photos" / "inner" / "grey.png", _photograph(30, 40)[..., 0])
+  _save(root / "clean" / "a.png", _photograph(60, 64))
+  _save(root / "noisy" / "a.png", _noisy(_photograph(60, 64)))
+  _save(root / "bsd68" / "1.png", _photograph(40, 50)[..., 0])
+
+
+def _blocks(page):
+  """Yields the kind of each block of code in a page, and its text."""
+  text = (ROOT / "docs" / page).read_text()
+  pattern = r"^```(\w+)\n(.*?)^```$|((?:^    \S[^\n]*\n)+)"
+  for kind, fenced, indented in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+    yield kind or "indented", fenced or indented
+
+
+def _commands(block):
+  """Yields the commands in a block, and what the page says that each prints."""
+  block = block.replace("\\\n", " ")
+  prompted = "$ " in block
+  for part in re.split(r"^\$ ", block, flags=re.MULTILINE) if prompted else [block]:
+    lines = [line.strip() for line in part.splitlines() if line.strip()]
+    if prompted:
+      yield from ((line, lines[1:]) for line in lines[:1])
+    else:
+      yield from ((line, []) for line in lines if not line.startswith("#"))
+
+
+def _typed(line, monkeypatch, trained):
+  """Runs a command in this process; returns its exit status."""
+  before, piped, line = line.rpartition("|")
+  if piped:
+    given = subprocess.run(before, shell=True, check=True, capture_output=True)
+    assert given.stdout, before
+    monkeypatch.setattr("sys.stdin", io.StringIO(given.stdout.decode()))
+  words = shlex.split(line)
+  if words[0] == "fidelity_jax":
+    return cli.main(words[1:])
+  assert words[:2] == ["python", "-m"], line
+  package, _, name = words[2].partition(".")
+  assert package == "fidelity_jax", line
+  if name == "main":
+    return trained(words[3:])
+  if name == "port":
+    name = "port.__main__"
+  module = importlib.import_module(f"fidelity_jax.{name or 'cli'}")
+  return module.main(words[3:])
+
+
+def _follow(page, root, monkeypatch, command, dry_run=False):
+  """Runs everything in a page, from top to bottom, in a directory.
+
+  Args:
+    page: its name.
+    root: the directory.
+    monkeypatch: the fixture.
+    command: the fixture; training is a process of its own, at toy size.
+    dry_run: stop at the training, which is only planned.
+
+  Returns:
+    Pairs of a command, or "python", and what it printed.
+  """
+  monkeypatch.chdir(root)
+  monkeypatch.syspath_prepend(ROOT)
+
+  def trained(arguments):
+    small = [*overrides(_SMALL), *["--dry_run"] * dry_run]
+    print(command(*arguments, *small, cwd=root, check=0).stdout)
+    return 0
+
+  done = []
+  for kind, block in _blocks(page):
+    if kind == "python":
+      printed = io.StringIO()
+      with contextlib.redirect_stdout(printed):
+        exec(compile(block, page, "exec"), {})
+      done.append(("python", printed.getvalue()))
+      continue
+    for line, shown in _commands(block):
+      if "fidelity_jax" not in line:
+        continue
+      printed, problems = io.StringIO(), io.StringIO()
+      with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(problems),
+      ):
+        status = _typed(line, monkeypatch, trained)
+      assert status == 0, f"{page}: {line}\n{problems.getvalue()}"
+      assert not shown or printed.getvalue().split("\n")[:-1] == shown, line
+      done.append((line, printed.getvalue()))
+      if dry_run and "fidelity_jax.main" in line:
+        return done
+  return done
+
+
+def test_images(toy_estimated, tmp_path, monkeypatch, command):
+  _images(tmp_path, toy_estimated)
+  done = _follow("images.md", tmp_path, monkeypatch, command)
+  commands = [line for line, _ in done if line != "python"]
+  assert len(commands) == 8 and len(done) == 11
+  for name in ("--out=", "--full", "| fid", "--clean=", "--as_is", "--format=csv"):
+    assert any(name in line for line in commands), name
+  # Where the page says that things are.
+  for name in ("seen/photo.png.png", "seen_whole/more/b.png.png"):
+    assert (tmp_path / name).stat().st_size > 5000
+  for name in ("seen_oracle/predictions.jsonl", "runs/labelled_noisy/report.html"):
+    assert (tmp_path / name).stat().st_size > 100
+  printed = dict(done)
+  (rows,) = [text for line, text in done if "--format=csv" in line]
+  assert [row.split(",")[0] for row in rows.splitlines()] == [
+    "file",
+    "photos/a.jpg",
+    "photos/more/b.png",
+  ]
+  assert "(1, 96, 96, 3) (1, 96, 96, 1)" in printed["python"]
+
+
+def test_classifiers_up_to_the_training(tmp_path, monkeypatch, command):
+  _classifiers(tmp_path)
+  done = _follow("classifiers.md", tmp_path, monkeypatch, command, dry_run=True)
+  assert len(done) == 3
+  assert "classifier-resnet18" in done[2][1] and "calibration-pretrained" in done[2][1]
+
+
+@pytest.mark.slow
+def test_classifiers(tmp_path, monkeypatch, command):
+  _classifiers(tmp_path)
+  done = _follow("classifiers.md", tmp_path, monkeypatch, command)
+  assert len(done) == 4
+  # The network that was ported names its own classes, before and after.
+  assert "brick" in done[1][1] or "moon" in done[1][1]
+  (header, line) = done[3][1].splitlines()
+  assert header.startswith("image") and line.startswith("photos/a.jpg")
+  assert len(re.findall(r"brick|moon", line)) == 3
+  assert (tmp_path / "seen_mine" / "a.jpg.png").stat().st_size > 5000
+
+
+def test_restore(tmp_path, monkeypatch, command):
+  _restore(tmp_path)
+  done = _follow("restore.md", tmp_path, monkeypatch, command)
+  assert len(done) == 5
+  for name in ("restored/inner/deep.tif", "noisy25/colour.png", "runs/bsd68/1.png"):
+    assert (tmp_path / name).is_file()
