@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -77,6 +78,12 @@ def evaluate(
       f"{run.name} {what}: name the directory of an experiment that classifies "
       "(docs/weights.md tells how to make one of a checkpoint)."
     )
+  if not files.expand(folder).exists():
+    raise errors.UsageError(f"{folder}: there is no such folder.")
+  if any(out.glob("*/config.json")) or (out / "experiment.json").exists():
+    raise errors.UsageError(
+      f"--out={out} has other experiments in it: name a directory for this one alone."
+    )
   with files.locked(out):
     report.check(out)
     files.check_directory(out / measurements.DIRECTORY, write=True)
@@ -100,7 +107,23 @@ def evaluate(
     signals.work_begins()
     tests = {chosen.name: dataset}
     content = results.gather(work, plan.Plan([chosen]), tests, {}, out, out, command)
-    report.write(out, content)
+    report.write(out, _as_it_is(content) if as_is else content)
+
+
+def _as_it_is(content: report.Content) -> report.Content:
+  """Returns what a report shows, without calling images clean that may not be."""
+  replace, name = msgspec.structs.replace, "as_is"
+  condition = lambda row: replace(row.condition, name=name)
+  return dataclasses.replace(
+    content,
+    rows=[
+      replace(row, degradation=name, condition=condition(row)) for row in content.rows
+    ],
+    comparisons=[
+      replace(c, condition=name, group=c.group.removesuffix("clean") + name)
+      for c in content.comparisons
+    ],
+  )
 
 
 def _dataset_config(own: ConfigDict, folder: str) -> ConfigDict:

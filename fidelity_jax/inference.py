@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,8 +77,12 @@ class Result:
 
   def __getitem__(self, index: int | slice) -> "Result":
     """Returns the result for some of the images."""
-    some = slice(index, index + 1 or None) if isinstance(index, int) else index
-    return self._map(lambda array: array[some])
+    if not isinstance(index, slice):
+      number = operator.index(index)
+      if not -len(self) <= number < len(self):
+        raise IndexError(f"there are {len(self)} images, not one of number {number}")
+      index = slice(number, number + 1 or None)
+    return self._map(lambda array: array[index])
 
   def _map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Result":
     names = [field.name for field in dataclasses.fields(self)][1:]
@@ -103,6 +108,8 @@ class Result:
     Raises:
       UsageError: there is no classifier.
     """
+    if k < 1:
+      raise errors.UsageError(f"k = {k}: ask for one class or more.")
     logits = self.logits if logits is None else logits
     if logits is None:
       raise errors.UsageError("this run has no classifier: it only restores images.")
@@ -191,12 +198,18 @@ class Model:
       UsageError: they are no images, or clean ones are missing.
     """
     self._check_clean(clean)
-    degraded = self._batch(images)
-    truth = None if clean is None else self._batch(clean)
-    if truth is not None and len(truth) != len(degraded):
-      raise errors.UsageError(
-        f"there are {len(degraded)} images, but {len(truth)} clean ones."
-      )
+    seen = _listed(images)
+    degraded = self._batch(seen)
+    truth = None
+    if self.needs_clean:
+      true = _listed(clean)
+      if len(true) != len(seen):
+        raise errors.UsageError(
+          f"there are {len(seen)} images, but {len(true)} clean ones."
+        )
+      for pair in zip(seen, true, strict=True):
+        _check_sizes(*pair)
+      truth = self._batch(true)
     return self._result(degraded, truth)
 
   def stream(
@@ -216,22 +229,43 @@ class Model:
       batch_size: images that are computed at once, at most `BATCH`.
       workers: threads that decode.
     """
+    self._check_clean(clean)
+    return self._streaming(map(os.fspath, paths), clean, batch_size, workers)
+
+  def _streaming(
+    self,
+    paths: Iterator[str],
+    clean: Callable[[str], str | os.PathLike] | None,
+    batch_size: int,
+    workers: int,
+  ) -> Iterator[Streamed]:
     batch_size = max(1, min(batch_size, BATCH))
 
     def read(path: str) -> _Read:
       try:
-        square = self._square(path)
-        truth = None if clean is None else self._square(clean(path))
+        pixels, truth = pixels_of(path), None
+        if self.needs_clean:
+          true = pixels_of(clean(path))
+          _check_sizes(pixels, true, path)
+          truth = self._square(true)
+        return _Read(path, self._square(pixels), truth, None)
       except errors.UsageError as error:
         return _Read(path, None, None, str(error))
-      return _Read(path, square, truth, None)
 
-    squares = overlap.mapped(read, map(os.fspath, paths), workers)
+    squares = overlap.mapped(read, paths, workers)
     batches = iter(lambda: list(itertools.islice(squares, batch_size)), [])
     results = overlap.mapped(self._streamed, batches, threads=1)
     with contextlib.closing(squares), contextlib.closing(results):
       for batch in results:
         yield from batch
+
+  def check_whole(self) -> None:
+    """Raises UsageError if these networks cannot restore whole images."""
+    if self.run is None or self.run.method.restorer is None:
+      raise errors.UsageError(
+        f"{self.name} cannot restore whole images: name an experiment's directory or "
+        "a checkpoint that has a denoiser."
+      )
 
   def whole(self, image: OneImage, clean: OneImage | None = None) -> Result:
     """Restores a whole image, and maps it, without cropping or resizing it.
@@ -251,11 +285,7 @@ class Model:
         networks are an exported file's, which are made for one size, or restore
         nothing.
     """
-    if self.run is None or self.run.method.restorer is None:
-      raise errors.UsageError(
-        f"{self.name} cannot restore whole images: name an experiment's directory or "
-        "a checkpoint that has a denoiser."
-      )
+    self.check_whole()
     method, variables = self.run.method, self.run.variables
     seen = _as_float(pixels_of(image))
     restore = functools.partial(
@@ -272,11 +302,7 @@ class Model:
     elif self.needs_clean:
       self._check_clean(clean)
       true = _as_float(pixels_of(clean))
-      if true.shape != seen.shape:
-        raise errors.UsageError(
-          f"the clean image has {true.shape[1]}x{true.shape[0]} pixels, the degraded "
-          f"one {seen.shape[1]}x{seen.shape[0]}."
-        )
+      _check_sizes(seen, true)
       found["fidelity_map"] = fidelity.oracle_map(restored, true, self.map_name)
     if "fidelity_map" in found:
       found["confidence"] = fidelity.confidence(found["fidelity_map"], self.map_name)
@@ -321,15 +347,8 @@ class Model:
     found = self._outputs(fill(degraded), None if clean is None else fill(clean))
     return {k: np.asarray(v, np.float32)[:count] for k, v in found.items()}
 
-  def _batch(self, images: Any) -> np.ndarray:
+  def _batch(self, images: Sequence[OneImage]) -> np.ndarray:
     """Returns float32 [N, S, S, 3] in [0, 1]."""
-    if isinstance(images, str | os.PathLike | Image.Image):
-      images = [images]
-    elif not isinstance(images, list | tuple):
-      array = np.asarray(images)
-      images = list(array) if array.ndim == 4 else [array]
-    if not images:
-      raise errors.UsageError("there are no images.")
     return np.stack([self._square(one) for one in images])
 
   def _square(self, image: OneImage) -> np.ndarray:
@@ -359,11 +378,12 @@ def _estimate(estimator, variables, seen, mask):
   return estimator.apply(variables, seen, mask=mask)
 
 
-def load(place: str | os.PathLike) -> Model:
+def load(place: str | os.PathLike, **wiring: str) -> Model:
   """Returns the model that a path or a name stands for.
 
   Args:
     place: see `runs.find`; or a file that `fidelity_jax export` wrote.
+    **wiring: see `runs.find`.
 
   Raises:
     UsageError: there is nothing of the kind.
@@ -380,7 +400,7 @@ def load(place: str | os.PathLike) -> Model:
       map_name=made.record.map_name,
       digest=made.record.digest,
     )
-  run = runs.find(place)
+  run = runs.find(place, **wiring)
   compiled = jax.jit(run.method.outputs, compiler_options=platform.compiler_options())
   return Model(
     functools.partial(compiled, run.variables),
@@ -392,6 +412,32 @@ def load(place: str | os.PathLike) -> Model:
     digest=run.digest,
     run=run,
   )
+
+
+def _listed(images: Any) -> list[OneImage]:
+  """Returns images one by one, paths as their pixels.
+
+  Raises:
+    UsageError: there are none.
+  """
+  if isinstance(images, str | os.PathLike | Image.Image):
+    images = [images]
+  elif not isinstance(images, list | tuple):
+    array = np.asarray(images)
+    images = list(array) if array.ndim == 4 else [array]
+  if not images:
+    raise errors.UsageError("there are no images.")
+  return [pixels_of(one) for one in images]
+
+
+def _check_sizes(degraded: np.ndarray, clean: np.ndarray, name: str = "") -> None:
+  """Raises UsageError if a clean image is not of its degraded one's size."""
+  if degraded.shape != clean.shape:
+    height, width, _ = degraded.shape
+    raise errors.UsageError(
+      f"{name and name + ': '}the clean image has {clean.shape[1]}x{clean.shape[0]} "
+      f"pixels, the degraded one {width}x{height}."
+    )
 
 
 def pixels_of(image: OneImage) -> np.ndarray:

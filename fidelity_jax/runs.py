@@ -6,6 +6,7 @@ something of it that takes images.
 """
 
 import dataclasses
+import glob
 import os
 import pathlib
 from typing import Any
@@ -70,13 +71,22 @@ class Run:
     return self.method.calibration is not None and self.method.estimator is None
 
 
-def find(place: str | os.PathLike) -> Run:
+def find(
+  place: str | os.PathLike,
+  *,
+  map_name: str | None = None,
+  estimator_input: str | None = None,
+) -> Run:
   """Returns the run that a path or a name stands for.
 
   Args:
     place: an experiment's directory ("runs/demo/oracle-1a2b3c4d", without the digest
       if only one is there, followed by "/NAME" for one of a study's experiments), a
       checkpoint, a directory that `port` wrote, or a name like "torchvision/resnet50".
+    map_name: of a checkpoint of the authors' code, which does not say it: "l1", "l2"
+      or "cosine". None: what the file says, "l1" if nothing.
+    estimator_input: likewise, "degraded" or "restored". None: "degraded" if the file
+      says nothing.
 
   Raises:
     UsageError: there is nothing of the kind, or several.
@@ -85,7 +95,8 @@ def find(place: str | os.PathLike) -> Run:
   path = files.expand(place)
   if directory := _experiment_directory(path):
     return _of_experiments(directory, None)
-  if directory := _experiment_directory(path.parent):
+  given = path.is_file() or port.is_ported(path)
+  if not given and (directory := _experiment_directory(path.parent)):
     return _of_experiments(directory, path.name)
   if path.is_dir() and not port.is_ported(path):
     raise errors.UsageError(
@@ -97,7 +108,8 @@ def find(place: str | os.PathLike) -> Run:
       f"there is no {path}: name an experiment's directory in a workdir, a checkpoint "
       f"or an exported file{_nearby(path.parent)}"
     )
-  return _of_checkpoint(place)
+  asked = {"map_name": map_name, "estimator_input": estimator_input}
+  return _of_checkpoint(place, {k: v for k, v in asked.items() if v is not None})
 
 
 def _experiment_directory(path: pathlib.Path) -> pathlib.Path | None:
@@ -106,7 +118,7 @@ def _experiment_directory(path: pathlib.Path) -> pathlib.Path | None:
     return path
   if path.exists() or not path.name:
     return None
-  digests = f"{path.name}-{'[0-9a-f]' * 8}"
+  digests = f"{glob.escape(path.name)}-{'[0-9a-f]' * 8}"
   found = sorted(marker.parent for marker in path.parent.glob(f"{digests}/{_RECORD}"))
   if len(found) > 1:
     names = ", ".join(str(one) for one in found)
@@ -182,7 +194,7 @@ def _networks(loaded: dict[str, assembly.Frozen]) -> dict[str, Any]:
   return {role: frozen.network for role, frozen in loaded.items()}
 
 
-def _of_checkpoint(place: str | os.PathLike) -> Run:
+def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
   parts = port.load(place)
   if "dncnn" in parts:
     parts["restorer"] = parts.pop("dncnn")
@@ -218,8 +230,13 @@ def _of_checkpoint(place: str | os.PathLike) -> Run:
     raise errors.UsageError(
       f"{place} has neither a classifier nor a denoiser, but {', '.join(parts)}."
     )
+  if "estimator" in loaded and "restorer" not in loaded:
+    raise errors.UsageError(
+      f"{place} has an estimator, but not the restorer whose errors it estimates: name "
+      "the whole checkpoint."
+    )
   networks = {"classifier": None, "restorer": None, **_networks(loaded)}
-  method = Method(**networks, **wiring)
+  method = Method(**networks, **wiring | asked)
   variables = {role: frozen.variables for role, frozen in loaded.items()}
   return Run(
     name=pathlib.PurePath(place).stem,

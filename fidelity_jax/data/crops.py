@@ -129,7 +129,9 @@ def central(pixels: np.ndarray, out: np.ndarray) -> None:
   height, width = pixels.shape[:2]
   size = len(out)
   (new_height, new_width), (top, left) = _central(height, width, size)
-  if new_width >= width and new_height >= height:
+  enlarged = new_width >= width and new_height >= height
+  # A line of pixels would become a very large image.
+  if enlarged and new_width * new_height <= images.DEFAULT_MAX_PIXELS:
     whole = np.empty((new_height, new_width, 3), np.uint8)
     _resize(pixels, whole)
     out[:] = whole[top : top + size, left : left + size]

@@ -221,7 +221,8 @@ def heading(condition: Condition, degradation: str = "") -> str:
     degradation: the group's; of another kind, the condition's kind is named too.
   """
   if condition.kind == "clean" or condition.name == "clean":
-    return "clean"
+    # Or "as is", of images that are not degraded any further.
+    return condition.name.replace("_", " ")
   kind = text.printable(condition.kind).replace("_", " ").replace("+", " + ")
   kind = "" if condition.kind == degradation else f"{kind} "
   if condition.vary in ("1d", "2d"):

@@ -33,7 +33,7 @@ def draw(
     panels.append(("restored", shown.restored[0]))
   mapped, classified = shown.fidelity_map is not None, result.logits is not None
   height, width = shown.degraded.shape[1:3]
-  side = 2.6 * width / max(height, width)
+  side = max(2.6 * width / max(height, width), 0.9)
   ratios = [side] * (len(panels) + mapped) + [3.4] * classified
   figure = matplotlib.figure.Figure(
     figsize=(sum(ratios) + 0.8 * mapped, 3.1), layout="constrained"
@@ -48,13 +48,16 @@ def draw(
     _bare(ax, "fidelity map")
     values = shown.fidelity_map[0].mean(-1)
     values = 1 - values if map_name == "cosine" else values
-    brightest = float(np.quantile(values, 0.995)) or 1.0
+    # An estimated map may be below 0.
+    brightest = max(float(np.quantile(values, 0.995)), 1e-3)
     image = ax.imshow(values, cmap="magma", vmin=0, vmax=brightest)
     figure.colorbar(
       image, ax=ax, location="bottom", pad=0.02, label=_MEANINGS[map_name]
     )
   if classified:
     _bars(axes[-1], result)
+    if whole is not None:
+      axes[-1].set_title("of the central square", fontsize=8)
   return figure
 
 
