@@ -231,7 +231,8 @@ class _Job:
     with contextlib.closing(drawn):
       for one in found:
         if (told := done[one]) is not None:
-          yield {"file": str(one.path), **told}, ""
+          told = {k: v for k, v in told.items() if k not in ("name", "sha256")}
+          yield told | {"file": str(one.path)}, ""
           continue
         told, png, problem = next(drawn)
         if png is not None:

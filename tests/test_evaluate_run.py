@@ -1,5 +1,6 @@
 """`fidelity_jax evaluate`: a finished run on other labelled images."""
 
+import dataclasses
 import json
 import shutil
 
@@ -47,10 +48,12 @@ def test_its_own_images_give_its_own_results(toy_estimated, tiles, command, tmp_
     # In the same order, degraded by the same draws.
     assert found[key] == pytest.approx(value, abs=1e-3), key
   assert (out / "report.html").stat().st_size > 10_000
-  # Again, nothing is measured; with more rounds, only these.
+  # Again, nothing is measured; with more rounds, only these: one of 7 conditions.
   again = command(run, tiles, f"--out={out}", program=_PROGRAM, check=0)
   assert "steps/s" not in again.stderr
   assert _values(out / "results.json") == found
+  more = command(run, tiles, f"--out={out}", "--rounds=3", program=_PROGRAM, check=0)
+  assert "14/14 steps" in more.stderr
 
 
 def test_as_they_are(toy_estimated, tiles, command, tmp_path):
@@ -63,24 +66,28 @@ def test_as_they_are(toy_estimated, tiles, command, tmp_path):
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(degraded.astype(np.uint8)).save(target)
   out, run = tmp_path / "out", toy_estimated / "pretrained"
-  command(run, root, f"--out={out}", "--as_is", program=_PROGRAM, check=0)
+  arguments = (run, root, f"--out={out}", "--as_is")
+  result = command(*arguments, program=_PROGRAM, check=0)
   found = _values(out / "results.json")
   assert {key[0] for key in found} == {"classifier", "pretrained"}
-  assert {key[-1] for key in found} == {"clean"}
+  assert {key[-1] for key in found} == {"as_is"}
+  rows = json.loads((out / "results.json").read_text())["rows"]
+  assert {row["degradation"] for row in rows} == {"as_is"}
+  assert "| method | as is |" in result.stdout
   model = fidelity_jax.load(run)
   paths = sorted(root.rglob("*.png"))
-  result = model(paths)
+  told = model(paths)
   labels = np.array([model.class_names.index(path.parent.name) for path in paths])
   right = lambda logits: 100 * np.mean(logits.argmax(-1) == labels)
   expected = {
-    ("classifier", None, None, "clean"): right(result.degraded_logits),
-    ("classifier", "dncnn", None, "clean"): right(result.restored_logits),
-    ("pretrained", "dncnn", True, "clean"): right(result.logits),
+    ("classifier", None, None, "as_is"): right(told.degraded_logits),
+    ("classifier", "dncnn", None, "as_is"): right(told.restored_logits),
+    ("pretrained", "dncnn", True, "as_is"): right(told.logits),
   }
   assert {k: found[k] for k in expected} == pytest.approx(expected)
 
 
-def test_what_does_not_fit_is_refused(toy_estimated, toy_run, tiles, tmp_path):
+def test_what_does_not_fit_is_refused(toy_estimated, tiles, tmp_path):
   run = runs.find(toy_estimated / "pretrained")
   other = tmp_path / "other"
   shutil.copytree(tiles / "moon", other / "mooon")
@@ -88,7 +95,12 @@ def test_what_does_not_fit_is_refused(toy_estimated, toy_run, tiles, tmp_path):
     errors.UsageError, match=r"'mooon' is no class .*did you mean 'mo"
   ):
     evaluate_run.evaluate(run, str(other), tmp_path / "out")
-  with pytest.raises(errors.UsageError, match="does not exist"):
-    evaluate_run.evaluate(run, str(tmp_path / "no"), tmp_path / "out")
-  (weights,) = toy_run.glob("restorer-*")
-  assert weights.is_dir()
+  with pytest.raises(errors.UsageError, match="there is no such folder"):
+    evaluate_run.evaluate(run, str(tmp_path / "no"), tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+  for out in (experiment(toy_estimated, "pretrained"), toy_estimated):
+    with pytest.raises(errors.UsageError, match="other experiments in it"):
+      evaluate_run.evaluate(run, str(tiles), out)
+  checkpoint = dataclasses.replace(run, planned=None)
+  with pytest.raises(errors.UsageError, match="is a checkpoint"):
+    evaluate_run.evaluate(checkpoint, str(tiles), tmp_path / "out")

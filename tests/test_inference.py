@@ -132,6 +132,26 @@ def test_threads_may_call_it_at_a_time(model, photo):
       np.testing.assert_array_equal(found, expected)
 
 
+def test_results_are_sequences(model, photo):
+  several = [np.roll(photo, i, 0) for i in range(3)]
+  result = model(several)
+  assert [len(one) for one in result] == [1, 1, 1]
+  for index in (1, -2, np.int64(1)):
+    np.testing.assert_array_equal(result[index].logits, result.logits[1:2])
+  np.testing.assert_array_equal(result[1:].restored, result.restored[1:])
+  with pytest.raises(IndexError, match="3 images"):
+    result[3]
+  with pytest.raises(errors.UsageError, match="one class or more"):
+    result.top(0)
+
+
+def test_a_line_of_pixels_is_no_large_image(model):
+  """Enlarged whole it would take gigabytes; its square is of one line's middle."""
+  line = np.zeros((1, 400_000, 3), np.uint8)
+  line[:, 199_990:200_010] = 255
+  assert model(line).degraded.mean() > 0.9
+
+
 def test_streams_are_in_order_and_pass_over_what_is_broken(model, tmp_path):
   paths = []
   for i in range(21):
@@ -174,6 +194,7 @@ def test_what_is_no_image_is_refused(model, photo, tmp_path):
     "to 255": photo.astype(np.float32) / photo.max() * 255,
     "nan": np.full((4, 4, 3), np.nan),
     "no images": [],
+    "a directory": tmp_path,
     "bad.png: cannot be read": bad,
     "nothing.png: cannot be read": tmp_path / "nothing.png",
   }
@@ -190,6 +211,10 @@ def test_an_oracle_needs_clean_images(toy_run, photo):
     model(noisy)
   with pytest.raises(errors.UsageError, match="2 clean ones"):
     model(noisy, [photo, photo])
+  with pytest.raises(errors.UsageError, match="31x32 pixels, the degraded one 32x32"):
+    model(noisy, photo[:, 1:])
+  with pytest.raises(errors.UsageError, match="give these too"):
+    model.stream(["photo.png"])
   result = model(noisy, photo)
   true = np.abs(result.restored[0] - photo / np.float32(255))
   np.testing.assert_allclose(result.fidelity_map[0], true, atol=1e-6)
@@ -262,6 +287,9 @@ def test_an_authors_checkpoint_needs_no_experiment(tmp_path):
   assert alone.logits is None and alone.class_names == ()
   with pytest.raises(errors.UsageError, match="has no classifier"):
     alone.top()
+  # What the file does not tell.
+  l2 = fidelity_jax.load(path, map_name="l2")(degraded, clean)
+  np.testing.assert_allclose(l2.fidelity_map, result.fidelity_map**2, atol=1e-6)
   without = {k: v for k, v in state.items() if k not in restorer}
   safetensors.numpy.save_file(without, tmp_path / "without.safetensors")
   with pytest.raises(errors.UsageError, match="name the whole checkpoint"):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pathlib
 import signal
 import time
@@ -32,11 +33,6 @@ def pictures(tmp_path):
   return root
 
 
-def _labels(model, path):
-  result = model(path)
-  return [result.top(1, x)[0][0][0] for x in (None, result.restored_logits)]
-
-
 def test_formats(toy_estimated, command, pictures):
   run = toy_estimated / "pretrained"
   model = fidelity_jax.load(run)
@@ -46,9 +42,8 @@ def test_formats(toy_estimated, command, pictures):
     run, pictures, "--format=jsonl", "--top=3", program=_PROGRAM, check=0
   )
   told = [json.loads(line) for line in result.stdout.splitlines()]
-  assert [one["name"] for one in told] == names
+  assert [one["file"] for one in told] == [str(pictures / name) for name in names]
   for one in told:
-    assert one["file"] == str(pictures / one["name"])
     expected = model(one["file"])
     label, probability = expected.top(1)[0][0]
     assert one["top"][0]["label"] == label and len(one["top"]) == 3
@@ -73,6 +68,10 @@ def test_pictures_resumed_and_broken_images_named(toy_estimated, command, pictur
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[0] > 200 and pixels.shape[1] > 2 * pixels.shape[0]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
+  # The whole image is shown, not the square that is classified.
+  plain = out.parent / "plain"
+  command(*arguments[:2], f"--out={plain}", program=_PROGRAM, check=1)
+  assert (plain / "0.png.png").read_bytes() != (out / "0.png.png").read_bytes()
   # Again, one picture lost and a line half written: only that one is made again.
   (out / "2.png.png").unlink()
   with open(out / "predictions.jsonl", "a") as file:
@@ -131,26 +130,81 @@ def test_an_oracle_and_its_clean_images(toy_run, command, pictures, tmp_path):
       stdin=stdin,
       check=0,
     )
-  told = {one["name"]: one for one in map(json.loads, result.stdout.splitlines())}
+  told = [json.loads(line) for line in result.stdout.splitlines()]
+  told = {pathlib.Path(one["file"]).name: one for one in told}
   assert list(told) == ["1.png", "0.png"]
   model = fidelity_jax.load(run)
   for name, one in told.items():
     expected = model(noisy / name, pictures / name)
     assert one["top"][0]["label"] == expected.top(1)[0][0][0]
     assert abs(one["mean_map"] - expected.fidelity_map.mean()) < 1e-5
-  missing = command(run, noisy / "1.png", f"--clean={noisy / 'no'}", program=_PROGRAM)
-  assert missing.returncode == 1 and "no: cannot be read" in one_line(missing.stderr)
+  (pictures / "1.png").unlink()
+  arguments = [run, noisy, f"--clean={pictures}", f"--out={tmp_path / 'out'}", "--full"]
+  missing = command(*arguments, program=_PROGRAM, check=1)
+  line = one_line(missing.stderr)
+  assert "1 of 2 images" in line and "1.png: cannot be read" in line
+  assert (tmp_path / "out" / "0.png.png").is_file()
+  nowhere = command(run, noisy, "--clean=nowhere", program=_PROGRAM, check=2)
+  assert "--clean=nowhere: there is no such folder" in one_line(nowhere.stderr)
 
 
-def test_tables_are_as_wide_as_they_need(capsys):
+def test_what_changed_is_predicted_anew(toy_estimated, pictures, tmp_path, capsys):
+  """By content: neither the name nor the place tells what an image is."""
+  run, out = toy_estimated / "pretrained", tmp_path / "out"
+  (pictures / "broken.jpg").unlink()
+
+  def predicted(folder, *more):
+    arguments = [run, folder, f"--out={out}", "--format=jsonl", *more]
+    assert predict.main(list(map(str, arguments))) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+  before = predicted(pictures)
+  (pictures / "0.png").write_bytes(encoded(photograph(60, 50, seed=99), format="PNG"))
+  after = predicted(pictures)
+  assert [a == b for a, b in zip(after, before, strict=True)] == [False] + [True] * 5
+  moved = pictures.rename(tmp_path / "moved")
+  times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png.png")}
+  again = predicted(moved)
+  assert {path: path.stat().st_mtime_ns for path in times} == times
+  for one, other in zip(again, after, strict=True):
+    assert one["file"].startswith(str(moved))
+    assert {**one, "file": 0} == {**other, "file": 0}
+
+
+def test_what_a_run_cannot_do_is_refused_first(toy_estimated, pictures, refused):
+  run = toy_estimated / "pretrained"
+  refuse = lambda words, *more: refused([run, pictures, *more], 2, words, predict.main)
+  refuse("leave --clean out", f"--clean={pictures}")
+  refuse("--top=0", "--top=0")
+  refuse("say where with --out", "--full")
+  refuse("has the images in it", f"--out={pictures}")
+  assert not (pictures / "predict.json").exists()
+
+
+def test_a_reader_that_has_seen_enough(toy_estimated, pictures, background):
+  """`| head -1`: no error."""
+  arguments = [toy_estimated / "pretrained", *[pictures / "0.png"] * 3]
+  process = background(*arguments, program=_PROGRAM)
+  process.stdout.close()
+  assert process.wait(timeout=300) == 0
+  assert "failed" not in process.stderr.read()
+
+
+def test_names_on_standard_input_may_be_any(tmp_path, monkeypatch):
+  """In any encoding, with any line ends, of files that are not there."""
+  name = os.fsdecode(b"caf\xe9.png")
+  stream = io.TextIOWrapper(io.BytesIO(b"a/1.png\r\ncaf\xe9.png\n\nb/1.png"))
+  monkeypatch.setattr(predict.sys, "stdin", stream)
+  assert [str(one.path) for one in predict.find(["-"])] == ["a/1.png", name, "b/1.png"]
+
+
+def test_tables_are_as_wide_as_they_need():
   named = lambda name: photos.Found(pathlib.Path(name), name)
   write = predict._as_table([named("a.png"), named("b" * 60 + ".png")])
-  write(None)
   top = [{"label": "cat", "probability": 0.5}]
-  told = {"file": "b" * 60 + ".png", "top": top, "on_input": top[0]}
-  write(told)
-  write({"file": "a.png", "mean_map": 0.1})
-  header, first, second = capsys.readouterr().out.splitlines()
+  header = write(None)
+  first = write({"file": "b" * 60 + ".png", "top": top, "on_input": top[0]})
+  second = write({"file": "a.png", "mean_map": 0.1})
   assert (
     header.split() == "image prediction frozen, on restored frozen, on input".split()
   )
