@@ -80,7 +80,7 @@ def card(
     record: of the file; None for a directory.
   """
   rows = results(run)
-  suffix = os.path.splitext(file)[1]
+  suffix = os.path.splitext(file)[1] if record else ""
   sections = [
     f"---\n{yaml.safe_dump(_metadata(run, rows, suffix, licence), sort_keys=False)}---",
     f"# {run.name}",

@@ -1,5 +1,6 @@
 """Exported networks give what the run gives, without this package."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,12 +22,13 @@ from conftest import (
   flip,
   one_line,
   overrides,
+  results,
   without_privileges,
 )
 from test_data_images import photograph
 
 import fidelity_jax
-from fidelity_jax import errors, export, exported, models, port, runs
+from fidelity_jax import errors, export, exported, files, models, port, runs
 from fidelity_jax.method import Method
 
 BATCHES = (1, 3, 8)
@@ -348,13 +350,109 @@ def test_what_cannot_be_written_is_refused(places, tmp_path, refused):
   ):
     arguments = [place, f"--to={tmp_path / to}"]
     refused(arguments, 2, words, command=export.main)
-  refused([tmp_path / "no", f"--to={tmp_path}/x.jax"], 2, "no", command=export.main)
+  words = f"there is no {tmp_path}/absent: name an experiment's directory"
+  absent = [tmp_path / "absent", f"--to={tmp_path}/x.jax"]
+  refused(absent, 2, words, command=export.main)
   assert (tmp_path / "other.jax").read_text() == "mine"
   closed = tmp_path / "closed"
   closed.mkdir(mode=0o555)
   with without_privileges(), pytest.raises(errors.RunError, match="written"):
     export.export(place, closed / "x.jax")
   assert not list(closed.iterdir())
+
+
+def test_what_others_put_there_stays(places, tmp_path):
+  place = places["restorer"]
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  for name in ("m.jax", "m.jax.json", "n.jax.md", "o.jax.json"):
+    (mine / name).write_text("{}")
+  shutil.copytree(place, mine / "weights")
+  (mine / "weights" / ".env").write_text("{}")
+  shutil.copytree(place, mine / "sub")
+  (mine / "sub" / ".git").mkdir()
+  (mine / "index").mkdir()
+  (mine / "index" / "port.json").write_text("{}")
+  before = files.digest_tree(mine)
+  for name in ("m.jax", "n.jax", "o.jax", "weights", "sub", "index"):
+    with pytest.raises(errors.UsageError, match=rf"is there already, {mine}/"):
+      export.export(place, mine / name)
+  for name in ("weights", "sub", "index"):
+    with pytest.raises(errors.UsageError, match="name another directory"):
+      port.save(port.load(place), mine / name, "toy")
+  assert files.digest_tree(mine) == before
+  assert (mine / "sub" / ".git").is_dir()
+
+
+def test_an_export_that_stopped_is_made_again(places, tmp_path, monkeypatch):
+  """After each of its files; what is there until then is not loaded."""
+  place, path = places["restorer"], tmp_path / "toy.jax"
+  write, left = files.write_bytes, []
+
+  def stopping(*arguments):
+    if not left:
+      raise KeyboardInterrupt
+    left.pop()
+    write(*arguments)
+
+  for count in range(3):
+    with monkeypatch.context() as patch:
+      left[:] = range(count)
+      patch.setattr(files, "write_bytes", stopping)
+      with pytest.raises(KeyboardInterrupt):
+        export.export(place, path)
+    assert len(list(tmp_path.iterdir())) == count
+    with pytest.raises(errors.UsageError, match="no exported file"):
+      exported.load(path)
+  export.export(place, path)
+  exported.load(path)
+  # Its record says that what is beside it is of an export.
+  path.write_bytes(b"")
+  with pytest.raises(errors.RunError, match="not what its record says"):
+    exported.load(path)
+  export.export(place, path)
+  exported.load(path)
+
+
+def test_results_that_are_damaged_leave_nothing_behind(toy_copy, tmp_path):
+  path = results(toy_copy)
+  content = path.read_bytes()
+  for to in ("toy.jax", "weights"):
+    path.write_bytes(content[:-100])
+    with pytest.raises(errors.RunError, match=r"results.json is damaged"):
+      export.export(path.parent, tmp_path / to)
+    assert [one.name for one in tmp_path.glob(f"{to}*")] == []
+    path.write_bytes(content)
+    export.export(path.parent, tmp_path / to)
+  assert "awgn-0.1" in (tmp_path / "toy.jax.md").read_text()
+
+
+def test_a_slash_at_the_end_means_a_directory(places, tmp_path, refused):
+  to = f"--to={tmp_path}/my-v1.2"
+  refused([places["restorer"], to], 2, "a slash at the end", command=export.main)
+  # The second replaces the first.
+  for end in ("/", ""):
+    assert export.main([str(places["restorer"]), f"{to}{end}"]) == 0
+  assert runs.find(tmp_path / "my-v1.2").method.restorer is not None
+
+
+def test_an_estimator_alone_says_what_it_estimates(places, tmp_path):
+  """The part's config is all that a directory has of it."""
+  parts = port.load(places["estimated"])
+  wiring = {"map_name": "l2", "estimator_input": "restored"}
+  run = runs.find(places["estimated"])
+  method = dataclasses.replace(run.method, calibration=None, ensemble=None, **wiring)
+  run = dataclasses.replace(run, method=method)
+  config = export._described(run, "estimator", method.estimator)
+  estimator = port.Part(parts["estimator"].variables, config)
+  port.save(
+    {"restorer": parts["restorer"], "estimator": estimator}, tmp_path / "e", "toy"
+  )
+  again = runs.find(tmp_path / "e").method
+  assert {name: getattr(again, name) for name in runs.WIRING} == wiring
+  # And a stage starts from it.
+  part = port.load_part(tmp_path / "e", "estimator")
+  assert wiring.items() <= part.config.items()
 
 
 def test_without_the_libraries_one_line_says_what_to_install(places, tmp_path):
