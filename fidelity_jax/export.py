@@ -44,6 +44,9 @@ from fidelity_jax.models import conv, pooling
 from fidelity_jax.port import storing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# What FlatBuffers and Protocol Buffers, of which these files are, can hold, less what a
+# program takes beside its weights.
+LIMIT = 2**31 - 2**24
 # What leaves the networks, of what `Method.outputs` has.
 _OUTPUTS = ("logits", "fidelity_map", "confidence", "restored")
 
@@ -60,11 +63,14 @@ def export(
     place: the run, see `runs.find`.
     to: ends in ".jax" or ".onnx", or is a directory: without an ending, with a slash
       at its end, or there already.
-    licence: of the weights, as Hugging Face calls it.
+    licence: of the weights, as Hugging Face calls it. "unknown" from a directory to
+      another keeps its card.
 
   Raises:
-    UsageError: there is no such run, no such format, or something else is there.
-    RunError: the run is not finished or damaged, or `to` cannot be written.
+    UsageError: there is no such run, no such format, something else is there, or the
+      networks are too large for one file.
+    RunError: the run is not finished or damaged, ONNX has not what it computes, or `to`
+      cannot be written.
   """
   path, suffix = _checked(to)
   if suffix == ".onnx":
@@ -73,10 +79,16 @@ def export(
   source = None if run.stages else port.content_digest(place)
   if not suffix:
     parts = _parts(run) if run.stages else port.load(place)
-    card = cards.card(run, path.name, licence, source)
+    card = _kept_card(place, licence) if source else None
+    card = card or cards.card(run, path.name, licence, source)
     port.save(parts, path, str(place), {"README.md": card})
     return
   program = Program(run, precision="float32" if suffix == ".onnx" else None)
+  if program.size > LIMIT:
+    raise errors.UsageError(
+      f"--to={to}: the weights have {program.size / 2**30:.2f} GiB, of which a file of "
+      f"this kind holds {LIMIT / 2**30:.2f} at most: export a directory."
+    )
   content = (to_jax if suffix == ".jax" else to_onnx)(program)
   record = exported.Record(
     name=run.name,
@@ -102,15 +114,27 @@ def export(
   files.write_bytes(path, content)
 
 
+def _kept_card(place: str | os.PathLike, licence: str) -> str | None:
+  """Returns the card of a directory, which knows more than its weights do.
+
+  None where it has none, or where a licence is given, which it would not have.
+  """
+  path = files.expand(place) / "README.md"
+  if licence != cards.UNKNOWN or not path.is_file():
+    return None
+  with errors.while_doing(f"reading {path}"):
+    return path.read_text("utf-8")
+
+
 def _checked(to: str | os.PathLike) -> tuple[pathlib.Path, str]:
   """Returns the path to write to, after everything that can be known about it.
 
   And its ending, "" for a directory.
   """
   path = pathlib.Path(os.path.abspath(files.expand(to)))
-  suffix = path.suffix
-  if os.fspath(to).endswith(os.sep) or port.is_ported(path):
-    suffix = ""
+  with errors.while_doing(f"writing {path}"):
+    is_directory = os.fspath(to).endswith(os.sep) or port.is_ported(path)
+  suffix = "" if is_directory else path.suffix
   if suffix not in ("", *exported.SUFFIXES):
     raise errors.UsageError(
       f"--to={to}: name a file that ends in {' or '.join(exported.SUFFIXES)}, or a "
@@ -142,6 +166,7 @@ class Program:
 
   Attributes:
     precision: what it computes in, "float32" or "bfloat16".
+    size: of the weights, bytes.
     inputs: shapes by name, "batch" for the number of images; see `exported.Record`.
     outputs: likewise.
     image_size: side of the images, pixels.
@@ -161,7 +186,9 @@ class Program:
     # Which serves training alone.
     self._method = dataclasses.replace(method, rematerialize=False)
     self._variables = variables
-    short = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(variables))
+    leaves = jax.tree.leaves(variables)
+    self.size = sum(leaf.nbytes for leaf in leaves)
+    short = any(leaf.dtype == jnp.bfloat16 for leaf in leaves)
     self.precision = "bfloat16" if short else "float32"
     self.image_size = run.image_size
     shape = ["batch", run.image_size, run.image_size, 3]
@@ -210,7 +237,11 @@ def to_jax(program: Program) -> bytes:
 
 
 def to_onnx(program: Program) -> bytes:
-  """Returns the program as an ONNX model."""
+  """Returns the program as an ONNX model.
+
+  Raises:
+    RunError: jax2onnx is not installed, or has nothing for an operation in it.
+  """
   jax2onnx, names = _jax2onnx(), list(program.outputs)
 
   def ordered(*images):
@@ -219,13 +250,24 @@ def to_onnx(program: Program) -> bytes:
 
   # ONNX has no platforms to choose between. jax2onnx prints as it goes.
   with cpu.left_out(_FOR_ONNX), contextlib.redirect_stdout(io.StringIO()):
-    model = jax2onnx.to_onnx(
-      ordered,
-      inputs=[tuple(shape) for shape in program.inputs.values()],
-      input_names=list(program.inputs),
-      output_names=names,
-      return_mode="proto",
-    )
+    try:
+      model = jax2onnx.to_onnx(
+        ordered,
+        inputs=[tuple(shape) for shape in program.inputs.values()],
+        input_names=list(program.inputs),
+        output_names=names,
+        return_mode="proto",
+      )
+    except (errors.UsageError, errors.RunError):
+      raise
+    except Exception as error:  # It raises many types.
+      if errors.circumstance(error):
+        raise
+      reason = " ".join(f"{type(error).__name__}: {error}".split())
+      raise errors.RunError(
+        f"jax2onnx cannot convert the networks to ONNX ({reason:.200}): export a .jax "
+        "file."
+      ) from error
   _broadcast(model.graph)
   return model.SerializeToString()
 

@@ -166,6 +166,14 @@ def test_a_loaded_file_is_called_with_arrays(places, jax_files):
     network(images["degraded"])
   with pytest.raises(errors.UsageError, match="takes images of the shape"):
     network(images["degraded"][:, :16], images["clean"])
+  for wrong, words in (
+    ((images["degraded"] * 255).astype(np.uint8), "not uint8"),
+    (images["degraded"] * 255, r"values in \[0, 1\]"),
+    (images["degraded"] * np.nan, r"values in \[0, 1\]"),
+    (images["degraded"][:2], "3 and 2"),
+  ):
+    with pytest.raises(errors.UsageError, match=words):
+      network(wrong, images["clean"])
 
 
 def test_a_loaded_file_is_a_model_of_images_of_any_size(places, jax_files):
@@ -291,10 +299,15 @@ def test_a_directory_is_read_back(places, tmp_path):
   want, found = expected(run, images), expected(again, images)
   np.testing.assert_allclose(found["logits"], want["logits"], atol=1e-5)
   assert "batch_stats" in port.load(tmp_path / "weights")["classifier"].variables
-  assert (tmp_path / "weights" / "README.md").read_text().startswith("---\nlicense")
-  # Once more, from the directory, over the same.
+  card = (tmp_path / "weights" / "README.md").read_text()
+  assert card.startswith("---\nlicense") and "awgn-0.1" in card
+  # Once more, from the directory, over the same: it still knows what was measured.
   export.export(tmp_path / "weights", tmp_path / "weights")
   assert runs.find(tmp_path / "weights").method == again.method
+  assert (tmp_path / "weights" / "README.md").read_text() == card
+  export.export(tmp_path / "weights", tmp_path / "weights", "mit")
+  card = (tmp_path / "weights" / "README.md").read_text()
+  assert card.startswith("---\nlicense: mit")
 
 
 @pytest.mark.slow
@@ -356,9 +369,36 @@ def test_what_cannot_be_written_is_refused(places, tmp_path, refused):
   assert (tmp_path / "other.jax").read_text() == "mine"
   closed = tmp_path / "closed"
   closed.mkdir(mode=0o555)
-  with without_privileges(), pytest.raises(errors.RunError, match="written"):
+  with without_privileges(), pytest.raises(errors.RunError, match="permissions"):
     export.export(place, closed / "x.jax")
   assert not list(closed.iterdir())
+
+
+class Odd(export.Program):
+  """Computes something that ONNX has not."""
+
+  def __call__(self, degraded):
+    return {"restored": jax.lax.erf_inv(super().__call__(degraded)["restored"])}
+
+
+def test_what_onnx_has_not_is_named(places):
+  pytest.importorskip("jax2onnx")
+  program = Odd(runs.find(places["restorer"]), "float32")
+  with pytest.raises(errors.RunError, match=r"jax2onnx cannot convert.*'erf_inv'"):
+    export.to_onnx(program)
+
+
+def test_networks_too_large_for_a_file_are_refused(places, tmp_path, monkeypatch):
+  """Which is said before the work is done."""
+  run = runs.find(places["restorer"])
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.variables))
+  monkeypatch.setattr(export, "LIMIT", size - 1)
+  with pytest.raises(errors.UsageError, match="export a directory"):
+    export.export(places["restorer"], tmp_path / "x.jax")
+  assert not list(tmp_path.iterdir())
+  export.export(places["restorer"], tmp_path / "x")
+  monkeypatch.setattr(export, "LIMIT", size)
+  export.export(places["restorer"], tmp_path / "x.jax")
 
 
 def test_what_others_put_there_stays(places, tmp_path):
