@@ -490,9 +490,23 @@ def test_an_estimator_alone_says_what_it_estimates(places, tmp_path):
   )
   again = runs.find(tmp_path / "e").method
   assert {name: getattr(again, name) for name in runs.WIRING} == wiring
-  # And a stage starts from it.
-  part = port.load_part(tmp_path / "e", "estimator")
-  assert wiring.items() <= part.config.items()
+
+
+@pytest.mark.slow
+def test_the_run_of_an_estimator_is_read_back(toy_copy, command, tmp_path):
+  own = ("dataset", "parents.restorer")
+  fields = {name: value for name, value in TOY.items() if name.startswith(own)}
+  fields |= {k.removeprefix("parents.estimator."): v for k, v in TOY_ESTIMATOR.items()}
+  fields |= {"fidelity.map": "l2", "fidelity.estimator_input": "restored"}
+  config = "--config=configs/estimator.py:demo"
+  command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
+  place = experiment(toy_copy, "estimator")
+  export.export(place, tmp_path / "weights")
+  run, again = runs.find(place), runs.find(tmp_path / "weights")
+  assert (again.method.map_name, again.method.estimator_input) == ("l2", "restored")
+  images = pictures(run)
+  want, found = expected(run, images), expected(again, images)
+  np.testing.assert_allclose(found["fidelity_map"], want["fidelity_map"], atol=1e-5)
 
 
 def test_without_the_libraries_one_line_says_what_to_install(places, tmp_path):
