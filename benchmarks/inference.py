@@ -103,14 +103,20 @@ def make_sides(args) -> dict[str, Side]:
   network = jax.export.deserialize(bytearray(export.to_jax(program)))
   sides = {
     "jit": of_jax(jax.jit(program, compiler_options=options)),
-    "jax_file": of_jax(jax.jit(network.call)),
+    "jax_file": of_jax(jax.jit(network.call, compiler_options=options)),
   }
   if all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(export.to_onnx(program))
-    wanted = ["logits", "fidelity_map"]
-    sides["onnx_file"] = lambda images: session.run(wanted, {"degraded": images})
+    names = [output.name for output in session.get_outputs()]
+
+    def of_onnx(images):
+      # All that it has, as the others compute it.
+      found = dict(zip(names, session.run(names, {"degraded": images}), strict=True))
+      return found["logits"], found["fidelity_map"]
+
+    sides["onnx_file"] = of_onnx
   sides["torch"] = of_torch(theirs, torch.contiguous_format)
   sides["torch_nhwc"] = of_torch(copy.deepcopy(theirs), torch.channels_last)
   return sides

@@ -80,7 +80,7 @@ def card(
     record: of the file; None for a directory.
   """
   rows = results(run)
-  suffix = os.path.splitext(file)[1]
+  suffix = os.path.splitext(file)[1] if record else ""
   sections = [
     f"---\n{yaml.safe_dump(_metadata(run, rows, suffix, licence), sort_keys=False)}---",
     f"# {run.name}",
@@ -92,7 +92,7 @@ def card(
     "## Classes",
     _classes(run),
     "## Trained for",
-    _training(run),
+    _training(run, rows),
     "## Results",
     _results(rows),
     "## Licence",
@@ -243,7 +243,7 @@ def _classes(run: Run) -> str:
   return f"{len(run.class_names)}, in the order of the logits: {shown}{end}."
 
 
-def _training(run: Run) -> str:
+def _training(run: Run, rows: Sequence[Row]) -> str:
   roles = ("calibration", "classifier", "estimator", "restorer")
   config = next((run.stages[r].config for r in roles if r in run.stages), None)
   if config is None:
@@ -257,7 +257,10 @@ def _training(run: Run) -> str:
   if "classifier" in run.stages:
     source = run.stages["classifier"].config.source
     found += f" The classifier was trained on {source} images of it."
-  return f"{found} Other images and degradations were not measured."
+  if not rows:
+    return f"{found} Nothing was measured."
+  names = dict.fromkeys(row.condition.name for row in rows)
+  return f"{found} Measured on {', '.join(names)} images of it, and on no others."
 
 
 def _results(rows: Sequence[Row]) -> str:

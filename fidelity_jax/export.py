@@ -41,8 +41,12 @@ from fidelity_jax import (
   signals,
 )
 from fidelity_jax.models import conv, pooling
+from fidelity_jax.port import storing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# What FlatBuffers and Protocol Buffers, of which these files are, can hold, less what a
+# program takes beside its weights.
+LIMIT = 2**31 - 2**24
 # What leaves the networks, of what `Method.outputs` has.
 _OUTPUTS = ("logits", "fidelity_map", "confidence", "restored")
 
@@ -57,25 +61,35 @@ def export(
 
   Args:
     place: the run, see `runs.find`.
-    to: ends in ".jax" or ".onnx", or is a directory.
-    licence: of the weights, as Hugging Face calls it.
+    to: ends in ".jax" or ".onnx", or is a directory: without an ending, with a slash
+      at its end, or there already.
+    licence: of the weights, as Hugging Face calls it. "unknown" from a directory to
+      another keeps its card.
 
   Raises:
-    UsageError: there is no such run, no such format, or something else is there.
-    RunError: the run is not finished or damaged, or `to` cannot be written.
+    UsageError: there is no such run, no such format, something else is there, or the
+      networks are too large for one file.
+    RunError: the run is not finished or damaged, ONNX has not what it computes, or `to`
+      cannot be written.
   """
-  path = _checked(to)
-  if path.suffix == ".onnx":
+  path, suffix = _checked(to)
+  if suffix == ".onnx":
     _jax2onnx()
   run = runs.find(place)
   source = None if run.stages else port.content_digest(place)
-  if not path.suffix:
+  if not suffix:
     parts = _parts(run) if run.stages else port.load(place)
-    card = cards.card(run, path.name, licence, source)
+    card = _kept_card(place, licence) if source else None
+    card = card or cards.card(run, path.name, licence, source)
     port.save(parts, path, str(place), {"README.md": card})
     return
-  program = Program(run, precision="float32" if path.suffix == ".onnx" else None)
-  content = (to_jax if path.suffix == ".jax" else to_onnx)(program)
+  program = Program(run, precision="float32" if suffix == ".onnx" else None)
+  if program.size > LIMIT:
+    raise errors.UsageError(
+      f"--to={to}: the weights have {program.size / 2**30:.2f} GiB, of which a file of "
+      f"this kind holds {LIMIT / 2**30:.2f} at most: export a directory."
+    )
+  content = (to_jax if suffix == ".jax" else to_onnx)(program)
   record = exported.Record(
     name=run.name,
     digest=hashlib.sha256(content).hexdigest(),
@@ -85,39 +99,66 @@ def export(
     class_names=list(run.class_names),
     map_name=run.method.map_name,
     precision=program.precision,
-    platforms=list(PLATFORMS) if path.suffix == ".jax" else ["onnx"],
+    platforms=list(PLATFORMS) if suffix == ".jax" else ["onnx"],
     stages={role: stage.name for role, stage in run.stages.items()},
     products={role: s.finished().product for role, s in run.stages.items()},
     source=source,
     licence=licence,
     versions=environment.versions(),
   )
-  # The record comes last: without it, or beside another file, nothing is loaded.
-  files.write_bytes(path, content)
   card = cards.card(run, path.name, licence, source, record)
-  files.write_bytes(exported.card_path(path), card.encode())
+  # The record comes first: by it the others are known to be ours, also where writing
+  # them stops. Beside another file, or none, it loads nothing.
   files.write_record(exported.record_path(path), record)
+  files.write_bytes(exported.card_path(path), card.encode())
+  files.write_bytes(path, content)
 
 
-def _checked(to: str | os.PathLike) -> pathlib.Path:
-  """Returns the path to write to, after everything that can be known about it."""
+def _kept_card(place: str | os.PathLike, licence: str) -> str | None:
+  """Returns the card of a directory, which knows more than its weights do.
+
+  None where it has none, or where a licence is given, which it would not have.
+  """
+  path = files.expand(place) / "README.md"
+  if licence != cards.UNKNOWN or not path.is_file():
+    return None
+  with errors.while_doing(f"reading {path}"):
+    return path.read_text("utf-8")
+
+
+def _checked(to: str | os.PathLike) -> tuple[pathlib.Path, str]:
+  """Returns the path to write to, after everything that can be known about it.
+
+  And its ending, "" for a directory.
+  """
   path = pathlib.Path(os.path.abspath(files.expand(to)))
-  if path.suffix not in ("", *exported.SUFFIXES):
+  with errors.while_doing(f"writing {path}"):
+    is_directory = os.fspath(to).endswith(os.sep) or port.is_ported(path)
+  suffix = "" if is_directory else path.suffix
+  if suffix not in ("", *exported.SUFFIXES):
     raise errors.UsageError(
       f"--to={to}: name a file that ends in {' or '.join(exported.SUFFIXES)}, or a "
-      "directory (no ending) for the weights of each network."
+      "directory (no ending, or a slash at the end) for the weights of each network."
     )
   with errors.while_doing(f"writing {path}"):
     if not path.parent.is_dir():
       raise errors.UsageError(f"--to={to}: there is no directory {path.parent}.")
     files.check_directory(path.parent, write=True)
-    beside = exported.record_path(path).is_file()
-    ours = beside if path.suffix else port.is_ported(path)
-    if os.path.lexists(path) and not ours:
+    for foreign in _foreign(path) if suffix else storing.foreign(path):
       raise errors.UsageError(
-        f"--to={to}: something else is there already: name another place."
+        f"--to={to}: something else is there already, {foreign}: name another place."
       )
-  return path
+  return path, suffix
+
+
+def _foreign(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns which of an exported file, its record and its card are not an export's."""
+  record = exported.record_path(path)
+  try:
+    files.read_record(record, exported.Record, "")
+    return []
+  except errors.RunError:
+    return [p for p in (path, record, exported.card_path(path)) if os.path.lexists(p)]
 
 
 class Program:
@@ -125,6 +166,7 @@ class Program:
 
   Attributes:
     precision: what it computes in, "float32" or "bfloat16".
+    size: of the weights, bytes.
     inputs: shapes by name, "batch" for the number of images; see `exported.Record`.
     outputs: likewise.
     image_size: side of the images, pixels.
@@ -144,7 +186,9 @@ class Program:
     # Which serves training alone.
     self._method = dataclasses.replace(method, rematerialize=False)
     self._variables = variables
-    short = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(variables))
+    leaves = jax.tree.leaves(variables)
+    self.size = sum(leaf.nbytes for leaf in leaves)
+    short = any(leaf.dtype == jnp.bfloat16 for leaf in leaves)
     self.precision = "bfloat16" if short else "float32"
     self.image_size = run.image_size
     shape = ["batch", run.image_size, run.image_size, 3]
@@ -193,7 +237,11 @@ def to_jax(program: Program) -> bytes:
 
 
 def to_onnx(program: Program) -> bytes:
-  """Returns the program as an ONNX model."""
+  """Returns the program as an ONNX model.
+
+  Raises:
+    RunError: jax2onnx is not installed, or has nothing for an operation in it.
+  """
   jax2onnx, names = _jax2onnx(), list(program.outputs)
 
   def ordered(*images):
@@ -202,13 +250,24 @@ def to_onnx(program: Program) -> bytes:
 
   # ONNX has no platforms to choose between. jax2onnx prints as it goes.
   with cpu.left_out(_FOR_ONNX), contextlib.redirect_stdout(io.StringIO()):
-    model = jax2onnx.to_onnx(
-      ordered,
-      inputs=[tuple(shape) for shape in program.inputs.values()],
-      input_names=list(program.inputs),
-      output_names=names,
-      return_mode="proto",
-    )
+    try:
+      model = jax2onnx.to_onnx(
+        ordered,
+        inputs=[tuple(shape) for shape in program.inputs.values()],
+        input_names=list(program.inputs),
+        output_names=names,
+        return_mode="proto",
+      )
+    except (errors.UsageError, errors.RunError):
+      raise
+    except Exception as error:  # It raises many types.
+      if errors.circumstance(error):
+        raise
+      reason = " ".join(f"{type(error).__name__}: {error}".split())
+      raise errors.RunError(
+        f"jax2onnx cannot convert the networks to ONNX ({reason:.200}): export a .jax "
+        "file."
+      ) from error
   _broadcast(model.graph)
   return model.SerializeToString()
 
@@ -314,17 +373,22 @@ def _described(run: runs.Run, role: str, module: nn.Module) -> dict[str, Any]:
         f"the weights of a {type(module).__name__} cannot be written to a directory: "
         "export a .jax or .onnx file."
       )
-    return {
+    found = {
       "depth": module.depth,
       "width": module.width,
       "channels": module.channels,
       "out_channels": module.out_channels or module.channels,
     }
+    return found | (_wiring(run) if role == "estimator" else {})
   fields = {field.name for field in dataclasses.fields(module)}
   found = {name: getattr(module, name) for name in fields - {"dtype", "name", "parent"}}
   if role == "calibration":
-    found |= {name: getattr(run.method, name) for name in runs.WIRING}
+    found |= _wiring(run)
   return dict(sorted(found.items()))
+
+
+def _wiring(run: runs.Run) -> dict[str, str]:
+  return {name: getattr(run.method, name) for name in runs.WIRING}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, files, platform
 
 SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
@@ -75,23 +76,41 @@ class Exported:
     """Returns what the networks say of images, float32 arrays by name.
 
     Args:
-      degraded: float32 [N, S, S, 3] in [0, 1], S = `record.image_size`.
+      degraded: floating-point [N, S, S, 3] in [0, 1], S = `record.image_size`.
       clean: likewise; used by the true fidelity map only.
 
     Raises:
-      UsageError: images are missing or of another shape.
+      UsageError: images are missing, of another shape, type or range, or not as many
+        of one kind as of the other.
     """
     given = {"degraded": degraded, "clean": clean}
     arrays = {}
     for name, shape in self.record.inputs.items():
       if given[name] is None:
         raise errors.UsageError(f"{self.record.name} needs the {name} images, too.")
-      arrays[name] = np.asarray(given[name], np.float32)
-      if list(arrays[name].shape[1:]) != shape[1:]:
+      array = np.asarray(given[name])
+      if list(array.shape[1:]) != shape[1:]:
         raise errors.UsageError(
           f"{self.record.name} takes images of the shape {tuple(shape)}, not "
-          f"{arrays[name].shape}."
+          f"{array.shape}."
         )
+      if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise errors.UsageError(
+          f"{self.record.name} takes {name} images as floating-point numbers in "
+          f"[0, 1], not {array.dtype}: divide bytes by 255."
+        )
+      # NaN is in no range.
+      if not ((array >= 0) & (array <= 1)).all():
+        raise errors.UsageError(
+          f"{self.record.name} takes {name} images with values in [0, 1], and some are "
+          "not: clip them, or divide what goes to 255 by that."
+        )
+      arrays[name] = array.astype(np.float32)
+    if len({len(array) for array in arrays.values()}) > 1:
+      raise errors.UsageError(
+        f"{self.record.name} takes as many clean images as degraded ones, not "
+        f"{len(arrays['clean'])} and {len(arrays['degraded'])}."
+      )
     return {k: np.asarray(v) for k, v in self.program(arrays).items()}
 
 
@@ -159,14 +178,14 @@ def _unreadable(path: pathlib.Path) -> Iterator[None]:
 
 def _read_jax(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
   network = jax.export.deserialize(bytearray(content))
-  platform = jax.default_backend()
+  backend = jax.default_backend()
   # JAX calls NVIDIA's and AMD's alike where it names its own.
-  if {"gpu": "cuda"}.get(platform, platform) not in network.platforms:
+  if {"gpu": "cuda"}.get(backend, backend) not in network.platforms:
     raise errors.RunError(
-      f"this file is for {', '.join(network.platforms)}, not for {platform}: set "
+      f"this file is for {', '.join(network.platforms)}, not for {backend}: set "
       "JAX_PLATFORMS=cpu."
     )
-  call = jax.jit(network.call)
+  call = jax.jit(network.call, compiler_options=platform.compiler_options())
   return lambda arrays: call(*arrays.values())
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from fidelity_jax import cards, errors, export, exported, files, port
+from fidelity_jax.port import storing
 
 _ADDRESS = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -28,34 +29,42 @@ def push(
   Args:
     place: an exported file or directory, or a run, see `runs.find`.
     address: "hf:OWNER/NAME", with "@BRANCH" for another branch than the main one.
-    private: whether a repository that is made is private.
+    private: whether the repository is to be private.
     licence: of the weights, for a run; exports have theirs.
 
   Returns:
     The commit's address.
 
   Raises:
-    UsageError: the address is none, or there is no such run.
+    UsageError: the address is none, there is no such run, the repository is there and
+      public where `private` is asked for, or a licence is given for an export.
     RunError: what is to be uploaded is damaged, or the hub refuses or is not reached.
   """
   repo, revision = _parsed(address)
   hub, path = _library(), files.expand(place)
+  is_file = path.suffix in exported.SUFFIXES and not path.is_dir()
+  if licence != cards.UNKNOWN and (is_file or port.is_ported(path)):
+    raise errors.UsageError(
+      f"{path} is exported already, its card has a licence: export it again with "
+      f"--license={licence}."
+    )
   with tempfile.TemporaryDirectory() as temporary:
-    if path.suffix in exported.SUFFIXES:
-      exported.read_record(path)
-      record, card = exported.record_path(path), exported.card_path(path)
-      uploads = {path.name: path, record.name: record}
-      uploads |= {"README.md": card} if card.is_file() else {}
+    if is_file:
+      uploads = _of_file(path)
     else:
-      if port.is_ported(path):
-        port.load(path)
-      else:
+      if not port.is_ported(path):
         path = pathlib.Path(temporary) / "weights"
         export.export(place, path, licence)
-      uploads = {one.name: one for one in sorted(path.iterdir())}
+      port.load(path)
+      uploads = {one.name: one for one in storing.contents(path)}
     with _speaking(hub, address):
       api = hub.HfApi()
       api.create_repo(repo, private=private, exist_ok=True)
+      if private and not api.repo_info(repo).private:
+        raise errors.UsageError(
+          f"{address} is there already, and public: nothing was uploaded. Make it "
+          "private on its page, or push to another."
+        )
       if revision:
         api.create_branch(repo, branch=revision, exist_ok=True)
       commit = api.create_commit(
@@ -65,6 +74,19 @@ def push(
         revision=revision,
       )
   return commit.commit_url
+
+
+def _of_file(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns what belongs to an exported file, by its name in a repository."""
+  digest, record = exported.read_record(path).digest, exported.record_path(path)
+  uploads = {path.name: path, record.name: record}
+  card, pulled = exported.card_path(path), path.with_name("README.md")
+  if card.is_file():
+    uploads["README.md"] = card
+  # `pull` writes it there; a card names the digest, what else is called so does not.
+  elif pulled.is_file() and digest.encode() in pulled.read_bytes():
+    uploads["README.md"] = pulled
+  return uploads
 
 
 def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
@@ -134,6 +156,9 @@ def _checked(directory: pathlib.Path, address: str) -> list[pathlib.Path]:
 def _library() -> ModuleType:
   try:
     import huggingface_hub
+    # Which it does not import itself until something needs them.
+    import huggingface_hub.constants
+    import huggingface_hub.errors
   except ImportError as error:
     raise errors.RunError(
       "huggingface_hub, which speaks to the hub, is not installed: pip install "
@@ -172,16 +197,18 @@ def _speaking(hub: ModuleType, address: str) -> Iterator[None]:
     raise errors.RunError(f"{address}: {reason:.200}.") from error
   except hub.errors.HFValidationError as error:
     raise errors.UsageError(f"{address} is no address of the hub: {error}.") from error
-  except (errors.RunError, OSError) as error:
-    if isinstance(error, errors.RunError) or errors.circumstance(error):
+  except (errors.RunError, errors.UsageError):
+    raise
+  except Exception as error:
+    if errors.circumstance(error):
       raise
-    raise _not_reached(hub, address, error) from error
-  except Exception as error:  # Of its HTTP library, whose name changes.
-    raise _not_reached(hub, address, error) from error
-
-
-def _not_reached(hub: ModuleType, address: str, error: Exception) -> errors.RunError:
-  return errors.RunError(
-    f"{address}: the hub at {hub.constants.ENDPOINT} is not reached ({error!s:.100}): "
-    "check the network and run the same command again."
-  )
+    # The latter is what its HTTP library's errors have in common.
+    if isinstance(error, OSError | hub.errors.HTTPError):
+      raise errors.RunError(
+        f"{address}: the hub at {hub.constants.ENDPOINT} is not reached "
+        f"({error!s:.100}): check the network and run the same command again."
+      ) from error
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise errors.RunError(
+      f"{address}: huggingface_hub fails: {reason:.200}."
+    ) from error

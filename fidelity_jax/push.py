@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     "run", metavar="RUN", help="an exported file or directory, or a run"
   )
   parser.add_argument("address", metavar="hf:OWNER/NAME[@BRANCH]")
-  parser.add_argument("--private", action="store_true", help="make it a private one")
+  parser.add_argument("--private", action="store_true", help="to a private one alone")
   parser.add_argument(
     "--license", default="unknown", help="of a run's weights (default: unknown)"
   )

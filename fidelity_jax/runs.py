@@ -32,7 +32,8 @@ _RECORD = "experiment.json"
 _AGAIN = "run its command again; nothing is trained anew."
 # Of the authors' images, and of torchvision's networks.
 IMAGE_SIZE = 224
-# Fields of a `Method` that a calibration module's description may have.
+# Fields of a `Method` that the description of a calibration module or of an estimator
+# may have.
 WIRING = ("map_name", "estimator_input")
 _MODULES = {"calibration": models.Calibration, "ensemble": models.Ensemble}
 
@@ -198,20 +199,22 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
   parts = port.load(place)
   if "dncnn" in parts:
     parts["restorer"] = parts.pop("dncnn")
-  loaded, names, image_size = {}, (), IMAGE_SIZE
+  loaded, names, image_size, described = {}, (), IMAGE_SIZE, {}
   for role, part in parts.items():
+    config = {k: v for k, v in part.config.items() if k not in WIRING}
+    described |= {k: v for k, v in part.config.items() if k in WIRING}
     if role in ("restorer", "estimator"):
-      loaded[role] = assembly.Frozen(models.DnCNN(**part.config), part.variables)
+      loaded[role] = assembly.Frozen(models.DnCNN(**config), part.variables)
     elif role == "classifier":
-      classes = part.config["num_classes"]
-      module = models.create(part.config["model"], classes)
+      classes = config["num_classes"]
+      module = models.create(config["model"], classes)
       loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
-      names = part.config["class_names"] or map(str, range(classes))
-      image_size = part.config.get("image_size", IMAGE_SIZE)
+      names = config["class_names"] or map(str, range(classes))
+      image_size = config.get("image_size", IMAGE_SIZE)
   classifier = loaded["classifier"].network if "classifier" in loaded else None
   # Of these the authors' checkpoints say nothing; exported ones do.
   cosine = "estimator" in parts and parts["estimator"].config["out_channels"] == 1
-  wiring = {"map_name": "cosine" if cosine else "l1"}
+  wiring = {"map_name": "cosine" if cosine else "l1"} | described
   for role, make in _MODULES.items():
     if role not in parts:
       continue
@@ -223,8 +226,7 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
     known = {"feature_size": classifier.feature_size}
     if role == "calibration":
       known["num_taps"] = classifier.num_taps
-    for name, value in parts[role].config.items():
-      (wiring if name in WIRING else known)[name] = value
+    known |= {k: v for k, v in parts[role].config.items() if k not in WIRING}
     loaded[role] = assembly.Frozen(make(**known), parts[role].variables)
   if not loaded:
     raise errors.UsageError(

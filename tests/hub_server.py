@@ -59,7 +59,7 @@ class Hub:
     handler.send_response(status)
     for name, value in headers.items():
       handler.send_header(name, value)
-    handler.send_header("Content-Length", headers.get("Length", str(len(content))))
+    handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
     if method != "HEAD":
       handler.wfile.write(content)

@@ -53,6 +53,7 @@ def test_the_card_says_what_it_takes_and_where_it_is_from(exports, toy_run):
     "awgn (discrete, levels [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])",
     "16, in the order of the logits: astronaut, brick",
     "Of the images that they were trained on: unknown",
+    "awgn-0.5, awgn-1d, awgn-2d images of it, and on no others.",
     "6 months",
     *(stage.finished().product for stage in run.stages.values()),
   ):

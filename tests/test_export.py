@@ -1,5 +1,6 @@
 """Exported networks give what the run gives, without this package."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,12 +22,13 @@ from conftest import (
   flip,
   one_line,
   overrides,
+  results,
   without_privileges,
 )
 from test_data_images import photograph
 
 import fidelity_jax
-from fidelity_jax import errors, export, exported, models, port, runs
+from fidelity_jax import errors, export, exported, files, models, port, runs
 from fidelity_jax.method import Method
 
 BATCHES = (1, 3, 8)
@@ -164,6 +166,14 @@ def test_a_loaded_file_is_called_with_arrays(places, jax_files):
     network(images["degraded"])
   with pytest.raises(errors.UsageError, match="takes images of the shape"):
     network(images["degraded"][:, :16], images["clean"])
+  for wrong, words in (
+    ((images["degraded"] * 255).astype(np.uint8), "not uint8"),
+    (images["degraded"] * 255, r"values in \[0, 1\]"),
+    (images["degraded"] * np.nan, r"values in \[0, 1\]"),
+    (images["degraded"][:2], "3 and 2"),
+  ):
+    with pytest.raises(errors.UsageError, match=words):
+      network(wrong, images["clean"])
 
 
 def test_a_loaded_file_is_a_model_of_images_of_any_size(places, jax_files):
@@ -289,10 +299,15 @@ def test_a_directory_is_read_back(places, tmp_path):
   want, found = expected(run, images), expected(again, images)
   np.testing.assert_allclose(found["logits"], want["logits"], atol=1e-5)
   assert "batch_stats" in port.load(tmp_path / "weights")["classifier"].variables
-  assert (tmp_path / "weights" / "README.md").read_text().startswith("---\nlicense")
-  # Once more, from the directory, over the same.
+  card = (tmp_path / "weights" / "README.md").read_text()
+  assert card.startswith("---\nlicense") and "awgn-0.1" in card
+  # Once more, from the directory, over the same: it still knows what was measured.
   export.export(tmp_path / "weights", tmp_path / "weights")
   assert runs.find(tmp_path / "weights").method == again.method
+  assert (tmp_path / "weights" / "README.md").read_text() == card
+  export.export(tmp_path / "weights", tmp_path / "weights", "mit")
+  card = (tmp_path / "weights" / "README.md").read_text()
+  assert card.startswith("---\nlicense: mit")
 
 
 @pytest.mark.slow
@@ -348,13 +363,150 @@ def test_what_cannot_be_written_is_refused(places, tmp_path, refused):
   ):
     arguments = [place, f"--to={tmp_path / to}"]
     refused(arguments, 2, words, command=export.main)
-  refused([tmp_path / "no", f"--to={tmp_path}/x.jax"], 2, "no", command=export.main)
+  words = f"there is no {tmp_path}/absent: name an experiment's directory"
+  absent = [tmp_path / "absent", f"--to={tmp_path}/x.jax"]
+  refused(absent, 2, words, command=export.main)
   assert (tmp_path / "other.jax").read_text() == "mine"
   closed = tmp_path / "closed"
   closed.mkdir(mode=0o555)
-  with without_privileges(), pytest.raises(errors.RunError, match="written"):
+  with without_privileges(), pytest.raises(errors.RunError, match="permissions"):
     export.export(place, closed / "x.jax")
   assert not list(closed.iterdir())
+
+
+class Odd(export.Program):
+  """Computes something that ONNX has not."""
+
+  def __call__(self, degraded):
+    return {"restored": jax.lax.erf_inv(super().__call__(degraded)["restored"])}
+
+
+def test_what_onnx_has_not_is_named(places):
+  pytest.importorskip("jax2onnx")
+  program = Odd(runs.find(places["restorer"]), "float32")
+  with pytest.raises(errors.RunError, match=r"jax2onnx cannot convert.*'erf_inv'"):
+    export.to_onnx(program)
+
+
+def test_networks_too_large_for_a_file_are_refused(places, tmp_path, monkeypatch):
+  """Which is said before the work is done."""
+  run = runs.find(places["restorer"])
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.variables))
+  monkeypatch.setattr(export, "LIMIT", size - 1)
+  with pytest.raises(errors.UsageError, match="export a directory"):
+    export.export(places["restorer"], tmp_path / "x.jax")
+  assert not list(tmp_path.iterdir())
+  export.export(places["restorer"], tmp_path / "x")
+  monkeypatch.setattr(export, "LIMIT", size)
+  export.export(places["restorer"], tmp_path / "x.jax")
+
+
+def test_what_others_put_there_stays(places, tmp_path):
+  place = places["restorer"]
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  for name in ("m.jax", "m.jax.json", "n.jax.md", "o.jax.json"):
+    (mine / name).write_text("{}")
+  shutil.copytree(place, mine / "weights")
+  (mine / "weights" / ".env").write_text("{}")
+  shutil.copytree(place, mine / "sub")
+  (mine / "sub" / ".git").mkdir()
+  (mine / "index").mkdir()
+  (mine / "index" / "port.json").write_text("{}")
+  before = files.digest_tree(mine)
+  for name in ("m.jax", "n.jax", "o.jax", "weights", "sub", "index"):
+    with pytest.raises(errors.UsageError, match=rf"is there already, {mine}/"):
+      export.export(place, mine / name)
+  for name in ("weights", "sub", "index"):
+    with pytest.raises(errors.UsageError, match="name another directory"):
+      port.save(port.load(place), mine / name, "toy")
+  assert files.digest_tree(mine) == before
+  assert (mine / "sub" / ".git").is_dir()
+
+
+def test_an_export_that_stopped_is_made_again(places, tmp_path, monkeypatch):
+  """After each of its files; what is there until then is not loaded."""
+  place, path = places["restorer"], tmp_path / "toy.jax"
+  write, left = files.write_bytes, []
+
+  def stopping(*arguments):
+    if not left:
+      raise KeyboardInterrupt
+    left.pop()
+    write(*arguments)
+
+  for count in range(3):
+    with monkeypatch.context() as patch:
+      left[:] = range(count)
+      patch.setattr(files, "write_bytes", stopping)
+      with pytest.raises(KeyboardInterrupt):
+        export.export(place, path)
+    assert len(list(tmp_path.iterdir())) == count
+    with pytest.raises(errors.UsageError, match="no exported file"):
+      exported.load(path)
+  export.export(place, path)
+  exported.load(path)
+  # Its record says that what is beside it is of an export.
+  path.write_bytes(b"")
+  with pytest.raises(errors.RunError, match="not what its record says"):
+    exported.load(path)
+  export.export(place, path)
+  exported.load(path)
+
+
+def test_results_that_are_damaged_leave_nothing_behind(toy_copy, tmp_path):
+  path = results(toy_copy)
+  content = path.read_bytes()
+  for to in ("toy.jax", "weights"):
+    path.write_bytes(content[:-100])
+    with pytest.raises(errors.RunError, match=r"results.json is damaged"):
+      export.export(path.parent, tmp_path / to)
+    assert [one.name for one in tmp_path.glob(f"{to}*")] == []
+    path.write_bytes(content)
+    export.export(path.parent, tmp_path / to)
+  assert "awgn-0.1" in (tmp_path / "toy.jax.md").read_text()
+
+
+def test_a_slash_at_the_end_means_a_directory(places, tmp_path, refused):
+  to = f"--to={tmp_path}/my-v1.2"
+  refused([places["restorer"], to], 2, "a slash at the end", command=export.main)
+  # The second replaces the first.
+  for end in ("/", ""):
+    assert export.main([str(places["restorer"]), f"{to}{end}"]) == 0
+  assert runs.find(tmp_path / "my-v1.2").method.restorer is not None
+
+
+def test_an_estimator_alone_says_what_it_estimates(places, tmp_path):
+  """The part's config is all that a directory has of it."""
+  parts = port.load(places["estimated"])
+  wiring = {"map_name": "l2", "estimator_input": "restored"}
+  run = runs.find(places["estimated"])
+  method = dataclasses.replace(run.method, calibration=None, ensemble=None, **wiring)
+  run = dataclasses.replace(run, method=method)
+  config = export._described(run, "estimator", method.estimator)
+  estimator = port.Part(parts["estimator"].variables, config)
+  port.save(
+    {"restorer": parts["restorer"], "estimator": estimator}, tmp_path / "e", "toy"
+  )
+  again = runs.find(tmp_path / "e").method
+  assert {name: getattr(again, name) for name in runs.WIRING} == wiring
+
+
+@pytest.mark.slow
+def test_the_run_of_an_estimator_is_read_back(toy_copy, command, tmp_path):
+  own = ("dataset", "parents.restorer")
+  fields = {name: value for name, value in TOY.items() if name.startswith(own)}
+  fields |= {k.removeprefix("parents.estimator."): v for k, v in TOY_ESTIMATOR.items()}
+  fields |= {"fidelity.map": "l2", "fidelity.estimator_input": "restored"}
+  config = "--config=configs/estimator.py:demo"
+  command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
+  place = experiment(toy_copy, "estimator")
+  export.export(place, tmp_path / "weights")
+  run, again = runs.find(place), runs.find(tmp_path / "weights")
+  assert (again.method.map_name, again.method.estimator_input) == ("l2", "restored")
+  images = pictures(run)
+  want, found = expected(run, images), expected(again, images)
+  np.testing.assert_allclose(found["fidelity_map"], want["fidelity_map"], atol=1e-5)
 
 
 def test_without_the_libraries_one_line_says_what_to_install(places, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, experiment, flip, one_line
 from test_export import expected, pictures
 
-from fidelity_jax import errors, export, exported, hub, port, pull, push, runs
+from fidelity_jax import errors, export, exported, hub, pull, push, runs
 
 pytest.importorskip("huggingface_hub")
 
@@ -142,6 +143,10 @@ def test_commands_that_are_wrong_are_refused(files, tmp_path, refused):
     refused([address, f"--to={tmp_path}/x"], 2, "hf:OWNER/NAME", command=pull.main)
     refused([files / "toy.jax", address], 2, "hf:OWNER/NAME", command=push.main)
   refused(["hf:me/toy", f"--to={tmp_path}"], 2, "exists", command=pull.main)
+  licence = "--license=mit"
+  for name in ("toy.jax", "weights"):
+    arguments = [files / name, "hf:me/toy", licence]
+    refused(arguments, 2, "export it again with --license=mit", command=push.main)
   words = "there is no directory"
   refused(["hf:me/toy", f"--to={tmp_path}/a/b"], 2, words, command=pull.main)
 
@@ -152,4 +157,69 @@ def test_a_damaged_export_is_not_pushed(files, tmp_path):
   flip(tmp_path / "toy.jax")
   with pytest.raises(errors.RunError, match="not what its record says"):
     hub.push(tmp_path / "toy.jax", "hf:me/toy")
-  assert port.is_ported(files / "weights")
+  weights = shutil.copytree(files / "weights", tmp_path / "weights")
+  flip(weights / "restorer.safetensors")
+  with pytest.raises(errors.RunError, match="not what its checksum says"):
+    hub.push(weights, "hf:me/toy")
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(server, run, files):
+  server.repos["me/toy"] = {"private": False, "branches": {"main": {}}}
+  first, second = run(
+    ("push", files / "toy.jax", "hf:me/toy", "--private"),
+    ("push", files / "toy.jax", "hf:me/toy"),
+  )
+  assert first[0] == 2
+  assert "public: nothing was uploaded" in one_line(first[2])
+  assert second[0] == 0
+  assert sum("/commit/" in line for line in server.requests) == 1
+  assert "toy.jax" in server.repos["me/toy"]["branches"]["main"]
+
+
+def test_nothing_else_is_uploaded(server, run, files, tmp_path):
+  weights = shutil.copytree(files / "weights", tmp_path / "weights")
+  ours = {path.name for path in weights.iterdir()}
+  (weights / ".env").write_text("SECRET=1")
+  (weights / "old.ckpt").write_text("large")
+  (weights / "notes").mkdir()
+  for name in ("toy.jax", "toy.jax.json"):
+    shutil.copy(files / name, tmp_path)
+  (tmp_path / "README.md").write_text("# About something else")
+  results = run(
+    ("push", weights, "hf:me/weights"), ("push", tmp_path / "toy.jax", "hf:me/toy")
+  )
+  assert [status for status, *_ in results] == [0, 0], results
+  uploaded = lambda name: server.repos[name]["branches"]["main"].keys()
+  assert uploaded("me/weights") == ours
+  assert uploaded("me/toy") == {"toy.jax", "toy.jax.json"}
+
+
+def test_a_card_goes_along_when_it_is_pushed_again(server, run, files, tmp_path):
+  results = run(
+    ("push", files / "toy.jax", "hf:me/toy"),
+    ("pull", "hf:me/toy", f"--to={tmp_path}/a"),
+    ("push", tmp_path / "a" / "toy.jax", "hf:me/again"),
+  )
+  assert [status for status, *_ in results] == [0] * 3, results
+  first, again = (
+    server.repos[name]["branches"]["main"] for name in ("me/toy", "me/again")
+  )
+  assert again == first and "README.md" in again
+
+
+def test_what_the_library_says_is_passed_on():
+  """Of its errors, those of connections alone mean the network."""
+  library = hub._library()
+  from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+  for error in (OfflineModeIsEnabled("off"), HTTPError("reset"), TimeoutError()):
+    with (
+      pytest.raises(errors.RunError, match="not reached"),
+      hub._speaking(library, "hf:me/toy"),
+    ):
+      raise error
+  with (
+    pytest.raises(errors.RunError, match=r"fails: ValueError: too many\.$"),
+    hub._speaking(library, "hf:me/toy"),
+  ):
+    raise ValueError("too many")

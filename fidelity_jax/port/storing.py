@@ -45,7 +45,8 @@ def save(
 
   Args:
     parts: what `load` returned.
-    directory: must not exist, or be a ported directory, which is then replaced.
+    directory: must not exist, or be one that this function wrote and that has nothing
+      else in it, which is then replaced.
     checkpoint: what the parts came from, for the record.
     texts: further files, by name.
 
@@ -55,9 +56,10 @@ def save(
   """
   # The temporary directory stands beside it: "." has no name to call that after.
   directory = pathlib.Path(os.path.abspath(directory))
-  if directory.exists() and not is_ported(directory):
+  for path in foreign(directory):
     raise errors.UsageError(
-      f"{directory} exists and is no ported checkpoint: name another directory"
+      f"{directory} exists and is no ported checkpoint, or has more in it ({path}): "
+      "name another directory"
     )
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   try:
@@ -105,8 +107,38 @@ def is_ported(directory: pathlib.Path) -> bool:
   return (directory / _INDEX).is_file()
 
 
+def contents(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns what is there of the files that `save` writes into a directory.
+
+  These are its index, the files of its parts and README.md.
+
+  Raises:
+    errors.RunError: the index is damaged or cannot be read.
+  """
+  parts = [entry.file for entry in _read_index(directory).parts.values()]
+  paths = [directory / name for name in (_INDEX, *parts, "README.md")]
+  return [path for path in paths if path.is_file()]
+
+
+def foreign(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns what would be lost, and not by `save`, if it replaced a directory."""
+  if not os.path.lexists(directory):
+    return []
+  try:
+    ours = contents(directory)
+  except errors.RunError:
+    return [directory]
+  return sorted(set(directory.iterdir()) - set(ours))
+
+
 def _read_index(directory: pathlib.Path) -> _Index:
-  return files.read_record(directory / _INDEX, _Index, _AGAIN)
+  path = directory / _INDEX
+  index = files.read_record(path, _Index, _AGAIN)
+  for entry in index.parts.values():
+    # It may come from anywhere, and is not to name files of others.
+    if pathlib.PurePath(entry.file).name != entry.file:
+      raise errors.RunError(f"{path} is damaged ({entry.file!r} is no name): {_AGAIN}")
+  return index
 
 
 def content_digest(directory: pathlib.Path) -> str:
