@@ -9,12 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import skimage.metrics
+from flax import linen as nn
 
 from fidelity_jax import models, platform, runs, tiling
 from fidelity_jax.errors import UsageError
@@ -64,10 +66,27 @@ def load(place: str | Path) -> Denoiser:
 
 
 @functools.cache
-def _compiled(network: models.DnCNN):
-  # Denoisers of one structure share programs.
-  apply = functools.partial(network.apply, method="restore")
+def _compiled(network: nn.Module, method: str) -> Callable:
+  # Networks of one structure share programs.
+  def apply(variables, images, mask):
+    return network.apply(variables, images, mask=mask, method=method)
+
   return jax.jit(apply, compiler_options=platform.compiler_options())
+
+
+def apply_whole(
+  network: nn.Module, variables: PyTree, image: np.ndarray, method: str = "__call__"
+) -> np.ndarray:
+  """Returns what a restorer or an estimator makes of a whole image, [H, W, K].
+
+  Args:
+    network: has a `radius`; see `models.Restorer`.
+    variables: for its `apply`.
+    image: float32 [H, W, C], of any size: large ones are computed in windows.
+    method: the network's, which takes images and a mask.
+  """
+  compute = functools.partial(_compiled(network, method), variables)
+  return tiling.apply(compute, image, network.radius)
 
 
 def restore(denoiser: Denoiser, image: np.ndarray) -> np.ndarray:
@@ -90,8 +109,7 @@ def restore(denoiser: Denoiser, image: np.ndarray) -> np.ndarray:
   given, taken = image.shape[-1], network.channels
   if given not in (1, 3):
     raise ValueError(f"images have 1 or 3 channels, not {given}")
-  compute = functools.partial(_compiled(network), denoiser.variables)
-  apply = lambda image: tiling.apply(compute, image, network.radius)
+  apply = lambda image: apply_whole(network, denoiser.variables, image, "restore")
   if given == taken:
     return apply(image)
   if taken == 1:
