@@ -81,7 +81,7 @@ class Found(NamedTuple):
 
 
 def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]:
-  """Lists image files.
+  """Lists image files; what is named twice, such as by its folder too, once.
 
   Args:
     places: files; folders, searched recursively for files with an image's suffix,
@@ -94,7 +94,7 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
     UsageError: a place is not there, or holds no images; a name cannot be shown.
     RunError: a folder cannot be read.
   """
-  found = []
+  found = {}
   for place in places:
     path = files.expand(place)
     if path.is_dir():
@@ -106,11 +106,12 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
     if not here:
       there = "no images in it" if path.is_dir() else "no such file"
       raise UsageError(f"{path}: {there}; name image files or folders of images")
-    found += here
-  for one in found:
-    if not one.name.isprintable():
-      raise UsageError(f"{str(one.path)!r}: a name that cannot be shown; rename it")
-  return found
+    for one in here:
+      if not one.name.isprintable():
+        raise UsageError(f"{str(one.path)!r}: a name that cannot be shown; rename it")
+      # A link of another name is an image of its own.
+      found.setdefault((os.path.realpath(one.path), one.name), one)
+  return list(found.values())
 
 
 def _is_image(path: Path) -> bool:

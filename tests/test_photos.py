@@ -362,6 +362,14 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
   assert names(tmp_path / "a", tmp_path / "b.png") == ["b.JPG", "b.png"]
   assert names(tmp_path / "*.png") == ["b.png"]
   assert names(tmp_path / "**/*.*") == ["a/b.JPG", "b.png"]
+  # One file once, however it is named; a link of another name is another image.
+  assert names(tmp_path, tmp_path / "b.png", tmp_path / "a" / ".." / "*.png") == [
+    "b.png",
+    "a/b.JPG",
+  ]
+  (tmp_path / "c.png").symlink_to("b.png")
+  assert names(tmp_path / "*.png") == ["b.png", "c.png"]
+  (tmp_path / "c.png").unlink()
   monkeypatch.chdir(tmp_path)
   assert names("a/notes.txt", "*/*.JPG") == ["notes.txt", "a/b.JPG"]
   for place, reason in (("none", "no such file"), (".x/*.gif", "no such file")):
