@@ -1,8 +1,11 @@
 """A denoiser alone, on images of any size: restoring, and how well it does.
 
 The protocol is the one that denoisers are published with: Gaussian noise that is
-neither clipped nor rounded, float32 arithmetic, PSNR and SSIM of the output clipped to
-[0, 1]. Rounding the output to 8 bits first, as some do, takes 0.005 dB off 29 dB.
+neither clipped nor rounded, PSNR and SSIM of the output clipped to [0, 1]. Rounding the
+output to 8 bits first, as some do, takes 0.005 dB off 29 dB.
+
+PSNR and SSIM are scikit-image's: those of `tasks.base` and `quality`, which training
+and evaluation use for images of one size, would be compiled for each size anew.
 """
 
 import dataclasses
@@ -135,16 +138,17 @@ def add_noise(image: np.ndarray, sigma: float, seed: int, name: str) -> np.ndarr
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
   """Returns the PSNR over all pixels and channels in dB, for images in [0, 1].
 
-  Identical images, whose PSNR is infinite, count as 100 dB, as in training.
+  Identical images, whose PSNR is infinite, count as 100 dB, as in `tasks.base.psnr`.
   """
   error = skimage.metrics.mean_squared_error(reference, image)
   return -10 * math.log10(max(error, 1e-10))
 
 
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
-  """Returns the SSIM of Wang et al. (2004), as `quality.ssim` defines it.
+  """Returns the SSIM of Wang et al. (2004), for images in [0, 1].
 
-  NaN if a side is shorter than the window.
+  NaN if a side is shorter than the window of 11 pixels, which `quality.ssim` cuts to
+  fit: what it then gives is not comparable. Of larger images both give the same.
   """
   if min(reference.shape[:2]) < _SSIM_SIDE:
     return math.nan

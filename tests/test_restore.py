@@ -14,8 +14,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_data_images import photograph
 
-from fidelity_jax import denoising, files, photos, port, restore, runs
+from fidelity_jax import denoising, files, photos, port, quality, restore, runs
 from fidelity_jax.errors import UsageError
+from fidelity_jax.tasks import base
 
 PROGRAM = ("-m", "fidelity_jax", "restore")
 
@@ -159,6 +160,10 @@ def test_psnr_and_ssim_are_scikit_images(shape):
   options = {"gaussian_weights": True, "use_sample_covariance": False}
   expected = structural_similarity(*exact, data_range=1, channel_axis=-1, **options)
   assert denoising.ssim(clean, noisy) == pytest.approx(expected, abs=1e-5)
+  # As evaluation measures them.
+  batches = clean[None], noisy[None]
+  assert float(base.psnr(*batches)[0]) == pytest.approx(denoising.psnr(clean, noisy))
+  assert float(quality.ssim(*batches)[0]) == pytest.approx(expected, abs=1e-5)
   assert denoising.psnr(clean, clean) == 100
   assert np.isnan(denoising.ssim(*rng.random((2, 10, 30, 1))))
 
@@ -177,6 +182,9 @@ def test_a_folder(folder, weights, tmp_path, capsys):
     assert _roughness(restored) < 0.8 * _roughness(given)
   assert list(_rows(out)) == names
   assert _rows(out)["colour.png"]["psnr"] == ""
+  # Named a second time, it is the same image.
+  assert _run(weights[3], folder, folder / "colour.png", f"--out={out}") == 0
+  assert capsys.readouterr().out.split() == names
 
 
 def test_alpha_and_metadata_stay(weights, tmp_path):
