@@ -1,20 +1,25 @@
 """A denoiser alone, on images of any size: restoring, and how well it does.
 
 The protocol is the one that denoisers are published with: Gaussian noise that is
-neither clipped nor rounded, float32 arithmetic, PSNR and SSIM of the output clipped to
-[0, 1]. Rounding the output to 8 bits first, as some do, takes 0.005 dB off 29 dB.
+neither clipped nor rounded, PSNR and SSIM of the output clipped to [0, 1]. Rounding the
+output to 8 bits first, as some do, takes 0.005 dB off 29 dB.
+
+PSNR and SSIM are scikit-image's: those of `tasks.base` and `quality`, which training
+and evaluation use for images of one size, would be compiled for each size anew.
 """
 
 import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import skimage.metrics
+from flax import linen as nn
 
 from fidelity_jax import models, platform, runs, tiling
 from fidelity_jax.errors import UsageError
@@ -64,10 +69,27 @@ def load(place: str | Path) -> Denoiser:
 
 
 @functools.cache
-def _compiled(network: models.DnCNN):
-  # Denoisers of one structure share programs.
-  apply = functools.partial(network.apply, method="restore")
+def _compiled(network: nn.Module, method: str) -> Callable:
+  # Networks of one structure share programs.
+  def apply(variables, images, mask):
+    return network.apply(variables, images, mask=mask, method=method)
+
   return jax.jit(apply, compiler_options=platform.compiler_options())
+
+
+def apply_whole(
+  network: nn.Module, variables: PyTree, image: np.ndarray, method: str = "__call__"
+) -> np.ndarray:
+  """Returns what a restorer or an estimator makes of a whole image, [H, W, K].
+
+  Args:
+    network: has a `radius`; see `models.Restorer`.
+    variables: for its `apply`.
+    image: float32 [H, W, C], of any size: large ones are computed in windows.
+    method: the network's, which takes images and a mask.
+  """
+  compute = functools.partial(_compiled(network, method), variables)
+  return tiling.apply(compute, image, network.radius)
 
 
 def restore(denoiser: Denoiser, image: np.ndarray) -> np.ndarray:
@@ -90,8 +112,7 @@ def restore(denoiser: Denoiser, image: np.ndarray) -> np.ndarray:
   given, taken = image.shape[-1], network.channels
   if given not in (1, 3):
     raise ValueError(f"images have 1 or 3 channels, not {given}")
-  compute = functools.partial(_compiled(network), denoiser.variables)
-  apply = lambda image: tiling.apply(compute, image, network.radius)
+  apply = lambda image: apply_whole(network, denoiser.variables, image, "restore")
   if given == taken:
     return apply(image)
   if taken == 1:
@@ -117,16 +138,17 @@ def add_noise(image: np.ndarray, sigma: float, seed: int, name: str) -> np.ndarr
 def psnr(reference: np.ndarray, image: np.ndarray) -> float:
   """Returns the PSNR over all pixels and channels in dB, for images in [0, 1].
 
-  Identical images, whose PSNR is infinite, count as 100 dB, as in training.
+  Identical images, whose PSNR is infinite, count as 100 dB, as in `tasks.base.psnr`.
   """
   error = skimage.metrics.mean_squared_error(reference, image)
   return -10 * math.log10(max(error, 1e-10))
 
 
 def ssim(reference: np.ndarray, image: np.ndarray) -> float:
-  """Returns the SSIM of Wang et al. (2004), as `quality.ssim` defines it.
+  """Returns the SSIM of Wang et al. (2004), for images in [0, 1].
 
-  NaN if a side is shorter than the window.
+  NaN if a side is shorter than the window of 11 pixels, which `quality.ssim` cuts to
+  fit: what it then gives is not comparable. Of larger images both give the same.
   """
   if min(reference.shape[:2]) < _SSIM_SIDE:
     return math.nan

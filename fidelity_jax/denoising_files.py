@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from fidelity_jax import denoising, files, overlap, photos, progress
+from fidelity_jax import denoising, errors, files, overlap, photos, progress
 from fidelity_jax.data.images import BadImageError
 from fidelity_jax.errors import RunError, UsageError
 
@@ -45,6 +45,7 @@ class Row(NamedTuple):
     image: its name, see `photos.Found`.
     output: the restored image's, relative to its directory.
     sha256: of the content that was restored, and of its reference's where there is one.
+    output_sha256: of what was written.
     psnr_noisy: of what the denoiser saw, dB; NaN without a reference.
     psnr: of what it gave, not yet rounded to 8 or 16 bits.
     ssim_noisy: likewise.
@@ -54,6 +55,7 @@ class Row(NamedTuple):
   image: str
   output: str
   sha256: str
+  output_sha256: str
   psnr_noisy: float
   psnr: float
   ssim_noisy: float
@@ -122,9 +124,7 @@ class _Job:
     with contextlib.closing(read), contextlib.closing(written):
       for result in written:
         if isinstance(result, Failure):
-          # What is there is of other content.
-          with self._lock:
-            self._rows.pop(result.found.name, None)
+          self._forget(result.found.name)
         yield result
     self._write_table()
 
@@ -135,7 +135,7 @@ class _Job:
         clean = self._read_reference(found.name)
       digest = hashlib.sha256(encoded + (clean or b"")).hexdigest()
       row = self._rows.get(found.name)
-      if row and row.sha256 == digest and (self._out / row.output).is_file():
+      if row and row.sha256 == digest and self._is_there(row):
         return row
       photo = photos.decode(encoded)
       degraded, reference = _floats(photo), None
@@ -151,6 +151,23 @@ class _Job:
     if photo.frames > 1:
       progress.say(f"{found.path}: the first of {photo.frames} images in it")
     return _Work(found, digest, photo, degraded, reference)
+
+  def _is_there(self, row: Row) -> bool:
+    """Returns whether an output is what was written."""
+    path = self._out / row.output
+    try:
+      return path.is_file() and files.sha256(path) == row.output_sha256
+    except OSError:
+      return False
+
+  def _forget(self, name: str) -> None:
+    """Removes the output of an image that is passed over: it is of other content."""
+    path = self._out / output_name(name)
+    if path.is_file():
+      with errors.while_doing(f"removing {path}"):
+        path.unlink()
+    with self._lock:
+      self._rows.pop(name, None)
 
   def _read_reference(self, name: str) -> bytes:
     try:
@@ -180,7 +197,8 @@ class _Job:
       return Failure(work.found, str(error))
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, content)
-    row = Row(work.found.name, name, work.sha256, *quality)
+    written = hashlib.sha256(content).hexdigest()
+    row = Row(work.found.name, name, work.sha256, written, *quality)
     with self._lock, open(self._table, "a", newline="") as file:
       self._rows[row.image] = row
       csv.writer(file, lineterminator="\n").writerow(_cells(row))
@@ -266,10 +284,14 @@ def _read_rows(table: Path) -> list[Row]:
   if not table.exists():
     return []
   rows = []
-  lines = files.read_bytes(table).decode().splitlines(keepends=True)
+  try:
+    with errors.while_doing(f"reading {table}"):
+      lines = files.read_bytes(table).decode().splitlines(keepends=True)
+  except UnicodeDecodeError as error:
+    raise RunError(f"{table} is damaged ({error}): {_AGAIN}") from error
   for cells in csv.reader(line for line in lines[1:] if line.endswith("\n")):
     try:
-      rows.append(Row(*cells[:3], *(float(cell or "nan") for cell in cells[3:])))
+      rows.append(Row(*cells[:4], *(float(cell or "nan") for cell in cells[4:])))
     except (TypeError, ValueError) as error:
       raise RunError(f"{table} is damaged ({','.join(cells)}): {_AGAIN}") from error
   return rows

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fidelity_jax import (
+  denoising,
   errors,
   exported,
   fidelity,
@@ -27,7 +28,6 @@ from fidelity_jax import (
   overlap,
   platform,
   runs,
-  tiling,
 )
 from fidelity_jax.data import crops
 from fidelity_jax.data import images as image_files
@@ -288,17 +288,15 @@ class Model:
     self.check_whole()
     method, variables = self.run.method, self.run.variables
     seen = _as_float(pixels_of(image))
-    restore = functools.partial(
-      _compiled(_restore, method.restorer), variables["restorer"]
+    restored = denoising.apply_whole(
+      method.restorer, variables["restorer"], seen, "restore"
     )
-    restored = tiling.apply(restore, seen, method.restorer.radius)
     found = {"degraded": seen, "restored": restored}
     if method.estimator is not None:
-      estimate = functools.partial(
-        _compiled(_estimate, method.estimator), variables["estimator"]
-      )
       shown = found[method.estimator_input]
-      found["fidelity_map"] = tiling.apply(estimate, shown, method.estimator.radius)
+      found["fidelity_map"] = denoising.apply_whole(
+        method.estimator, variables["estimator"], shown
+      )
     elif self.needs_clean:
       self._check_clean(clean)
       true = _as_float(pixels_of(clean))
@@ -361,21 +359,6 @@ class Model:
     if pixels.shape[:2] == (size, size):
       return pixels
     return crops.central_float(pixels, size)
-
-
-@functools.cache
-def _compiled(function: Callable, network: Any) -> Callable:
-  """Returns a function of a network, compiled for its variables and arrays."""
-  bound = functools.partial(function, network)
-  return jax.jit(bound, compiler_options=platform.compiler_options())
-
-
-def _restore(restorer, variables, degraded, mask):
-  return restorer.apply(variables, degraded, mask, method="restore")
-
-
-def _estimate(estimator, variables, seen, mask):
-  return estimator.apply(variables, seen, mask=mask)
 
 
 def load(place: str | os.PathLike, **wiring: str) -> Model:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from fidelity_jax import files
 from fidelity_jax.data import images
@@ -81,7 +81,7 @@ class Found(NamedTuple):
 
 
 def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]:
-  """Lists image files.
+  """Lists image files; what is named twice, such as by its folder too, once.
 
   Args:
     places: files; folders, searched recursively for files with an image's suffix,
@@ -94,7 +94,7 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
     UsageError: a place is not there, or holds no images; a name cannot be shown.
     RunError: a folder cannot be read.
   """
-  found = []
+  found = {}
   for place in places:
     path = files.expand(place)
     if path.is_dir():
@@ -106,11 +106,12 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
     if not here:
       there = "no images in it" if path.is_dir() else "no such file"
       raise UsageError(f"{path}: {there}; name image files or folders of images")
-    found += here
-  for one in found:
-    if not one.name.isprintable():
-      raise UsageError(f"{str(one.path)!r}: a name that cannot be shown; rename it")
-  return found
+    for one in here:
+      if not one.name.isprintable():
+        raise UsageError(f"{str(one.path)!r}: a name that cannot be shown; rename it")
+      # A link of another name is an image of its own.
+      found.setdefault((os.path.realpath(one.path), one.name), one)
+  return list(found.values())
 
 
 def _is_image(path: Path) -> bool:
@@ -172,9 +173,11 @@ def written_suffix(suffix: str) -> str:
 def decode(encoded: bytes) -> Photo:
   """Decodes an image file.
 
-  Palettes become the colours that they stand for, and black and white pixels 8-bit
-  grey. Pixels that are floating-point, 32-bit, CMYK or Lab are refused: they have no
-  8- or 16-bit grey or RGB value.
+  Palettes become the colours that they stand for, black and white pixels 8-bit grey,
+  and a transparent colour alpha; of a TIFF's channels those without a meaning are left
+  out. Pixels that are floating-point, 32-bit, CMYK or Lab are refused: they have no 8-
+  or 16-bit grey or RGB value. So are 16-bit TIFFs whose channels are multiplied by
+  alpha, or that are grey with alpha.
 
   Args:
     encoded: the content of a file in one of `data.images.FORMATS`.
@@ -182,7 +185,7 @@ def decode(encoded: bytes) -> Photo:
   Raises:
     BadImageError: the bytes are no image, damaged, too large, or refused.
   """
-  image = images.opened(encoded)
+  image = _opened(encoded)
   width, height = image.size
   if width * height > _MAX_PIXELS:
     raise BadImageError(f"{width}x{height} pixels are more than {_MAX_PIXELS}")
@@ -213,6 +216,20 @@ def decode(encoded: bytes) -> Photo:
   return Photo(colour, alpha, image.info.get("icc_profile") or None, exif, frames)
 
 
+def _opened(encoded: bytes) -> Image.Image:
+  """Reads the header; tells TIFFs that Pillow does not know from other files."""
+  try:
+    return images.opened(encoded)
+  except BadImageError as error:
+    unknown = isinstance(error.__cause__, UnidentifiedImageError)
+    if unknown and encoded.startswith((b"II*\0", b"MM\0*")):
+      raise BadImageError(
+        "a TIFF that is damaged or of a kind that is not read, such as 16-bit grey "
+        "with alpha: convert it to PNG"
+      ) from error
+    raise
+
+
 def _unturned(encoded: bytes) -> bytes:
   """Returns a TIFF without orientation, by which Pillow would turn its pixels."""
   buffer = io.BytesIO(encoded)
@@ -238,7 +255,7 @@ def _is_deep(image: Image.Image, encoded: bytes) -> bool:
 
 
 def _deep_pixels(image: Image.Image, encoded: bytes) -> np.ndarray:
-  """Returns uint16 [H, W, 1 to 4]."""
+  """Returns uint16 [H, W, 1 to 4]: grey or RGB, and alpha where there is any."""
   if image.mode not in ("I", "I;16", "I;16B", "L", "LA", "RGB", "RGBA", "RGBX"):
     raise BadImageError(f"16-bit pixels of the kind {image.mode}: convert it to RGB")
   tags = image.tag_v2 if image.format == "TIFF" else {}
@@ -247,12 +264,22 @@ def _deep_pixels(image: Image.Image, encoded: bytes) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
       raise BadImageError("pixels that are not from 0 to 65535")
     values = values.astype(np.uint16)[..., None]
+    if (clear := image.info.get("transparency")) is not None:
+      # Of colours, OpenCV makes alpha.
+      alpha = np.where(values == clear, np.uint16(0), np.uint16(65535))
+      return np.concatenate([values, alpha], -1)
     # 0 is white; of 8-bit pixels Pillow knows.
     inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     return 65535 - values if inverted else values
   if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
     # OpenCV would mix them up.
     raise BadImageError("16-bit channels that are not interleaved: convert it")
+  if tifffile.EXTRASAMPLE.ASSOCALPHA in tags.get(TiffImagePlugin.EXTRASAMPLES, ()):
+    # Divided, they would not come back as they were.
+    raise BadImageError(
+      "16-bit channels that are multiplied by alpha (associated alpha): convert it to "
+      "unassociated alpha"
+    )
   pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
   size = (image.height, image.width)
   if pixels is None or pixels.dtype != np.uint16 or pixels.shape[:2] != size:
@@ -261,6 +288,9 @@ def _deep_pixels(image: Image.Image, encoded: bytes) -> np.ndarray:
     return pixels[..., None]
   if image.mode == "LA":
     return pixels[..., [0, -1]]
+  if image.format == "TIFF" and image.mode != "RGBA":
+    # A fourth channel is not said to be alpha.
+    pixels = pixels[..., :3]
   return pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
 
 

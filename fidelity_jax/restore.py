@@ -96,7 +96,7 @@ def _report(results: Iterator[Row | Failure], total: int) -> None:
     for result in results:
       if isinstance(result, Row):
         rows.append(result)
-        tqdm.tqdm.write(_line(result.output, result[3:]), file=sys.stdout)
+        tqdm.tqdm.write(_line(result.output, result[4:]), file=sys.stdout)
       else:
         failures.append(result)
         progress.say(f"{result.found.path}: passed over: {result.reason}")
@@ -105,7 +105,7 @@ def _report(results: Iterator[Row | Failure], total: int) -> None:
   measured = [row for row in rows if not math.isnan(row.psnr)]
   if measured:
     # Images too small for an SSIM have none.
-    values = np.ma.masked_invalid([row[3:] for row in measured])
+    values = np.ma.masked_invalid([row[4:] for row in measured])
     means = values.mean(0).filled(np.nan)
     tqdm.tqdm.write(_line(f"mean of {len(measured)} images", means), file=sys.stdout)
   if failures:

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import tempfile
+import zlib
 
 import cv2
 import numpy as np
@@ -193,6 +194,58 @@ def test_transparent_colours_become_alpha():
   np.testing.assert_array_equal(read.alpha == 0, np.asarray(image) == 3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_16_bits_becomes_alpha(channels):
+  pixels = _pixels(channels, np.uint16)
+  clear = pixels[0, 0].astype(">u2").tobytes()
+  plain = photos.encode(photos.Photo(pixels), ".png")
+  at = plain.index(b"IDAT") - 4
+  chunk = len(clear).to_bytes(4, "big") + b"tRNS" + clear
+  chunk += zlib.crc32(chunk[4:]).to_bytes(4, "big")
+  read = photos.decode(plain[:at] + chunk + plain[at:])
+  np.testing.assert_array_equal(read.pixels, pixels)
+  expected = np.where((pixels == pixels[0, 0]).all(-1), 0, 65535)
+  np.testing.assert_array_equal(read.alpha, expected)
+  again = photos.decode(photos.encode(read, ".png"))
+  np.testing.assert_array_equal(again.alpha, expected)
+
+
+def _tiff(channels: int, dtype: type, extra: str, byteorder: str = "<") -> bytes:
+  buffer = io.BytesIO()
+  tifffile.imwrite(
+    buffer,
+    _pixels(channels, dtype),
+    photometric="rgb" if channels > 2 else "minisblack",
+    planarconfig="contig",
+    extrasamples=[extra],
+    byteorder=byteorder,
+  )
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_channel_without_a_meaning_is_left_out(dtype, byteorder):
+  pixels = _pixels(4, dtype)
+  read = photos.decode(_tiff(4, dtype, "unspecified", byteorder))
+  np.testing.assert_array_equal(read.pixels, pixels[..., :3])
+  assert read.alpha is None
+  read = photos.decode(_tiff(4, dtype, "unassalpha", byteorder))
+  np.testing.assert_array_equal(read.pixels, pixels[..., :3])
+  np.testing.assert_array_equal(read.alpha, pixels[..., 3])
+
+
+def test_associated_alpha_of_8_bits_is_divided_by():
+  pixels = _pixels(4, np.uint8)
+  read = photos.decode(_tiff(4, np.uint8, "assocalpha"))
+  np.testing.assert_array_equal(read.alpha, pixels[..., 3])
+  colour, alpha = pixels[..., :3].astype(float), pixels[..., 3:]
+  # Alpha is 0 where there is no colour.
+  expected = np.minimum(255, colour * 255 / np.maximum(alpha, 1))
+  seen = np.broadcast_to(alpha > 0, colour.shape)
+  np.testing.assert_allclose(read.pixels[seen], expected[seen], atol=1)
+
+
 def test_black_and_white():
   bits = _pixels(1, np.uint8)[..., 0] > 128
   read = photos.decode(_saved(Image.fromarray(bits), "PNG"))
@@ -239,6 +292,9 @@ def _refused() -> dict[str, tuple[bytes, str]]:
     "cut": (plain[: len(plain) // 2], "damaged or truncated"),
     "cut16": (deep[: len(deep) // 2], "damaged or truncated"),
     "damaged16": (bytes(damaged), "damaged or truncated"),
+    "associated16": (_tiff(4, np.uint16, "assocalpha"), "multiplied by alpha"),
+    "grey with alpha16": (_tiff(2, np.uint16, "unassalpha"), "16-bit grey with alpha"),
+    "associated grey": (_tiff(2, np.uint8, "assocalpha"), "kind La: convert"),
     "large": (b"P6\n40000 20000\n255\n", "40000x20000 pixels are more than"),
     "odd": (b"P6\n2 2\n1023\n" + bytes(24), "largest value of 1023"),
   }
@@ -306,6 +362,14 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
   assert names(tmp_path / "a", tmp_path / "b.png") == ["b.JPG", "b.png"]
   assert names(tmp_path / "*.png") == ["b.png"]
   assert names(tmp_path / "**/*.*") == ["a/b.JPG", "b.png"]
+  # One file once, however it is named; a link of another name is another image.
+  assert names(tmp_path, tmp_path / "b.png", tmp_path / "a" / ".." / "*.png") == [
+    "b.png",
+    "a/b.JPG",
+  ]
+  (tmp_path / "c.png").symlink_to("b.png")
+  assert names(tmp_path / "*.png") == ["b.png", "c.png"]
+  (tmp_path / "c.png").unlink()
   monkeypatch.chdir(tmp_path)
   assert names("a/notes.txt", "*/*.JPG") == ["notes.txt", "a/b.JPG"]
   for place, reason in (("none", "no such file"), (".x/*.gif", "no such file")):

@@ -14,8 +14,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_data_images import photograph
 
-from fidelity_jax import denoising, files, photos, port, restore, runs
+from fidelity_jax import denoising, files, photos, port, quality, restore, runs
 from fidelity_jax.errors import UsageError
+from fidelity_jax.tasks import base
 
 PROGRAM = ("-m", "fidelity_jax", "restore")
 
@@ -159,6 +160,10 @@ def test_psnr_and_ssim_are_scikit_images(shape):
   options = {"gaussian_weights": True, "use_sample_covariance": False}
   expected = structural_similarity(*exact, data_range=1, channel_axis=-1, **options)
   assert denoising.ssim(clean, noisy) == pytest.approx(expected, abs=1e-5)
+  # As evaluation measures them.
+  batches = clean[None], noisy[None]
+  assert float(base.psnr(*batches)[0]) == pytest.approx(denoising.psnr(clean, noisy))
+  assert float(quality.ssim(*batches)[0]) == pytest.approx(expected, abs=1e-5)
   assert denoising.psnr(clean, clean) == 100
   assert np.isnan(denoising.ssim(*rng.random((2, 10, 30, 1))))
 
@@ -177,6 +182,9 @@ def test_a_folder(folder, weights, tmp_path, capsys):
     assert _roughness(restored) < 0.8 * _roughness(given)
   assert list(_rows(out)) == names
   assert _rows(out)["colour.png"]["psnr"] == ""
+  # Named a second time, it is the same image.
+  assert _run(weights[3], folder, folder / "colour.png", f"--out={out}") == 0
+  assert capsys.readouterr().out.split() == names
 
 
 def test_alpha_and_metadata_stay(weights, tmp_path):
@@ -334,14 +342,33 @@ def test_only_what_is_new_is_restored(folder, weights, tmp_path):
   _save(folder / "more.png", _photograph(20, 20))
   _save(folder / "colour.png", _photograph(30, 30))
   (out / "inner" / "grey.png").unlink()
+  deep = (out / "inner" / "deep.tif").read_bytes()
+  (out / "inner" / "deep.tif").write_text("no image")
   assert _run(*arguments) == 0
   after = times()
+  assert (out / "inner" / "deep.tif").read_bytes() == deep
   assert {name for name in after if after[name] != before.get(name)} == {
     "more.png",
     "colour.png",
     "grey.png",
   }
   assert _read(out / "colour.png").pixels.shape == (30, 30, 3)
+
+
+def test_what_becomes_broken_has_no_output(folder, weights, tmp_path, capsys):
+  out = tmp_path / "out"
+  arguments = [weights[3], folder, f"--out={out}"]
+  assert _run(*arguments) == 0
+  content = (out / "colour.png").read_bytes()
+  given = (folder / "colour.png").read_bytes()
+  (folder / "colour.png").write_text("no image")
+  assert _run(*arguments) == 1
+  assert "1 of 3 images were passed over" in one_line(capsys.readouterr().err)
+  assert not (out / "colour.png").exists()
+  assert list(_rows(out)) == ["inner/deep.tif", "inner/grey.png"]
+  (folder / "colour.png").write_bytes(given)
+  assert _run(*arguments) == 0
+  assert (out / "colour.png").read_bytes() == content
 
 
 def test_one_directory_has_one_kind_of_images(folder, weights, tmp_path, refused):
@@ -358,6 +385,10 @@ def test_one_directory_has_one_kind_of_images(folder, weights, tmp_path, refused
   run(2, "be written over", weights[3], out, f"--out={out}", "--add_noise=25")
   with files.holding(out / ".lock"):
     run(1, "another run restores into", *arguments, "--add_noise=25")
+  table = (out / "restored.csv").read_bytes()
+  for damaged in (table.replace(b"colour", b"col\xe9ur"), table.replace(b",", b"")):
+    (out / "restored.csv").write_bytes(damaged)
+    run(1, "restored.csv is damaged", *arguments, "--add_noise=25")
   flip(out / "restored.json", 30)
   run(1, "restored.json is damaged", *arguments, "--add_noise=25")
 
