@@ -156,6 +156,7 @@ def _checked(directory: pathlib.Path, address: str) -> list[pathlib.Path]:
 def _library() -> ModuleType:
   try:
     import huggingface_hub
+
     # Which it does not import itself until something needs them.
     import huggingface_hub.constants
     import huggingface_hub.errors
