@@ -205,7 +205,9 @@ def test_a_damaged_file_is_not_loaded(jax_files, tmp_path):
     exported.load(tmp_path / "none.jax")
 
 
-@pytest.mark.parametrize("name", ["estimated", "oracle"])
+@pytest.mark.parametrize(
+  "name", ["estimated", pytest.param("oracle", marks=pytest.mark.slow)]
+)
 def test_an_onnx_file_gives_the_same(places, tmp_path, name):
   pytest.importorskip("jax2onnx")
   export.export(places[name], tmp_path / "toy.onnx")

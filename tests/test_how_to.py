@@ -208,6 +208,7 @@ def _follow(page, root, monkeypatch, command, dry_run=False):
   return done
 
 
+@pytest.mark.slow
 def test_images(toy_estimated, tmp_path, monkeypatch, command):
   _images(tmp_path, toy_estimated)
   done = _follow("images.md", tmp_path, monkeypatch, command)

@@ -263,9 +263,9 @@ ROOM = 5e-3
   "name,size,gradients",
   [
     ("alexnet", 63, ROOM),
-    ("googlenet", 32, None),
     ("resnet50", 33, None),
-    ("vgg16", 33, None),
+    pytest.param("googlenet", 32, None, marks=pytest.mark.slow),
+    pytest.param("vgg16", 33, None, marks=pytest.mark.slow),
     pytest.param("googlenet", 32, ROOM, marks=pytest.mark.slow),
     pytest.param("resnet18", 32, ROOM, marks=pytest.mark.slow),
     pytest.param("resnet50", 33, ROOM, marks=pytest.mark.slow),
@@ -287,7 +287,9 @@ def test_backbones(name, size, gradients, tmp_path):
   )
 
 
-@pytest.mark.parametrize("transform_steered", [True, False])
+@pytest.mark.parametrize(
+  "transform_steered", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_googlenet_rescales_its_input(transform_steered, tmp_path):
   """Plain features, and logits with and without ensemble, in either reading."""
   network, feature_size = torchvision_network("googlenet")
@@ -334,6 +336,7 @@ def released():
   return state, expected, *weights.images()
 
 
+@pytest.mark.slow
 def test_reference_reproduces_released_code(released):
   """The reference of this file, in float64, against what that code computed."""
   state, expected, degraded, clean = released

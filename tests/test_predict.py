@@ -85,6 +85,7 @@ def test_pictures_resumed_and_broken_images_named(toy_estimated, command, pictur
   assert "another run or with other settings" in one_line(other.stderr)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(toy_estimated, background, command, pictures):
   run, out = toy_estimated / "pretrained", pictures.parent / "out"
   (pictures / "broken.jpg").unlink()

@@ -209,6 +209,7 @@ def _pictures(root, seed):
       (root / name / f"{i:02d}.bmp").write_bytes(encoded(picture, format="BMP"))
 
 
+@pytest.mark.slow
 def test_other_images_are_noticed(command, tmp_path):
   """Of equal size, before a stage is finished, after it, and in the test set."""
   _pictures(tmp_path / "pets", seed=0)

@@ -186,6 +186,7 @@ def test_a_plan_is_printed_and_nothing_done(toy_copy, command):
   assert "of training are left" in lines[-1]
 
 
+@pytest.mark.slow
 def test_processes_share_a_study(toy_copy, background):
   """Two at once: each stage trained by one, the same results by both."""
   runs = [
