@@ -52,6 +52,7 @@ def metrics(stage: pathlib.Path) -> list[dict]:
   ]
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(toy_copy, command):
   (stage,) = toy_copy.glob("ensemble-*")
   before = metrics(stage)
@@ -112,6 +113,7 @@ def test_a_ported_classifier_is_used_as_it_is(toy_copy, tmp_path, command):
 
 
 @pytest.mark.skipif(not CALTECH101.exists(), reason="needs ../shared/caltech101")
+@pytest.mark.slow
 def test_a_folder_of_photographs(tmp_path, command):
   for name in ("ant", "crab", "lotus", "yin_yang"):
     (tmp_path / "photographs" / name).mkdir(parents=True)

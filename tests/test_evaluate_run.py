@@ -56,6 +56,7 @@ def test_its_own_images_give_its_own_results(toy_estimated, tiles, command, tmp_
   assert "14/14 steps" in more.stderr
 
 
+@pytest.mark.slow
 def test_as_they_are(toy_estimated, tiles, command, tmp_path):
   """Degraded images count as they are: accuracies are those of the model's labels."""
   root, rng = tmp_path / "noisy", np.random.default_rng(0)

@@ -251,9 +251,11 @@ def test_classifiers(tmp_path, monkeypatch, command):
   assert (tmp_path / "seen_mine" / "a.jpg.png").stat().st_size > 5000
 
 
-def test_restore(tmp_path, monkeypatch, command):
+def test_restore(toy_run, tmp_path, monkeypatch, command):
   _restore(tmp_path)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "demo").symlink_to(toy_run)
   done = _follow("restore.md", tmp_path, monkeypatch, command)
-  assert len(done) == 5
+  assert len(done) == 6
   for name in ("restored/inner/deep.tif", "noisy25/colour.png", "runs/bsd68/1.png"):
     assert (tmp_path / name).is_file()

@@ -104,6 +104,7 @@ def test_images_of_any_size_are_cropped_as_in_evaluation(model, size):
   assert apart < 1.6 / 255 and (apart > 0) == (min(size) != 32)
 
 
+@pytest.mark.slow
 def test_batches_of_many_lengths_share_a_few_programs(toy_estimated, photo):
   model = fidelity_jax.load(toy_estimated / "pretrained")
   compiled = []
@@ -262,6 +263,7 @@ def test_one_name_for_several_is_refused(toy_copy):
   assert runs.find(place).digest == runs.find(other).digest
 
 
+@pytest.mark.slow
 def test_an_authors_checkpoint_needs_no_experiment(tmp_path):
   """The whole of it, and its parts: logits are PyTorch's."""
   options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True)

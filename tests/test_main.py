@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 
+import pytest
 from conftest import TOY, experiment, measured, one_line, overrides, results
 
 DEMO = "--config=configs/oracle.py:demo"
@@ -126,6 +127,7 @@ def test_only_what_is_new_is_measured(toy_copy, command):
   assert json.loads(results(toy_copy).read_text())["rows"] == rows
 
 
+@pytest.mark.slow
 def test_a_changed_parent_is_trained_again_and_the_other_shared(toy_copy, command):
   fields = TOY | {"parents.restorer.learning_rate": 0.5, "parents.restorer.epochs": 0}
   fields["evaluation.rounds"] = 1

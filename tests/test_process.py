@@ -52,6 +52,7 @@ def test_a_signal_in_the_first_seconds(background, tmp_path, number, seconds):
   assert not list(tmp_path.glob("*/finished.json"))
 
 
+@pytest.mark.slow
 def test_its_output_need_not_be_read(background, toy_copy):
   """As with `2>&1 | head -1`, and with standard error closed."""
   path = results(toy_copy)
@@ -130,6 +131,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(command, small_disk, toy_run):
   """It fills while the last stage is trained, and while it is evaluated."""
   place = small_disk("100m") / "w"

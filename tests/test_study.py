@@ -253,6 +253,7 @@ def test_an_evaluation_goes_on_where_it_was(toy_copy, background, command):
     assert new["psnr"] == pytest.approx(old["psnr"]) if old["psnr"] else True
 
 
+@pytest.mark.slow
 def test_logits_that_one_experiment_keeps(toy_copy, command):
   """Where another measures the same and does not keep them."""
   fields = TOY | TOY_ESTIMATOR | {"only": "clean,oracle"}

@@ -166,6 +166,7 @@ def test_a_defect_is_shown_as_such(toy_copy, monkeypatch, capsys):
   assert "Traceback" in text and "KeyError: 'defect'" in text
 
 
+@pytest.mark.slow
 def test_few_test_images_make_a_picture(toy_copy, monkeypatch):
   """One column a condition, of the same image if there is but one."""
   fields = TOY | {"evaluation.batch_size": 1, "evaluation.rounds": 1}
