@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 import pathlib
 from typing import Any
@@ -248,7 +249,7 @@ def to_onnx(program: Program) -> bytes:
     found = program(*images)
     return tuple(found[name] for name in names)
 
-  # ONNX has no platforms to choose between. jax2onnx prints as it goes.
+  # ONNX has no platforms to choose between. jax2onnx prints and warns as it goes.
   with cpu.left_out(_FOR_ONNX), contextlib.redirect_stdout(io.StringIO()):
     try:
       model = jax2onnx.to_onnx(
@@ -325,6 +326,9 @@ def _broadcast(graph: Any) -> None:
 
 
 def _jax2onnx() -> Any:
+  # Of plugins that are not needed, and of shapes that it finds out later.
+  for name in ("jax2onnx", "onnx_ir"):
+    logging.getLogger(name).setLevel(logging.ERROR)
   try:
     import jax2onnx
   except ImportError as error:
