@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from PIL import Image
+from scipy import special
 
 from fidelity_jax import (
   denoising,
@@ -94,7 +95,7 @@ class Result:
   @property
   def probabilities(self) -> np.ndarray | None:
     """Softmax of the logits, [N, K]."""
-    return None if self.logits is None else softmax(self.logits)
+    return None if self.logits is None else special.softmax(self.logits, -1)
 
   def top(
     self, k: int = 5, logits: np.ndarray | None = None
@@ -114,7 +115,7 @@ class Result:
     if logits is None:
       raise errors.UsageError("this run has no classifier: it only restores images.")
     found = []
-    for row in softmax(logits):
+    for row in special.softmax(logits, -1):
       best = np.argsort(-row, kind="stable")[:k]
       found.append([(self.class_names[i], float(row[i])) for i in best])
     return found
@@ -472,9 +473,3 @@ def _as_float(pixels: np.ndarray) -> np.ndarray:
   if pixels.dtype == np.uint8:
     return pixels.astype(np.float32) / 255
   return pixels
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-  """Returns probabilities, float32 [N, K]."""
-  shifted = np.exp(logits - logits.max(-1, keepdims=True))
-  return shifted / shifted.sum(-1, keepdims=True)

@@ -279,7 +279,9 @@ def test_every_backbone_map_and_resizing_has_its_onnx_file(name, size, fields):
   for output, value in zip(
     session.get_outputs(), session.run(None, images), strict=True
   ):
-    np.testing.assert_allclose(value, want[output.name], rtol=1e-4, atol=1e-4)
+    # Logits of networks that nobody trained are far from 1.
+    room = 1e-4 * max(1.0, float(np.ptp(want[output.name])))
+    np.testing.assert_allclose(value, want[output.name], rtol=1e-4, atol=room)
 
 
 def test_bfloat16_networks_are_float32_in_onnx(places):
