@@ -147,7 +147,7 @@ def _typed(line, monkeypatch, trained):
   if piped:
     given = subprocess.run(before, shell=True, check=True, capture_output=True)
     assert given.stdout, before
-    monkeypatch.setattr("sys.stdin", io.StringIO(given.stdout.decode()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.stdout)))
   words = shlex.split(line)
   if words[0] == "fidelity_jax":
     return cli.main(words[1:])
