@@ -1,6 +1,5 @@
 """`fidelity_jax evaluate`: a finished run on other labelled images."""
 
-import dataclasses
 import json
 import shutil
 
@@ -89,19 +88,16 @@ def test_as_they_are(toy_estimated, tiles, command, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(toy_estimated, tiles, tmp_path):
-  run = runs.find(toy_estimated / "pretrained")
+  model = fidelity_jax.load(toy_estimated / "pretrained")
   other = tmp_path / "other"
   shutil.copytree(tiles / "moon", other / "mooon")
   with pytest.raises(
     errors.UsageError, match=r"'mooon' is no class .*did you mean 'mo"
   ):
-    evaluate_run.evaluate(run, str(other), tmp_path / "out")
+    evaluate_run.evaluate(model, str(other), tmp_path / "out")
   with pytest.raises(errors.UsageError, match="there is no such folder"):
-    evaluate_run.evaluate(run, str(tmp_path / "no"), tmp_path / "none")
+    evaluate_run.evaluate(model, str(tmp_path / "no"), tmp_path / "none")
   assert not (tmp_path / "none").exists()
   for out in (experiment(toy_estimated, "pretrained"), toy_estimated):
     with pytest.raises(errors.UsageError, match="other experiments in it"):
-      evaluate_run.evaluate(run, str(tiles), out)
-  checkpoint = dataclasses.replace(run, planned=None)
-  with pytest.raises(errors.UsageError, match="is a checkpoint"):
-    evaluate_run.evaluate(checkpoint, str(tiles), tmp_path / "out")
+      evaluate_run.evaluate(model, str(tiles), out)
