@@ -222,10 +222,11 @@ def _with_classes(
   return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-  """Returns what sorts names with numbers in them by these."""
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+  """Returns what sorts names with numbers in them by these, numbers first."""
   parts = re.findall(r"[0-9]+|[^0-9]+", name)
-  return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+  numbers = [int(part) if part.isdecimal() else -1 for part in parts]
+  return [(n < 0, n, part) for n, part in zip(numbers, parts, strict=True)]
 
 
 def _tables(report_md: str) -> str:

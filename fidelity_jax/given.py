@@ -97,6 +97,7 @@ def config(model: inference.Model, dataset: ConfigDict) -> ConfigDict:
   name = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII)[:100]
   made = common.experiment(name, "calibration", "")
   common.evaluation(made, "")
+  made.evaluation.batch_size = inference.BATCH
   made.dataset = dataset
   noted = model.record and model.record.degradation
   # It may be a list.
