@@ -93,7 +93,7 @@ def evaluate(
       f"{model.name} does not classify, it only restores images: name a run with a "
       "classifier."
     )
-  for kind in degradation.split("+") if degradation else ():
+  for kind in [] if degradation is None else degradation.split("+"):
     errors.check_choice("kind in --degradation", kind, degradations.KINDS)
   if not files.expand(folder).exists():
     raise errors.UsageError(f"{folder}: there is no such folder.")
@@ -145,6 +145,8 @@ def _planned(
   else:
     config = given.config(model, dataset)
   if as_is or degradation:
+    # It may be a list.
+    del config.degradation
     config.degradation = ConfigDict({"kind": "clean" if as_is else degradation})
   elif not own and not (model.record and model.record.degradation):
     progress.say(

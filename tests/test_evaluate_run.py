@@ -300,6 +300,15 @@ def test_an_authors_checkpoint_is_evaluated(
   assert ("pretrained", True, False) in methods and len(methods) == 7
 
 
+def test_an_experiment_is_asked_of_another_degradation(toy_estimated, tiles):
+  model = fidelity_jax.load(toy_estimated / "pretrained")
+  planned = evaluate_run._planned(model, str(tiles), "rectangular_crop", False)
+  names = [[c.name for c in one.conditions] for one in planned.subjects()]
+  assert len(names) == 7
+  assert {one[0] for one in names} == {"clean"}
+  assert {one[5] for one in names} == {"rectangular_crop-0.5"}
+
+
 def test_what_does_not_classify_or_fit_is_refused(
   checkpoint, exports, numbered, tiles, tmp_path, refused
 ):
@@ -313,6 +322,7 @@ def test_what_does_not_classify_or_fit_is_refused(
     ([denoiser, tiles, out], "restorer does not classify"),
     ([checkpoint, numbered, out, "--degradation=awgm"], "did you mean 'awgn'?"),
     ([checkpoint, numbered, out, "--degradation=awgn+snow"], "'snow'"),
+    ([checkpoint, numbered, out, "--degradation="], "unknown kind"),
     ([checkpoint, numbered, out, "--degradation=awgn", "--as_is"], "not allowed with"),
     ([checkpoint, two, out], "nobody named the 3 classes of given"),
     ([exports / "pretrained.jax", numbered, out], "is no class of this run"),
