@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from fidelity_jax import (
@@ -22,7 +23,6 @@ from fidelity_jax import (
   sharding,
   signals,
   statistics,
-  tasks,
 )
 from fidelity_jax.subjects import Subject
 from fidelity_jax.tensors import Networks, Tensors
@@ -85,11 +85,10 @@ class Evaluation:
 
   def of(self, subject: Subject) -> dict[str, Any]:
     """Returns all that a subject's values depend on but for condition and round."""
-    behind = subject.stages.items()
     return {
       "format": 2,
       "method": subject.compared.key,
-      "stages": {role: [s.name, subject.products[role]] for role, s in behind},
+      **subject.networks,
       "images": self.dataset.fingerprint,
       "image_size": self._image_size,
       "seed": subject.config.evaluation.seed,
@@ -245,32 +244,16 @@ class Evaluation:
     return kinds[0] if kinds else "clean"
 
   def _score(self, subject, condition, degradation, values, bootstrap) -> rows.Scored:
-    compared, config = subject.compared, subject.config
-    configs = {role: stage.config for role, stage in subject.stages.items()}
-    classifier = configs.get("classifier")
-    mapped = compared.ensemble is not None or compared.method == "estimation"
-    steered = configs["calibration"].model if compared.ensemble is not None else None
-    switches = (*tasks.calibration.MODULES, "residual")
-    last = list(configs.values())[-1] if configs else config
+    config = subject.config
     labels = self.dataset.labels if "rank" in values else None
     row = rows.Row(
+      **msgspec.structs.asdict(subject.facts),
       experiment=config.experiment,
-      method=compared.method,
-      source=config.fidelity.source if mapped else None,
-      trained_on=subject.trained_on,
-      backbone=classifier.model.name if classifier else None,
-      restorer=configs["restorer"].model.name if compared.restored else None,
-      map=config.fidelity.map if mapped else None,
-      resize=steered.resize if steered else None,
-      without=[n for n in switches if not steered[n]] if steered else [],
-      ensemble=compared.ensemble,
       dataset=config.dataset.name,
       image_size=config.dataset.image_size,
       degradation=degradation,
       condition=condition,
-      seed=config.seed,
       noise_seed=config.evaluation.seed,
-      precision=last.precision,
       fingerprint=self.dataset.fingerprint[:16],
       stages={role: stage.name for role, stage in subject.stages.items()},
       products={role: digest[:16] for role, digest in subject.products.items()},

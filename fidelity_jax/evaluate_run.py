@@ -1,18 +1,23 @@
-r"""Evaluates a finished experiment on a labelled folder of other images.
+r"""Evaluates a run on a labelled folder of other images.
 
-  fidelity_jax evaluate RUN FOLDER --out=DIR [--as_is] [--rounds=N]
+  fidelity_jax evaluate RUN FOLDER --out=DIR [--degradation=KIND | --as_is] [--rounds=N]
 
-RUN is an experiment's directory, as runs/demo/oracle-1a2b3c4d. FOLDER has a sub-folder
-for each class, named as the run's classes are; some classes may be absent. If it has
-sub-folders train, val and test, test is taken. All methods of the experiment are shown
-side by side, under the conditions that it was made for; with --as_is, on the images as
-they are: then their own degradation counts, and what needs the clean images is left
-out.
+RUN is an experiment's directory, as runs/demo/oracle-1a2b3c4d, a checkpoint or an
+exported file. FOLDER has a sub-folder for each class, named as the run's classes are;
+some classes may be absent. Of a run whose classes nobody named, the sub-folders are
+named by their numbers, or are as many, in the classes' order. If FOLDER has sub-folders
+train, val and test, test is taken.
+
+All methods of the run are shown side by side: of an exported file the whole method
+alone. The images are degraded as the run was made for, by noise where it does not say,
+or by another KIND; with --as_is they are taken as they are: then their own degradation
+counts, and what needs the clean images is left out.
 """
 
 import argparse
 import dataclasses
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,60 +29,72 @@ from ml_collections import ConfigDict
 from fidelity_jax import (
   boundary,
   data,
+  degradations,
   errors,
   files,
+  given,
+  inference,
   measurements,
   plan,
   platform,
+  progress,
   report,
   results,
-  runs,
+  schema,
   signals,
   stages,
   study,
   subjects,
 )
 
+# What is measured against clean images, or steered by them.
+_NEED_CLEAN = ("restoration", "estimation", "oracle")
 
-class _AsItIs(plan.Planned):
-  """An experiment on images that have no clean ones beside them."""
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen(plan.Planned):
+  """An experiment of which only some is measured, or one that nobody here trained."""
+
+  chosen: tuple[subjects.Subject, ...]
 
   def subjects(self) -> list[subjects.Subject]:
-    """Returns what can be measured: what does not need clean images."""
-    needing = ("restoration", "estimation", "oracle")
-    return [s for s in super().subjects() if s.compared.method not in needing]
+    """Returns what is measured."""
+    return list(self.chosen)
 
 
 def evaluate(
-  run: runs.Run,
+  model: inference.Model,
   folder: str,
   out: pathlib.Path,
   as_is: bool = False,
   rounds: int | None = None,
+  degradation: str | None = None,
   command: str = "",
 ) -> None:
   """Evaluates a run's methods on a labelled folder, and writes a report.
 
   Args:
-    run: of an experiment.
+    model: the run, see `inference.load`.
     folder: see the module.
     out: directory for report.html, results.json and so on, and for measurements, which
       are not repeated; made where absent.
     as_is: do not degrade the images.
     rounds: draws of noise per image, None for the experiment's own.
+    degradation: a kind, or several joined by "+"; None for what the run is about.
     command: for the record.
 
   Raises:
-    UsageError: the folder has other classes, or the run does not classify.
+    UsageError: the folder has other classes, the run does not classify, or there is no
+      such degradation.
     RunError: something cannot be read or written.
   """
-  planned = run.planned
-  if planned is None or run.method.classifier is None:
-    what = "only restores images" if planned else "is a checkpoint"
+  if not model.class_names:
     raise errors.UsageError(
-      f"{run.name} {what}: name the directory of an experiment that classifies "
-      "(docs/weights.md tells how to make one of a checkpoint)."
+      f"{model.name} does not classify, it only restores images: name a run with a "
+      "classifier."
     )
+  for kind in [] if degradation is None else degradation.split("+"):
+    errors.check_choice("kind in --degradation", kind, degradations.KINDS)
   if not files.expand(folder).exists():
     raise errors.UsageError(f"{folder}: there is no such folder.")
   if any(out.glob("*/config.json")) or (out / "experiment.json").exists():
@@ -87,17 +104,15 @@ def evaluate(
   with files.locked(out):
     report.check(out)
     files.check_directory(out / measurements.DIRECTORY, write=True)
-    config = planned.config.copy_and_resolve_references()
-    config.dataset = _dataset_config(planned.config.dataset, folder)
+    planned = _planned(model, folder, degradation, as_is)
+    config = planned.config
+    dataset = _with_classes(data.load(config.dataset, "test"), model, folder)
     config.evaluation.rounds = rounds or config.evaluation.rounds
-    make = plan.Planned
-    if as_is:
-      make, config.degradation = _AsItIs, ConfigDict({"kind": "clean"})
-    chosen = make(config, planned.last, planned.further)
-    dataset = _with_classes(data.load(config.dataset, "test"), run.class_names)
+    # Batches are filled up.
+    config.evaluation.batch_size = min(config.evaluation.batch_size, len(dataset))
     work = study.Study(
-      name=run.name,
-      shows=f"{run.name} on {folder}{', as it is' if as_is else ''}",
+      name=model.name,
+      shows=f"{model.name} on {folder}{', as it is' if as_is else ''}",
       sections=("tables", "curves"),
       class_name=None,
       experiments=[config],
@@ -105,9 +120,54 @@ def evaluate(
       lone=True,
     )
     signals.work_begins()
-    tests = {chosen.name: dataset}
-    content = results.gather(work, plan.Plan([chosen]), tests, {}, out, out, command)
+    tests = {planned.name: dataset}
+    content = results.gather(work, plan.Plan([planned]), tests, {}, out, out, command)
     report.write(out, _as_it_is(content) if as_is else content)
+
+
+def _planned(
+  model: inference.Model, folder: str, degradation: str | None, as_is: bool
+) -> plan.Planned:
+  """Returns a run as an experiment on a folder.
+
+  Raises:
+    UsageError: the run does nothing without clean images, or the degradation is too
+      much for its images.
+  """
+  own = model.run and model.run.planned
+  dataset = data.default_config("folder")
+  dataset.image_size, dataset.path = model.image_size, folder
+  dataset.fractions = (0.0, 0.0, 1.0)
+  if own:
+    config = own.config.copy_and_resolve_references()
+    dataset.max_pixels = config.dataset.max_pixels
+    config.dataset = dataset
+  else:
+    config = given.config(model, dataset)
+  if as_is or degradation:
+    # It may be a list.
+    del config.degradation
+    config.degradation = ConfigDict({"kind": "clean" if as_is else degradation})
+  elif not own and not (model.record and model.record.degradation):
+    progress.say(
+      f"{model.name} does not say what degradation it is for: {given.DEGRADATION} is "
+      "taken; --degradation=KIND names another."
+    )
+  schema.check_degradation(config, model.image_size, "config")
+  if own:
+    last, further = own.last, own.further
+    found = subjects.of_experiment(config, last, further)
+  else:
+    last, further = None, {}
+    found = given.of_model(model, config)
+  if as_is:
+    found = [s for s in found if s.compared.method not in _NEED_CLEAN]
+  if not found:
+    raise errors.UsageError(
+      f"{model.name} is steered by the true fidelity map, which is made from the clean "
+      "images: leave --as_is out, or name a run on an estimated map."
+    )
+  return _Chosen(config, last, further, tuple(found))
 
 
 def _as_it_is(content: report.Content) -> report.Content:
@@ -126,28 +186,49 @@ def _as_it_is(content: report.Content) -> report.Content:
   )
 
 
-def _dataset_config(own: ConfigDict, folder: str) -> ConfigDict:
-  config = data.default_config("folder")
-  config.image_size, config.max_pixels = own.image_size, own.max_pixels
-  config.path, config.fractions = folder, (0.0, 0.0, 1.0)
-  return config
+def _with_classes(
+  dataset: data.Dataset, model: inference.Model, folder: str
+) -> data.Dataset:
+  """Returns a folder's dataset whose labels count the classes that a classifier knows.
 
-
-def _with_classes(dataset: data.Dataset, known: Sequence[str]) -> data.Dataset:
-  """Returns a dataset whose labels count the classes that a classifier knows.
+  Where nobody named these, as many sub-folders stand for them in their own order.
 
   Raises:
     UsageError: it has others.
   """
-  if others := [name for name in dataset.class_names if name not in known]:
+  known, names = list(model.class_names), list(dataset.class_names)
+  trained_here = model.run.planned if model.run else model.record.stages
+  numbered = not trained_here and known == [str(i) for i in range(len(known))]
+  others = [name for name in names if name not in known]
+  if others and numbered and len(names) == len(known):
+    # As people count: 2 comes before 10.
+    known = sorted(names, key=_natural)
+    progress.say(
+      f"nobody named the classes of {model.name}: its {len(known)} are the sub-folders "
+      f"in their order, 0 is {known[0]!r}, {len(known) - 1} is {known[-1]!r}."
+    )
+  elif others and numbered:
+    raise errors.UsageError(
+      f"nobody named the {len(known)} classes of {model.name}, and {folder} has "
+      f"{len(names)} sub-folders: name them by numbers, 0 to {len(known) - 1}, or have "
+      "one for each class, in the classes' order."
+    )
+  elif others:
     raise errors.UsageError(
       f"{others[0]!r} is no class of this run ({errors.near(others[0], known)}): name "
       f"the sub-folders as its classes, which are {', '.join(known[:8])}"
       f"{', ...' if len(known) > 8 else ''}."
     )
-  numbers = np.array([list(known).index(name) for name in dataset.class_names])
+  numbers = np.array([known.index(name) for name in names])
   labels = numbers[np.asarray(dataset.labels)].astype(dataset.labels.dtype)
   return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+  """Returns what sorts names with numbers in them by these, numbers first."""
+  parts = re.findall(r"[0-9]+|[^0-9]+", name)
+  numbers = [int(part) if part.isdecimal() else -1 for part in parts]
+  return [(n < 0, n, part) for n, part in zip(numbers, parts, strict=True)]
 
 
 def _tables(report_md: str) -> str:
@@ -159,15 +240,24 @@ def parser() -> boundary.Parser:
   """Returns the command's parser."""
   made = boundary.Parser(
     prog="fidelity_jax evaluate",
-    description="Evaluate a finished experiment on a labelled folder of images.",
+    description="Evaluate a run on a labelled folder of images.",
   )
-  made.add_argument("run", metavar="RUN", help="an experiment's directory")
+  made.add_argument(
+    "run", metavar="RUN", help="an experiment's directory, a checkpoint, an export"
+  )
   made.add_argument("folder", metavar="FOLDER", help="with a sub-folder per class")
   made.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-  made.add_argument(
+  how = made.add_mutually_exclusive_group()
+  how.add_argument(
     "--as_is",
     action="store_true",
     help="take the images as they are, degraded by whatever degraded them",
+  )
+  how.add_argument(
+    "--degradation",
+    metavar="KIND",
+    help=f"degrade them by another kind: {', '.join(degradations.KINDS)}, or several "
+    "joined by + (what the run was made for; awgn if it does not say)",
   )
   made.add_argument("--rounds", type=int, help="draws of noise per image")
   return made
@@ -187,6 +277,7 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   out = files.expand(args.out)
   stages.check_workdir(out)
   command = shlex.join(["fidelity_jax", "evaluate", *arguments])
-  evaluate(runs.find(args.run), args.folder, out, args.as_is, args.rounds, command)
+  how = args.as_is, args.rounds, args.degradation
+  evaluate(inference.load(args.run), args.folder, out, *how, command)
   print(_tables(files.read_bytes(out / "report.md").decode()))
   print(f"report.html, tables and pictures: in {out}.")

@@ -35,12 +35,12 @@ def draw(
     "conditions": [c.steps for c in shown],
   }
   compute = lambda: _examples(evaluation, chosen, shown)
-  mapped = any(s.compared.ensemble is not None for s in chosen)
+  mapped = any(s.compared.steered for s in chosen)
   return Examples(
     experiment=config.experiment,
     compared=tuple(s.compared for s in chosen),
     map_name=config.fidelity.map if mapped else None,
-    trained_on=next((s.trained_on for s in chosen if s.trained_on), None),
+    trained_on=next((s.facts.trained_on for s in chosen if s.facts.trained_on), None),
     conditions=tuple(map(Condition.of, shown)),
     arrays=_kept(path, of, compute),
   )
@@ -85,7 +85,7 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
         compared = subject.compared
         if compared.restored:
           seen["restored"] = tensors.images(subject)
-        if compared.ensemble is not None:
+        if compared.steered:
           seen["map"] = tensors.fidelity_map(subject)
         if compared.method != "estimation":
           name = "psnr" if compared.method == "restoration" else "prediction"

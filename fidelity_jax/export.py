@@ -35,11 +35,13 @@ from fidelity_jax import (
   errors,
   exported,
   files,
+  given,
   models,
   platform,
   port,
   runs,
   signals,
+  stages,
 )
 from fidelity_jax.models import conv, pooling
 from fidelity_jax.port import storing
@@ -106,6 +108,8 @@ def export(
     source=source,
     licence=licence,
     versions=environment.versions(),
+    degradation=stages.as_json(run.planned.config.degradation) if run.planned else None,
+    facts=given.facts(run),
   )
   card = cards.card(run, path.name, licence, source, record)
   # The record comes first: by it the others are known to be ours, also where writing

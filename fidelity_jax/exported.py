@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from fidelity_jax import errors, files, platform
+from fidelity_jax import errors, files, platform, rows
 
 SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
@@ -38,6 +38,10 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: digest of the checkpoint that the networks came from, None for stages.
     licence: of the weights, "unknown" if nobody said.
     versions: of the libraries that exported it.
+    degradation: what the experiment is about, `degradation` of its config as
+      `stages.as_json` has it; None for a checkpoint, and where it was not noted.
+    facts: what is known of the networks together; None without a classifier, and where
+      it was not noted.
     format: version of this record.
   """
 
@@ -55,6 +59,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   source: str | None
   licence: str
   versions: dict[str, str]
+  degradation: Any = None
+  facts: rows.Facts | None = None
   format: int = 1
 
 

@@ -163,6 +163,7 @@ class Model:
     map_name: str,
     digest: str,
     run: runs.Run | None = None,
+    record: exported.Record | None = None,
   ):
     """Wraps compiled networks; `load` is the way to make one.
 
@@ -175,8 +176,9 @@ class Model:
       map_name: "l1", "l2" or "cosine".
       digest: tells whether two models are the same.
       run: where the networks came from; None for an exported file.
+      record: the exported file's; None for a run.
     """
-    self._outputs = outputs
+    self.outputs, self.record = outputs, record
     self.name, self.image_size, self.run = name, image_size, run
     self.class_names, self.needs_clean = tuple(class_names), needs_clean
     self.map_name, self.digest = map_name, digest
@@ -343,7 +345,7 @@ class Model:
     count = len(degraded)
     room = (1 << (count - 1).bit_length()) - count
     fill = lambda x: np.pad(x, ((0, room), (0, 0), (0, 0), (0, 0)))
-    found = self._outputs(fill(degraded), None if clean is None else fill(clean))
+    found = self.outputs(fill(degraded), None if clean is None else fill(clean))
     return {k: np.asarray(v, np.float32)[:count] for k, v in found.items()}
 
   def _batch(self, images: Sequence[OneImage]) -> np.ndarray:
@@ -383,6 +385,7 @@ def load(place: str | os.PathLike, **wiring: str) -> Model:
       needs_clean="clean" in made.record.inputs,
       map_name=made.record.map_name,
       digest=made.record.digest,
+      record=made.record,
     )
   run = runs.find(place, **wiring)
   compiled = jax.jit(run.method.outputs, compiler_options=platform.compiler_options())

@@ -29,12 +29,12 @@ class Planned:
 
   Attributes:
     config: the experiment's, resolved, its precision included.
-    last: its last stage.
+    last: its last stage; None if nothing of it was trained here.
     further: stages that serve its evaluation alone, by role.
   """
 
   config: ConfigDict
-  last: stages.Stage
+  last: stages.Stage | None
   further: dict[str, stages.Stage]
 
   @property
@@ -45,7 +45,7 @@ class Planned:
   @property
   def ends(self) -> list[stages.Stage]:
     """The stages that nothing is trained from."""
-    return [*self.further.values(), self.last]
+    return [*self.further.values(), *([self.last] if self.last else [])]
 
   @property
   def stages(self) -> list[stages.Stage]:

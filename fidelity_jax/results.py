@@ -76,8 +76,8 @@ def gather(
     found = evaluation.scored(bootstrap) | found
     for one in group:
       _keep(evaluation, chosen[one.name], where / f"predictions-{one.name}.npz")
-    mapped = sorted(group, key=lambda one: one.last.kind.whole, reverse=True)
-    for one in mapped[: _PICTURED - len(pictured)]:
+    steered = lambda one: any(s.compared.steered for s in one.subjects())
+    for one in sorted(group, key=steered, reverse=True)[: _PICTURED - len(pictured)]:
       pictured.append(examples.draw(evaluation, chosen[one.name], where))
     if "activations" in work.sections:
       for one in filter(_classifies, group):

@@ -8,6 +8,10 @@ import numpy as np
 
 from fidelity_jax import degradations
 
+# Where the map comes from that steers a method: "estimated" by an estimator that nobody
+# said how it was trained of.
+SOURCES = ("oracle", "pretrained", "end_to_end", "estimated")
+
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
@@ -15,18 +19,34 @@ class Compared:
 
   Attributes:
     method: "classifier" (the frozen classifier alone), the source of the map that
-      steers it ("oracle", "pretrained", "end_to_end"), "restoration" (of the images,
-      without any classifier), or "estimation" (of the map).
+      steers it (one of `SOURCES`), "restoration" (of the images, without any
+      classifier), or "estimation" (of the map).
     restored: whether the image is restored first.
-    ensemble: whether the ensemble has its part, None where there can be none.
-    source: where the map that is estimated comes from, "pretrained" or "end_to_end";
-      None but for "estimation".
+    ensemble: whether the ensemble has its part, None where there can be none, or where
+      nobody said.
+    source: where the map that is estimated comes from, one of `SOURCES`; None but for
+      "estimation".
   """
 
   method: str
   restored: bool
   ensemble: bool | None = None
   source: str | None = None
+
+  @property
+  def steered(self) -> bool:
+    """Whether it is the classifier, steered by a map."""
+    return self.method in SOURCES
+
+  @property
+  def mapped(self) -> bool:
+    """Whether it has a map."""
+    return self.steered or self.method == "estimation"
+
+  @property
+  def classifies(self) -> bool:
+    """Whether it names classes."""
+    return self.steered or self.method == "classifier"
 
   @property
   def key(self) -> str:
@@ -59,11 +79,10 @@ class Condition(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     return cls(c.name, c.kind, c.level, c.vary, c.steps)
 
 
-class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-  """What was measured of one method under one condition, and of what.
+class Facts(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+  """What is known of a method's networks.
 
   Attributes:
-    experiment: the name of the first experiment that has it.
     method: see `Compared`.
     source: where the map comes from, None where there is none.
     trained_on: what the classifier was trained on: "clean", "degraded" or "restored"
@@ -75,14 +94,50 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     resize: how the calibration resizes maps, None without calibration.
     without: the calibration's modules that are switched off.
     ensemble: see `Compared`.
+    seed: the experiment's, of training; None if nobody said.
+    precision: of the last stage behind it, "float32" or "bfloat16".
+  """
+
+  method: str
+  source: str | None
+  trained_on: str | None
+  backbone: str | None
+  restorer: str | None
+  map: str | None
+  resize: str | None
+  without: list[str]
+  ensemble: bool | None
+  seed: int | None
+  precision: str
+
+  def of(self, compared: Compared) -> "Facts":
+    """Returns what of it is about one of the things that the networks do."""
+    classifies, mapped = compared.classifies, compared.mapped
+    return msgspec.structs.replace(
+      self,
+      method=compared.method,
+      source=self.source if mapped else None,
+      trained_on=self.trained_on if classifies else None,
+      backbone=self.backbone if classifies else None,
+      restorer=self.restorer if compared.restored else None,
+      map=self.map if mapped else None,
+      resize=self.resize if compared.steered else None,
+      without=self.without if compared.steered else [],
+      ensemble=compared.ensemble,
+    )
+
+
+class Row(Facts, forbid_unknown_fields=True, kw_only=True):
+  """What was measured of one method under one condition, and of what; see `Facts`.
+
+  Attributes:
+    experiment: the name of the first experiment that has it.
     dataset: its name.
     image_size: side of the images, pixels.
     degradation: what the experiment is about, "awgn", ...; clean images are one of its
       conditions.
     condition: how the images were degraded.
-    seed: the experiment's, of training.
     noise_seed: of the noise.
-    precision: of the last stage behind it, "float32" or "bfloat16".
     accuracy: percent of images classified right; None where nothing is classified.
     top5: percent of images whose class is among the first five.
     ece: expected calibration error of the largest probability, percent.
@@ -103,22 +158,11 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   """
 
   experiment: str
-  method: str
-  source: str | None
-  trained_on: str | None
-  backbone: str | None
-  restorer: str | None
-  map: str | None
-  resize: str | None
-  without: list[str]
-  ensemble: bool | None
   dataset: str
   image_size: int
   degradation: str
   condition: Condition
-  seed: int
   noise_seed: int = 0
-  precision: str
   accuracy: float | None = None
   top5: float | None = None
   ece: float | None = None

@@ -54,6 +54,7 @@ class Run:
     directory: the experiment's, None for a checkpoint.
     planned: the experiment, its stages finished; None for a checkpoint.
     stages: the stages of the networks, by role; none for a checkpoint.
+    backbone: name of a checkpoint's classifier's network, None without one.
   """
 
   name: str
@@ -65,6 +66,7 @@ class Run:
   directory: pathlib.Path | None = None
   planned: plan.Planned | None = None
   stages: "dict[str, stages.Stage]" = dataclasses.field(default_factory=dict)
+  backbone: str | None = None
 
   @property
   def needs_clean(self) -> bool:
@@ -199,7 +201,7 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
   parts = port.load(place)
   if "dncnn" in parts:
     parts["restorer"] = parts.pop("dncnn")
-  loaded, names, image_size, described = {}, (), IMAGE_SIZE, {}
+  loaded, names, image_size, described, backbone = {}, (), IMAGE_SIZE, {}, None
   for role, part in parts.items():
     config = {k: v for k, v in part.config.items() if k not in WIRING}
     described |= {k: v for k, v in part.config.items() if k in WIRING}
@@ -211,6 +213,7 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
       loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
       names = config["class_names"] or map(str, range(classes))
       image_size = config.get("image_size", IMAGE_SIZE)
+      backbone = config["model"]["name"]
   classifier = loaded["classifier"].network if "classifier" in loaded else None
   # Of these the authors' checkpoints say nothing; exported ones do.
   cosine = "estimator" in parts and parts["estimator"].config["out_channels"] == 1
@@ -247,4 +250,5 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
     image_size=image_size,
     class_names=tuple(names),
     digest=port.content_digest(place),
+    backbone=backbone,
   )

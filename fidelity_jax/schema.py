@@ -62,7 +62,7 @@ def _check(config: ConfigDict, where: str, top: bool = False) -> None:
     _check_warmup(config.ensemble, f"{where}.ensemble")
   data.check(config.dataset)
   side = _check_patches(config, where)
-  _check_degradation(config, side, where)
+  check_degradation(config, side, where)
   parents = config.get("parents", ConfigDict())
   if not isinstance(parents, ConfigDict):
     raise rules.refusal(where, "parents", parents, "must be a ConfigDict")
@@ -98,8 +98,17 @@ def _check_patches(config: ConfigDict, where: str) -> int:
   return config.patch_size
 
 
-def _check_degradation(config: ConfigDict, side: int, where: str) -> None:
-  """Checks the degradation, and that its kernels are not larger than images allow."""
+def check_degradation(config: ConfigDict, side: int, where: str) -> None:
+  """Checks the degradation, and that its kernels are not larger than images allow.
+
+  Args:
+    config: its field `degradation` is checked.
+    side: of the images, pixels.
+    where: the config's path, for messages.
+
+  Raises:
+    UsageError: it is impossible, or too much for these images.
+  """
   for step in degradations.from_config(config.degradation).steps:
     longest = dict(step.options).get("kernel_size", 0)
     if step.kind == "motion_blur":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fidelity_jax import (
   assembly,
@@ -23,16 +24,16 @@ from fidelity_jax import (
   tasks,
 )
 from fidelity_jax.method import Method
-from fidelity_jax.subjects import Subject
+from fidelity_jax.subjects import Given, Subject
 
 PyTree = Any
 
 
 class _Part(NamedTuple):
-  """A network of a finished stage.
+  """A network of a finished stage, or of a checkpoint.
 
   Attributes:
-    of: name of the stage that trained it.
+    of: name of the stage that trained it, or the checkpoint's digest.
     network: the module.
     variables: its variables, on the devices.
   """
@@ -43,16 +44,18 @@ class _Part(NamedTuple):
 
 
 class Networks:
-  """Finished stages' networks, each loaded once."""
+  """The networks of finished stages and of checkpoints, each loaded once."""
 
   def __init__(self, num_classes: int, mesh: jax.sharding.Mesh):
     self._load = assembly.Loader(num_classes)
     self._replicated = sharding.replicated(mesh)
     self._parts: dict[tuple[str, str], _Part] = {}
 
-  def of(self, behind: dict[str, stages.Stage]) -> dict[str, _Part]:
-    """Returns the networks of stages by role; end-to-end, the estimator with them."""
-    found = {}
+  def of(self, subject: Subject) -> dict[str, _Part]:
+    """Returns a subject's networks by role; end-to-end, the estimator with them."""
+    found, behind = {}, subject.stages
+    if subject.given is not None:
+      return {role: self._given(subject.given, role) for role in subject.given.parts}
     calibration = behind.get("calibration")
     if calibration and calibration.config.fidelity.source == "end_to_end":
       # The one that was trained along, not the one that it started from.
@@ -61,6 +64,13 @@ class Networks:
       if stage := behind.get(role):
         found[role] = self._part(stage, role)
     return found
+
+  def _given(self, given: Given, role: str) -> _Part:
+    if (given.digest, role) not in self._parts:
+      network, variables = given.parts[role]
+      variables = jax.device_put(variables, self._replicated)
+      self._parts[given.digest, role] = _Part(given.digest, network, variables)
+    return self._parts[given.digest, role]
 
   def _part(self, stage: stages.Stage, role: str) -> _Part:
     if (stage.name, role) not in self._parts:
@@ -104,8 +114,11 @@ def _ensemble(ensemble, map_name, variables, calibrated, plain, fidelity_map):
   return ensemble.apply(variables, calibrated, plain, confidence)
 
 
-def _classified(method: Method, keep: bool, variables, features, label):
-  logits = method.classify(variables, features)
+def _classify(method: Method, variables, features):
+  return method.classify(variables, features)
+
+
+def _answers(keep: bool, logits, label):
   own = jnp.take_along_axis(logits, label[:, None], 1)
   # Of equal logits the first counts, as in argmax.
   before = jnp.arange(logits.shape[1]) < label[:, None]
@@ -172,18 +185,31 @@ class Tensors:
       self._made[key] = make()
     return self._made[key]
 
+  def _outputs(self, subject: Subject) -> dict[str, np.ndarray] | None:
+    """Returns what the program gives that the subject is of, None if it is of none."""
+    given = subject.given
+    if given is None or given.program is None:
+      return None
+    # It runs where it can: on one device, or outside of JAX.
+    run = lambda: given.program(np.asarray(self.degraded), np.asarray(self.clean))
+    return self._once(("program", given.digest), run)
+
   def images(self, subject: Subject) -> jax.Array:
     """Returns what the subject sees, float32 [N, H, W, 3] in [0, 1]."""
     if not subject.compared.restored:
       return self.degraded
-    restorer = self._networks.of(subject.stages)["restorer"]
+    if (outputs := self._outputs(subject)) is not None:
+      return outputs["restored"]
+    restorer = self._networks.of(subject)["restorer"]
     restore = _compiled(_restore, restorer.network)
     make = lambda: restore(restorer.variables, self.degraded)
     return self._once(("restored", restorer.of), make)
 
   def fidelity_map(self, subject: Subject) -> jax.Array:
     """Returns the subject's map, float32 [N, H, W, C]."""
-    parts, config = self._networks.of(subject.stages), subject.config.fidelity
+    if (outputs := self._outputs(subject)) is not None:
+      return outputs["fidelity_map"]
+    parts, config = self._networks.of(subject), subject.config.fidelity
     restored = self.images(subject)
     if config.source == "oracle":
       oracle = lambda: _oracle(config.map, restored, self.clean)
@@ -195,8 +221,8 @@ class Tensors:
     return self._once(key, lambda: estimate(estimator.variables, seen))
 
   def features(self, subject: Subject) -> jax.Array:
-    """Returns what the subject gives the classifier's head, [N, F]."""
-    compared, parts = subject.compared, self._networks.of(subject.stages)
+    """Returns what the subject gives the classifier's head, [N, F]; not of programs."""
+    compared, parts = subject.compared, self._networks.of(subject)
     images = self.images(subject)
     classifier = parts["classifier"]
     variables = {"classifier": classifier.variables}
@@ -222,6 +248,14 @@ class Tensors:
     combine = _compiled(_ensemble, ensemble.network, name)
     return combine(ensemble.variables, calibrated, plain(), fidelity_map)
 
+  def logits(self, subject: Subject) -> jax.Array:
+    """Returns what a subject that classifies says, float32 [N, K]."""
+    if (outputs := self._outputs(subject)) is not None:
+      return outputs["logits"]
+    classifier = self._networks.of(subject)["classifier"]
+    classify = _compiled(_classify, Method(classifier.network, None))
+    return classify({"classifier": classifier.variables}, self.features(subject))
+
   def values(self, subject: Subject, keep: bool = False) -> dict[str, jax.Array]:
     """Returns what is measured of the subject, arrays [N] by name.
 
@@ -235,11 +269,7 @@ class Tensors:
       measure = _compiled(_estimation, subject.config.fidelity.map)
       fidelity_map = self.fidelity_map(subject)
       return measure(fidelity_map, self.images(subject), self.clean)
-    classifier = self._networks.of(subject.stages)["classifier"]
-    alone = Method(classifier.network, None)
-    classify = _compiled(_classified, alone, keep)
-    variables = {"classifier": classifier.variables}
-    return classify(variables, self.features(subject), self._label)
+    return _compiled(_answers, keep)(self.logits(subject), self._label)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ _SOURCES = {
   "oracle": "oracle map",
   "pretrained": "pretrained estimator",
   "end_to_end": "end-to-end estimator",
+  "estimated": "estimator",
 }
 _TRAINED = {"given": "given weights", "none": "not trained"}
 
@@ -28,9 +29,10 @@ def title(row: Row) -> str:
   if row.method == "classifier":
     trained = _TRAINED.get(row.trained_on, f"trained on {row.trained_on}")
     return f"{trained}, {restoration}"
-  ensemble = f"{'with' if row.ensemble else 'without'} ensemble"
   source = _SOURCES.get(row.method, row.method)
-  return ", ".join(["proposed", source, ensemble, *_other(row)])
+  ensemble = f"{'with' if row.ensemble else 'without'} ensemble"
+  told = [] if row.ensemble is None else [ensemble]
+  return ", ".join(["proposed", source, *told, *_other(row)])
 
 
 def _other(row: Row) -> list[str]:

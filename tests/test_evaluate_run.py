@@ -1,16 +1,30 @@
-"""`fidelity_jax evaluate`: a finished run on other labelled images."""
+"""`fidelity_jax evaluate`: a run on other labelled images."""
 
-import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import torch
+import torch_reference
 from conftest import experiment
 from PIL import Image
+from test_data_images import photograph
+from test_parity import TinyResNet, reference
 
 import fidelity_jax
-from fidelity_jax import data, errors, evaluate_run, runs
+from fidelity_jax import (
+  data,
+  errors,
+  evaluate_run,
+  export,
+  exported,
+  files,
+  given,
+  runs,
+  stages,
+)
 
 _PROGRAM = ("-m", "fidelity_jax", "evaluate")
 
@@ -88,20 +102,247 @@ def test_as_they_are(toy_estimated, tiles, command, tmp_path):
   assert {k: found[k] for k in expected} == pytest.approx(expected)
 
 
-def test_what_does_not_fit_is_refused(toy_estimated, tiles, tmp_path):
+def _measures(path):
+  """Returns what results.json has for each method and condition."""
+  rows = json.loads((path / "results.json").read_text())["rows"]
+  measures = ("accuracy", "top5", "ece", "psnr", "ssim", "map_error", "ause")
+  return {
+    (_same(row["method"]), bool(row["restorer"]), row["ensemble"], name): {
+      measure: row[measure] for measure in measures if row[measure] is not None
+    }
+    for row in rows
+    for name in [row["condition"]["name"]]
+  }
+
+
+def _same(method):
+  # A directory of weights does not say how its estimator was trained.
+  return "pretrained" if method == "estimated" else method
+
+
+# Evaluates a run's export to each of some places, in one process.
+EXPORTS = """
+import pathlib, sys, fidelity_jax
+from fidelity_jax import evaluate_run, export
+run, folder, *places = sys.argv[1:]
+for place in map(pathlib.Path, places):
+  export.export(run, place)
+  out = place.with_name(f"{place.name}-out")
+  evaluate_run.evaluate(fidelity_jax.load(place), folder, out, rounds=2)
+"""
+
+
+def _check_exports(toy_estimated, tiles, command, directory, names):
+  """Evaluates exports on the experiment's own images, and compares the results.
+
+  What the experiment gives when it is evaluated on them is tested above.
+  """
+  places = [directory / name for name in names]
+  run = toy_estimated / "pretrained"
+  command(run, tiles, *places, program=("-c", EXPORTS), check=0)
+  itself = _measures(experiment(toy_estimated, "pretrained"))
+  for place in places:
+    out = place.with_name(f"{place.name}-out")
+    found = _measures(out)
+    assert ("pretrained", True, True, "awgn-0.3") in found
+    # A file answers by its whole method alone.
+    assert found.keys() == {
+      key
+      for key in itself
+      if not place.suffix or key[0] in ("restoration", "estimation") or key[2]
+    }
+    for key, measures in found.items():
+      assert measures == pytest.approx(itself[key], abs=1e-4), key
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    facts = {(r["trained_on"], r["backbone"], r["map"], r["seed"]) for r in rows}
+    if place.suffix:
+      assert facts >= {("clean", "resnet", "l1", 0), (None, None, "l1", 0)}
+      digest = exported.read_record(place).digest
+      assert {r["products"]["given"] for r in rows} == {digest[:16]}
+    else:
+      assert facts >= {("given", "resnet", "l1", None), ("given", "resnet", None, None)}
+      # Of weights that nobody told of, the paper has no numbers.
+      assert {r["paper"] for r in rows} == {None}
+      assert "seed" not in (out / "report.md").read_text()
+
+
+def test_exports_are_as_good_as_their_experiment(
+  toy_estimated, tiles, command, tmp_path
+):
+  names = ("weights", "run.jax")
+  _check_exports(toy_estimated, tiles, command, tmp_path, names)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_is_as_good_as_its_experiment(
+  toy_estimated, tiles, command, tmp_path
+):
+  pytest.importorskip("jax2onnx")
+  _check_exports(toy_estimated, tiles, command, tmp_path, ("run.onnx",))
+
+
+@pytest.fixture(scope="module")
+def exports(toy_estimated, tmp_path_factory):
+  """The run, and one on the true map, as .jax files."""
+  root = tmp_path_factory.mktemp("exports")
+  for name in ("pretrained", "oracle"):
+    export.export(toy_estimated / name, root / f"{name}.jax")
+  return root
+
+
+def _noted(exports, to, without=(), **changed):
+  """Copies an exported file, with another record; returns its path."""
+  path = shutil.copy(exports / "pretrained.jax", to)
+  record = json.loads((exports / "pretrained.jax.json").read_text()) | changed
+  kept = {k: v for k, v in record.items() if k not in ("sha256", *without)}
+  files.write_json(exported.record_path(path), files.seal(kept))
+  return path
+
+
+def test_an_exported_file_notes_what_it_is_for(toy_estimated, exports, tmp_path):
   run = runs.find(toy_estimated / "pretrained")
+  record = exported.read_record(exports / "pretrained.jax")
+  assert record.degradation == stages.as_json(run.planned.config.degradation)
+  blur = {"kind": "motion_blur", "level": {"tuple": [1, 5]}}
+  model = fidelity_jax.load(_noted(exports, tmp_path / "o.jax", degradation=blur))
+  config = given.config(model, data.default_config("folder"))
+  whole, *_ = given.of_model(model, config)
+  names = ["clean", "motion_blur-5", "motion_blur-1d", "motion_blur-2d"]
+  assert [condition.name for condition in whole.conditions] == names
+  assert whole.facts == record.facts == given.facts(run)
+  # Of an earlier version.
+  old = _noted(exports, tmp_path / "old.jax", ["facts", "degradation"])
+  model = fidelity_jax.load(old)
+  config = given.config(model, data.default_config("folder"))
+  found = given.of_model(model, config)
+  methods = ["estimated", "restoration", "restoration", "estimation"]
+  assert [subject.compared.method for subject in found] == methods
+  assert config.degradation.kind == "awgn"
+
+
+@pytest.mark.slow
+def test_an_earlier_versions_file_is_taken_as_it_is(exports, tiles, tmp_path, capsys):
+  path = _noted(exports, tmp_path / "old.jax", ["facts", "degradation"])
+  out = tmp_path / "out"
+  arguments = [path, tiles, f"--out={out}", "--as_is"]
+  assert evaluate_run.main(list(map(str, arguments))) == 0
+  captured = capsys.readouterr()
+  assert "| proposed, estimator |" in captured.out
+  assert "does not say what degradation" not in captured.err
+  (row,) = json.loads((out / "results.json").read_text())["rows"]
+  model = fidelity_jax.load(path)
+  paths = sorted(tiles.rglob("*.png"))
+  labels = [model.class_names.index(path.parent.name) for path in paths]
+  right = np.mean(model(paths).logits.argmax(-1) == labels)
+  assert (row["accuracy"], row["images"]) == (pytest.approx(100 * right), len(paths))
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  """A network of the authors' code, with three classes."""
+  options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True, source="degraded")
+  return reference(TinyResNet(num_classes=3), 8, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(theirs, tmp_path_factory):
+  """Its checkpoint, and beside it that of the restorer alone."""
+  state = torch_reference.state_dict(theirs)
+  root = tmp_path_factory.mktemp("authors")
+  safetensors.numpy.save_file(state, root / "given.safetensors")
+  restorer = {k: v for k, v in state.items() if k.startswith("restoration.")}
+  safetensors.numpy.save_file(restorer, root / "restorer.safetensors")
+  return root / "given.safetensors"
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+  """As many folders; images of 1, 2 and 3 in those of class 0, 1 and 2."""
+  root = tmp_path_factory.mktemp("numbered")
+  for number, name in enumerate(("2.cat", "10.dog", "b")):
+    (root / name).mkdir()
+    for i in range(number + 1):
+      pixels = photograph(224, 224, seed=10 * number + i)
+      Image.fromarray(pixels).save(root / name / f"{i}.png")
+  return root
+
+
+@pytest.mark.parametrize(
+  "kind", ["clean", pytest.param("gaussian_blur", marks=pytest.mark.slow)]
+)
+def test_an_authors_checkpoint_is_evaluated(
+  theirs, checkpoint, numbered, tmp_path, capsys, kind
+):
+  """All its methods, on classes in the folders' order; it answers as PyTorch does."""
+  out = tmp_path / "out"
+  arguments = [checkpoint, numbered, f"--out={out}", f"--degradation={kind}"]
+  assert evaluate_run.main(list(map(str, arguments))) == 0
+  captured = capsys.readouterr()
+  assert "its 3 are the sub-folders in their order, 0 is '2.cat', 2" in captured.err
+  assert "does not say what degradation" not in captured.err
+  results = json.loads((out / "results.json").read_text())
+  assert results["class_names"] == ["2.cat", "10.dog", "b"]
+  rows = results["rows"]
+  assert {row["degradation"] for row in rows} == {kind}
+  assert {(row["seed"], row["paper"]) for row in rows} == {(None, None)}
+  assert all(row["stages"] == {} for row in rows)
+  found = _measures(out)
+  folders = [numbered / name for name in results["class_names"]]
+  paths = [path for folder in folders for path in sorted(folder.iterdir())]
+  pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+  images = torch.tensor(pixels.transpose(0, 3, 1, 2) / 255)
+  with torch.no_grad():
+    said = theirs(images, images).numpy().argmax(-1)
+  right = np.mean(said == [0, 1, 1, 2, 2, 2])
+  whole = found["pretrained", True, True, "clean"]
+  assert whole["accuracy"] == pytest.approx(100 * right)
+  methods = {key[:3] for key in found}
+  assert ("pretrained", True, False) in methods and len(methods) == 7
+
+
+def test_an_experiment_is_asked_of_another_degradation(toy_estimated, tiles):
+  model = fidelity_jax.load(toy_estimated / "pretrained")
+  planned = evaluate_run._planned(model, str(tiles), "rectangular_crop", False)
+  names = [[c.name for c in one.conditions] for one in planned.subjects()]
+  assert len(names) == 7
+  assert {one[0] for one in names} == {"clean"}
+  assert {one[5] for one in names} == {"rectangular_crop-0.5"}
+
+
+def test_what_does_not_classify_or_fit_is_refused(
+  checkpoint, exports, numbered, tiles, tmp_path, refused
+):
+  out = f"--out={tmp_path / 'out'}"
+  two = tmp_path / "two"
+  for name in ("2.cat", "b"):
+    shutil.copytree(numbered / name, two / name)
+  clean = "leave --as_is out, or name a run on an estimated map"
+  denoiser = checkpoint.with_name("restorer.safetensors")
+  for arguments, words in (
+    ([denoiser, tiles, out], "restorer does not classify"),
+    ([checkpoint, numbered, out, "--degradation=awgm"], "did you mean 'awgn'?"),
+    ([checkpoint, numbered, out, "--degradation=awgn+snow"], "'snow'"),
+    ([checkpoint, numbered, out, "--degradation="], "unknown kind"),
+    ([checkpoint, numbered, out, "--degradation=awgn", "--as_is"], "not allowed with"),
+    ([checkpoint, two, out], "nobody named the 3 classes of given"),
+    ([exports / "pretrained.jax", numbered, out], "is no class of this run"),
+    ([exports / "oracle.jax", tiles, out, "--as_is"], clean),
+    ([exports / "none.jax", tiles, out], "there is no exported file"),
+  ):
+    refused(arguments, 2, words, command=evaluate_run.main)
+
+
+def test_what_does_not_fit_is_refused(toy_estimated, tiles, tmp_path):
+  model = fidelity_jax.load(toy_estimated / "pretrained")
   other = tmp_path / "other"
   shutil.copytree(tiles / "moon", other / "mooon")
   with pytest.raises(
     errors.UsageError, match=r"'mooon' is no class .*did you mean 'mo"
   ):
-    evaluate_run.evaluate(run, str(other), tmp_path / "out")
+    evaluate_run.evaluate(model, str(other), tmp_path / "out")
   with pytest.raises(errors.UsageError, match="there is no such folder"):
-    evaluate_run.evaluate(run, str(tmp_path / "no"), tmp_path / "none")
+    evaluate_run.evaluate(model, str(tmp_path / "no"), tmp_path / "none")
   assert not (tmp_path / "none").exists()
   for out in (experiment(toy_estimated, "pretrained"), toy_estimated):
     with pytest.raises(errors.UsageError, match="other experiments in it"):
-      evaluate_run.evaluate(run, str(tiles), out)
-  checkpoint = dataclasses.replace(run, planned=None)
-  with pytest.raises(errors.UsageError, match="is a checkpoint"):
-    evaluate_run.evaluate(checkpoint, str(tiles), tmp_path / "out")
+      evaluate_run.evaluate(model, str(tiles), out)

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from fidelity_jax.report import pictures
 from fidelity_jax.report.groups import MEASURES, Entry, Group
-from fidelity_jax.rows import Condition, Row
+from fidelity_jax.rows import SOURCES, Condition, Row
 
 _PANEL = (3.3, 2.7)
 _ALONE = (8.0, 4.2)
@@ -155,7 +155,7 @@ def _looks(found: Sequence[Group]) -> dict[str, dict]:
       row = group.of(title)[0].first
       number = families.setdefault(_family(row), len(families))
       look = pictures.look(number)
-      proposed = row.method in ("oracle", "pretrained", "end_to_end")
+      proposed = row.method in SOURCES
       hollow = row.ensemble is False
       looks[title] = look | {
         "ls": "-" if proposed or not row.restorer else (0, (4, 1.6)),
@@ -287,7 +287,7 @@ def _caption(field: str, found: Sequence[Group]) -> str:
     parts.append("Thin lines: classifiers, solid without restoration, dashed with it.")
   elif any(row.method == "restoration" for row in rows):
     parts.append("Solid: without restoration; dashed: with it.")
-  if any(row.method in ("oracle", "pretrained", "end_to_end") for row in rows):
+  if any(row.method in SOURCES for row in rows):
     parts.append(
       "Thick lines: the proposed methods, on restored images; hollow markers: without "
       "ensemble."

@@ -16,7 +16,6 @@ _MEANINGS = {
   "cosine": "1 - cosine similarity",
 }
 _WIDEST = 8
-_STEERED = ("oracle", "pretrained", "end_to_end")
 _RIGHT, _WRONG = "#2a9a58", "#dc4a39"
 
 
@@ -52,9 +51,9 @@ def draw(
 
 def _rows(one: Examples) -> list[tuple[str, str, str]]:
   """Returns (label, array of images, array of values below them or "") from above."""
-  classified = any(c.method in ("classifier", *_STEERED) for c in one.compared)
+  classified = any(c.classifies for c in one.compared)
   plain = "classifier" if classified else "restoration"
-  steered = [c for c in one.compared if c.method in _STEERED]
+  steered = [c for c in one.compared if c.steered]
   # With the ensemble, if there is one.
   steered = sorted(steered, key=lambda c: not c.ensemble)
   rows = [
@@ -154,7 +153,7 @@ def _below(
 
 def _caption(examples: Sequence[Examples]) -> str:
   first = examples[0]
-  if not any(c.method in ("classifier", *_STEERED) for c in first.compared):
+  if not any(c.classifies for c in first.compared):
     return "Below each image, its PSNR to the clean one."
   other = {"given": "as given", "none": "as it started"}
   which = other.get(first.trained_on, f"trained on {first.trained_on} images")

@@ -157,8 +157,9 @@ class Group:
 
   @functools.cached_property
   def seeds(self) -> list[int]:
-    """All seeds of training."""
-    return sorted({row.seed for entry in self.entries.values() for row in entry.rows})
+    """All seeds of training that are known."""
+    rows = [row for entry in self.entries.values() for row in entry.rows]
+    return sorted({row.seed for row in rows if row.seed is not None})
 
   @functools.cached_property
   def uniform(self) -> list[Condition]:

@@ -137,9 +137,9 @@ def _headings(group: Group) -> list[str]:
 def _what(entry: Entry) -> str:
   """Returns how often something was measured."""
   row = entry.first
-  seeds = ", ".join(str(row.seed) for row in entry.rows)
+  seeds = ", ".join(str(row.seed) for row in entry.rows if row.seed is not None)
   rounds = f", {row.rounds} rounds" if row.rounds > 1 else ""
-  return f"{row.images} images{rounds}, seed {seeds}"
+  return f"{row.images} images{rounds}{seeds and f', seed {seeds}'}"
 
 
 def _notes(entry: Entry, measure: Measure) -> tuple[str, ...]:
@@ -186,11 +186,14 @@ def _explained(group: Group, measure: Measure) -> tuple[str, ...]:
   elif rounds > 1:
     parts.append("±: standard deviation over rounds of noise.")
   parts.append(f"Best of a column in bold. {measure.note}".strip())
-  named = ", ".join(map(str, group.seeds))
+  trained = ""
+  if seeds:
+    named = ", ".join(map(str, group.seeds))
+    trained = f"seed{'s' * (seeds > 1)} {named}; "
   precisions = dict.fromkeys(row.precision for entry in entries for row in entry.rows)
   parts.append(
-    f"{first.images} test images; seed{'s' * (seeds > 1)} {named}; computed in "
-    f"{' and '.join(precisions)}. All methods see the same noise."
+    f"{first.images} test images; {trained}computed in {' and '.join(precisions)}. All "
+    "methods see the same noise."
   )
   notes = [" ".join(parts)]
   if any(_identical(entry, measure) for entry in entries):
