@@ -99,6 +99,7 @@ def export(
     image_size=run.image_size,
     class_names=list(run.class_names),
     map_name=run.method.map_name,
+    radius=run.method.radius,
     precision=program.precision,
     platforms=list(PLATFORMS) if suffix == ".jax" else ["onnx"],
     stages={role: stage.name for role, stage in run.stages.items()},
