@@ -444,23 +444,21 @@ def test_an_exported_file_restores_what_its_run_does(toy_run, folder, tmp_path, 
   noise = ("--add_noise=50", "--seed=1")
   for given, status in ((place, 0), (path, 1)):
     capsys.readouterr()
-    out = f"--out={tmp_path / given.name}"
+    out = f"--out={tmp_path / given.stem}"
     assert _run(given, folder, out, *noise) == status
   stderr = capsys.readouterr().err
   assert "small.png: passed over: an image of 60x31 pixels" in stderr
   assert "takes 32x32 and larger; its run's directory takes any size" in stderr
-  found, want = (_rows(tmp_path / name) for name in ("toy.jax", "oracle"))
+  found, want = (_rows(tmp_path / name) for name in ("toy", "oracle"))
   assert set(want) - set(found) == {"small.png"} and len(found) == 3
   for name, row in found.items():
-    one, other = (_read(tmp_path / k / name).pixels for k in ("toy.jax", "oracle"))
+    one, other = (_read(tmp_path / k / name).pixels for k in ("toy", "oracle"))
     assert one.dtype == other.dtype and one.shape == other.shape
     room = 1 if one.dtype == np.uint8 else 4
     assert np.abs(one.astype(int) - other.astype(int)).max() <= room
-    # The noise is not clipped: of 50, it would be more than a dB less.
     for column in ("psnr_noisy", "psnr"):
       assert float(row[column]) == pytest.approx(float(want[name][column]), abs=1e-3)
-    assert abs(float(row["psnr_noisy"]) - 14.15) < 0.2
-  # The whole, without the windows' seams, with values beyond [0, 1].
+  # Values beyond [0, 1], which noise has, are not clipped on their way.
   noisy = 1.5 * _photograph(60, 90).astype(np.float32) / 255 - 0.25
   results = [denoising.restore(denoising.load(one), noisy) for one in (place, path)]
   np.testing.assert_allclose(*results, atol=1e-5)
