@@ -257,6 +257,7 @@ def test_a_whole_image_in_windows_is_what_the_run_makes_of_it(
     assert min(apart.values()) > 5e-5, apart
 
 
+@pytest.mark.slow
 def test_a_whole_image_through_an_onnx_file(places, tmp_path):
   pytest.importorskip("jax2onnx")
   place = chained(places, tmp_path)
@@ -314,8 +315,9 @@ def test_files_that_can_restore_no_whole_image_say_so(
   check(tmp_path / "estimated.jax", "export it again")
 
 
+@pytest.mark.slow
 def test_whole_images_are_drawn_from_a_file(jax_files, tmp_path, capsys):
-  """Those that are large enough for it; in colour, 3 times what is grey."""
+  """Those that are large enough for it; the others are named."""
   for name, size in (("a", (40, 50)), ("small", (31, 50))):
     pixels = photograph(*size, seed=1)
     (tmp_path / f"{name}.png").write_bytes(encoded(pixels, format="PNG"))
