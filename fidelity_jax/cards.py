@@ -1,10 +1,12 @@
 """Model cards: what networks are for, what they were measured to do, their origin.
 
-The form is Hugging Face's: Markdown after YAML that its tools read.
+The form is Hugging Face's: Markdown after YAML that its tools read. What networks'
+weights do not tell is in the YAML, too, from which the card of a copy is made.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -61,6 +63,94 @@ _NEEDS = {
   ".onnx": "It needs `pip install onnxruntime`.",
   "": "It needs fidelity_jax.",
 }
+# What a card calls a metric, what its values are multiplied by, and their digits.
+_SHOWN = {
+  "accuracy": ("accuracy, %", 100, 2),
+  "psnr": ("PSNR, dB", 1, 2),
+  "mae": ("error of the map", 1, 4),
+}
+
+
+class _Arguments(msgspec.Struct):
+  """A value's 95 % interval, the number of test images, and of draws of noise."""
+
+  low: float
+  high: float
+  images: int
+  rounds: int
+
+
+class _Metric(msgspec.Struct, omit_defaults=True):
+  """A measured value; an accuracy is of 1. Cards of others have no such arguments."""
+
+  type: str
+  value: float
+  name: str = ""
+  args: _Arguments | None = None
+
+
+class _Measured(msgspec.Struct):
+  """What was measured under one condition, `dataset["config"]`."""
+
+  task: dict[str, str]
+  dataset: dict[str, str]
+  metrics: list[_Metric]
+
+
+class _Index(msgspec.Struct):
+  """All that was measured of networks of one name."""
+
+  name: str
+  results: list[_Measured]
+
+
+class _Known(msgspec.Struct):
+  """What else a card says of networks that their weights do not.
+
+  Attributes:
+    name: the experiment's, or the checkpoint's.
+    training: what they were trained for, in sentences.
+    measured: what the use of them that was measured is called; "" for none.
+    stages: role, name, and digest of what it gave, of each stage.
+  """
+
+  name: str
+  training: str
+  measured: str
+  stages: list[tuple[str, str, str]]
+
+
+class _Front(msgspec.Struct, rename={"index": "model-index"}):
+  """A card's YAML: Hugging Face's fields, and what else we have to say."""
+
+  license: str = UNKNOWN
+  library_name: str = ""
+  pipeline_tag: str = ""
+  tags: list[str] = []
+  index: list[_Index] = []
+  fidelity_jax: _Known | None = None
+
+
+def metadata(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the YAML of a card; nothing if there is no card.
+
+  Raises:
+    RunError: it cannot be read, or is not as an export writes it.
+  """
+  if not path.is_file():
+    return {}
+  try:
+    with errors.while_doing(f"reading {path}"):
+      # The first of two documents; the other is no YAML, and is not looked at.
+      found = next(yaml.safe_load_all(files.read_bytes(path)), None)
+    msgspec.convert(found, _Front)
+  except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    reason = " ".join(str(error).split())
+    raise errors.RunError(
+      f"{path} is not as an export writes it ({reason:.200}): mend the YAML at its "
+      "top, or move it away, and licence and results with it."
+    ) from error
+  return found
 
 
 def card(
@@ -69,6 +159,7 @@ def card(
   licence: str,
   source: str | None,
   record: exported.Record | None = None,
+  kept: Mapping[str, Any] | None = None,
 ) -> str:
   """Returns the card of an export.
 
@@ -78,12 +169,23 @@ def card(
     licence: of the weights.
     source: digest of the checkpoint that the run came from, None for an experiment.
     record: of the file; None for a directory.
+    kept: what that checkpoint's card says, see `metadata`. What its weights do not tell
+      is taken from there.
   """
-  rows = results(run)
-  suffix = os.path.splitext(file)[1] if record else ""
+  suffix, kept = os.path.splitext(file)[1] if record else "", dict(kept or {})
+  if licence != kept.get("license"):
+    # Of a licence without a name of Hugging Face's.
+    kept = {k: v for k, v in kept.items() if not k.startswith("license_")}
+  front = _front(run, suffix, licence, msgspec.convert(kept, _Front))
+  known = front.fidelity_jax
+  measured = [one for index in front.index for one in index.results]
+  found = kept | {k: v for k, v in msgspec.to_builtins(front).items() if v}
+  if "model-index" in kept:
+    # As it is: others say more in it.
+    found["model-index"] = kept["model-index"]
   sections = [
-    f"---\n{yaml.safe_dump(_metadata(run, rows, suffix, licence), sort_keys=False)}---",
-    f"# {run.name}",
+    f"---\n{yaml.safe_dump(found, sort_keys=False)}---",
+    f"# {known.name}",
     _introduction(run),
     "## Input and output",
     _tensors(run, record),
@@ -92,16 +194,16 @@ def card(
     "## Classes",
     _classes(run),
     "## Trained for",
-    _training(run, rows),
+    _training(known, measured),
     "## Results",
-    _results(rows),
+    _results(known, measured),
     "## Licence",
     f"Of the weights: {licence}. Of the images that they were trained on: {UNKNOWN}. "
     f"Of weights that training started from: {UNKNOWN}. Unknown means that nobody told "
     "the program that wrote this card; it does not mean that there are no conditions. "
     "fidelity_jax itself is under Apache-2.0.",
     "## Origin",
-    _origin(run, source, record),
+    _origin(known, source, record),
   ]
   return "\n\n".join(sections) + "\n"
 
@@ -138,45 +240,54 @@ def _of(row: Row, run: Run) -> bool:
   return row.method == kind and restored
 
 
-def _metadata(
-  run: Run, rows: Sequence[Row], suffix: str, licence: str
-) -> dict[str, Any]:
+def _front(run: Run, suffix: str, licence: str, kept: _Front) -> _Front:
   """Returns what stands in the card's YAML."""
   classifies = run.method.classifier is not None
   task = "image-classification" if classifies else "image-to-image"
   tags = ["jax", _KINDS[suffix], "degraded-images"]
   tags += ["image-restoration"] if run.method.restorer is not None else []
   tags += ["fidelity-map"] if run.method.calibration is not None else []
-  found: dict[str, Any] = {
-    "license": licence,
-    "library_name": "fidelity_jax",
-    "pipeline_tag": task,
-    "tags": tags,
-  }
+  others = [tag for tag in kept.tags if tag not in _KINDS.values()]
+  rows = results(run)
   measured = [
-    {
-      "task": {"type": task},
-      "dataset": {
+    _Measured(
+      {"type": task},
+      {
         "name": f"{row.dataset}, {row.condition.name}",
         "type": row.dataset,
         "config": row.condition.name,
         "split": "test",
       },
-      "metrics": [_metric(row)],
-    }
+      [_metric(row)],
+    )
     for row in rows
   ]
-  if measured:
-    found["model-index"] = [{"name": run.name, "results": measured}]
-  return found
+  known = _Known(
+    name=run.name,
+    training=_trained(run),
+    measured=titles.title(rows[0]) if rows else "",
+    stages=[
+      (k, stage.name, stage.finished().product) for k, stage in run.stages.items()
+    ],
+  )
+  return _Front(
+    license=licence,
+    library_name="fidelity_jax",
+    pipeline_tag=task,
+    tags=list(dict.fromkeys([*tags, *others])),
+    index=[_Index(run.name, measured)] if measured else kept.index,
+    fidelity_jax=kept.fidelity_jax or known,
+  )
 
 
-def _metric(row: Row) -> dict[str, Any]:
+def _metric(row: Row) -> _Metric:
+  kind, name, scale = "mae", "error of the map", 1
   if row.accuracy is not None:
-    return {"type": "accuracy", "name": "accuracy", "value": row.accuracy / 100}
-  if row.psnr is not None:
-    return {"type": "psnr", "name": "PSNR, dB", "value": row.psnr}
-  return {"type": "mae", "name": "error of the map", "value": row.map_error}
+    kind, name, scale = "accuracy", "accuracy", 100
+  elif row.psnr is not None:
+    kind, name = "psnr", "PSNR, dB"
+  args = _Arguments(row.low / scale, row.high / scale, row.images, row.rounds)
+  return _Metric(kind, row.value / scale, name, args)
 
 
 def _introduction(run: Run) -> str:
@@ -243,7 +354,8 @@ def _classes(run: Run) -> str:
   return f"{len(run.class_names)}, in the order of the logits: {shown}{end}."
 
 
-def _training(run: Run, rows: Sequence[Row]) -> str:
+def _trained(run: Run) -> str:
+  """Returns what the networks were trained for."""
   roles = ("calibration", "classifier", "estimator", "restorer")
   config = next((run.stages[r].config for r in roles if r in run.stages), None)
   if config is None:
@@ -257,37 +369,44 @@ def _training(run: Run, rows: Sequence[Row]) -> str:
   if "classifier" in run.stages:
     source = run.stages["classifier"].config.source
     found += f" The classifier was trained on {source} images of it."
-  if not rows:
-    return f"{found} Nothing was measured."
-  names = dict.fromkeys(row.condition.name for row in rows)
-  return f"{found} Measured on {', '.join(names)} images of it, and on no others."
+  return found
 
 
-def _results(rows: Sequence[Row]) -> str:
-  if not rows:
+def _training(known: _Known, measured: Sequence[_Measured]) -> str:
+  if not measured:
+    return f"{known.training} Nothing was measured."
+  names = dict.fromkeys(one.dataset.get("config", UNKNOWN) for one in measured)
+  return (
+    f"{known.training} Measured on {', '.join(names)} images of it, and on no others."
+  )
+
+
+def _results(known: _Known, measured: Sequence[_Measured]) -> str:
+  found = [(one.dataset, metric) for one in measured for metric in one.metrics]
+  if not found:
     return "Not evaluated."
-  unit = "accuracy, %" if rows[0].accuracy is not None else "PSNR, dB"
-  unit = "error of the map" if rows[0].map_error is not None else unit
-  digits = 4 if rows[0].map_error is not None else 2
-  cells = [
-    (
-      row.condition.name,
-      f"{row.value:.{digits}f}",
-      f"{row.low:.{digits}f} to {row.high:.{digits}f}",
-      f"{row.images} x {row.rounds}",
-    )
-    for row in rows
-  ]
-  header = ("condition", unit, "95 % interval", "test images x draws of noise")
-  return f"{titles.title(rows[0])}:\n\n{_table(header, cells)}"
+  kind = found[0][1].type
+  header, scale, digits = _SHOWN.get(kind, (kind, 1, 4))
+  shown = lambda value: f"{round(scale * value, 9):.{digits}f}"
+  cells = []
+  for dataset, metric in found:
+    if metric.type == kind:
+      row, args = [dataset.get("config", UNKNOWN), shown(metric.value)], metric.args
+      told = [UNKNOWN, UNKNOWN]
+      if args is not None:
+        told = [
+          f"{shown(args.low)} to {shown(args.high)}",
+          f"{args.images} x {args.rounds}",
+        ]
+      cells.append(row + told)
+  header = ("condition", header, "95 % interval", "test images x draws of noise")
+  title = f"{known.measured}:\n\n" if known.measured else ""
+  return title + _table(header, cells)
 
 
-def _origin(run: Run, source: str | None, record: exported.Record | None) -> str:
+def _origin(known: _Known, source: str | None, record: exported.Record | None) -> str:
   versions = record.versions if record else environment.versions()
-  rows = [
-    (role, f"`{stage.name}`", f"`{stage.finished().product}`")
-    for role, stage in run.stages.items()
-  ]
+  rows = [(role, f"`{stage}`", f"`{product}`") for role, stage, product in known.stages]
   lines = [_table(("network", "stage", "digest of what it gave"), rows)] if rows else []
   if source:
     lines.append(f"SHA-256 of the checkpoint: `{source}`.")

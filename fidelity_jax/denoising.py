@@ -21,7 +21,7 @@ import numpy as np
 import skimage.metrics
 from flax import linen as nn
 
-from fidelity_jax import models, platform, runs, tiling
+from fidelity_jax import exported, files, platform, runs, tiling
 from fidelity_jax.errors import UsageError
 
 PyTree = Any
@@ -35,26 +35,35 @@ class Denoiser:
   """A restorer that is ready to be used.
 
   Attributes:
-    network: the module, batch norm folded.
-    variables: for its `apply`.
+    apply: from a whole image, float32 [H, W, channels], to the restored one, likewise,
+      in [0, 1]. Clean values would be in [0, 1]; noise may go beyond.
+    channels: 1 or 3.
     digest: tells whether two are the same, 64 hexadecimal digits.
   """
 
-  network: models.DnCNN
-  variables: PyTree
+  apply: Callable[[np.ndarray], np.ndarray]
+  channels: int
   digest: str
 
 
 def load(place: str | Path) -> Denoiser:
-  """Returns the denoiser of a checkpoint or an experiment.
+  """Returns the denoiser of a checkpoint, an experiment or an exported file.
+
+  That of an exported file raises UsageError for images that are smaller than the size
+  that it was exported for.
 
   Args:
-    place: see `runs.find`.
+    place: see `runs.find`; or a file that `fidelity_jax export` wrote.
 
   Raises:
-    UsageError, Missing, RunError: see `runs.find`; UsageError also if there is no
-      denoiser of grey or RGB images.
+    UsageError, Missing, RunError: see `runs.find` and `exported.load`; UsageError also
+      if there is no denoiser of grey or RGB images.
   """
+  if files.expand(place).suffix in exported.SUFFIXES:
+    made = exported.load(place)
+    made.check_whole()
+    whole = lambda image: made.whole(["restored"], image)["restored"]
+    return Denoiser(whole, 3, made.record.digest)
   run = runs.find(place)
   network = run.method.restorer
   if network is None:
@@ -65,7 +74,9 @@ def load(place: str | Path) -> Denoiser:
       f"{place}: from {network.channels} channels to {out_channels}, which is no "
       "denoiser of grey or RGB images"
     )
-  return Denoiser(network, run.variables["restorer"], run.digest)
+  variables = run.variables["restorer"]
+  whole = lambda image: apply_whole(network, variables, image, "restore")
+  return Denoiser(whole, network.channels, run.digest)
 
 
 @functools.cache
@@ -107,12 +118,11 @@ def restore(denoiser: Denoiser, image: np.ndarray) -> np.ndarray:
 
   Raises:
     ValueError: the image has another number of channels.
+    UsageError: it is too small for an exported file, see `load`.
   """
-  network = denoiser.network
-  given, taken = image.shape[-1], network.channels
+  given, taken, apply = image.shape[-1], denoiser.channels, denoiser.apply
   if given not in (1, 3):
     raise ValueError(f"images have 1 or 3 channels, not {given}")
-  apply = lambda image: apply_whole(network, denoiser.variables, image, "restore")
   if given == taken:
     return apply(image)
   if taken == 1:

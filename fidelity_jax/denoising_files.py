@@ -114,13 +114,7 @@ class _Job:
     Reading, computing and writing overlap; memory does not grow with their number.
     """
     read = overlap.mapped(self._read, found)
-    restored = (
-      one._replace(restored=denoising.restore(self._denoiser, one.degraded))
-      if isinstance(one, _Work)
-      else one
-      for one in read
-    )
-    written = overlap.mapped(self._write, restored)
+    written = overlap.mapped(self._write, map(self._restore, read))
     with contextlib.closing(read), contextlib.closing(written):
       for result in written:
         if isinstance(result, Failure):
@@ -151,6 +145,14 @@ class _Job:
     if photo.frames > 1:
       progress.say(f"{found.path}: the first of {photo.frames} images in it")
     return _Work(found, digest, photo, degraded, reference)
+
+  def _restore(self, work: _Work | Row | Failure) -> _Work | Row | Failure:
+    if not isinstance(work, _Work):
+      return work
+    try:
+      return work._replace(restored=denoising.restore(self._denoiser, work.degraded))
+    except UsageError as error:
+      return Failure(work.found, str(error))
 
   def _is_there(self, row: Row) -> bool:
     """Returns whether an output is what was written."""

@@ -66,24 +66,32 @@ def export(
     place: the run, see `runs.find`.
     to: ends in ".jax" or ".onnx", or is a directory: without an ending, with a slash
       at its end, or there already.
-    licence: of the weights, as Hugging Face calls it. "unknown" from a directory to
-      another keeps its card.
+    licence: of the weights, as Hugging Face calls it. "unknown": of an exported
+      directory what its card says. That card's results are kept, too.
 
   Raises:
-    UsageError: there is no such run, no such format, something else is there, or the
-      networks are too large for one file.
+    UsageError: there is no such run, or it is an exported file, no such format,
+      something else is there, or the networks are too large for one file.
     RunError: the run is not finished or damaged, ONNX has not what it computes, or `to`
       cannot be written.
   """
   path, suffix = _checked(to)
   if suffix == ".onnx":
     _jax2onnx()
+  given = files.expand(place)
+  if given.suffix in exported.SUFFIXES and given.is_file():
+    raise errors.UsageError(
+      f"{place} is a program with its weights inside, of which no other export can be "
+      "made: name the run, the checkpoint or the exported directory that it came from."
+    )
   run = runs.find(place)
   source = None if run.stages else port.content_digest(place)
+  kept = cards.metadata(given / "README.md") if port.is_ported(given) else {}
+  if licence == cards.UNKNOWN:
+    licence = kept.get("license", licence)
   if not suffix:
     parts = _parts(run) if run.stages else port.load(place)
-    card = _kept_card(place, licence) if source else None
-    card = card or cards.card(run, path.name, licence, source)
+    card = cards.card(run, path.name, licence, source, kept=kept)
     port.save(parts, path, str(place), {"README.md": card})
     return
   program = Program(run, precision="float32" if suffix == ".onnx" else None)
@@ -101,6 +109,7 @@ def export(
     image_size=run.image_size,
     class_names=list(run.class_names),
     map_name=run.method.map_name,
+    radius=run.method.radius,
     precision=program.precision,
     platforms=list(PLATFORMS) if suffix == ".jax" else ["onnx"],
     stages={role: stage.name for role, stage in run.stages.items()},
@@ -111,24 +120,12 @@ def export(
     degradation=stages.as_json(run.planned.config.degradation) if run.planned else None,
     facts=given.facts(run),
   )
-  card = cards.card(run, path.name, licence, source, record)
+  card = cards.card(run, path.name, licence, source, record, kept)
   # The record comes first: by it the others are known to be ours, also where writing
   # them stops. Beside another file, or none, it loads nothing.
   files.write_record(exported.record_path(path), record)
   files.write_bytes(exported.card_path(path), card.encode())
   files.write_bytes(path, content)
-
-
-def _kept_card(place: str | os.PathLike, licence: str) -> str | None:
-  """Returns the card of a directory, which knows more than its weights do.
-
-  None where it has none, or where a licence is given, which it would not have.
-  """
-  path = files.expand(place) / "README.md"
-  if licence != cards.UNKNOWN or not path.is_file():
-    return None
-  with errors.while_doing(f"reading {path}"):
-    return path.read_text("utf-8")
 
 
 def _checked(to: str | os.PathLike) -> tuple[pathlib.Path, str]:
@@ -406,7 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
     description="Write a run's networks into a file that runs elsewhere.",
   )
   parser.add_argument(
-    "run", metavar="RUN", help="an experiment's directory, or a checkpoint"
+    "run",
+    metavar="RUN",
+    help="an experiment's directory, a checkpoint, or an exported directory",
   )
   parser.add_argument(
     "--to",
@@ -418,7 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
     "--license",
     default=cards.UNKNOWN,
     help="of the weights, as Hugging Face calls it, such as apache-2.0 (default: "
-    f"{cards.UNKNOWN})",
+    f"what an exported directory's card says, or {cards.UNKNOWN})",
   )
   return boundary.run(lambda: _export(parser.parse_args(arguments)))
 

@@ -1,10 +1,13 @@
-"""Exported networks, read back: programs that need none of this package's networks."""
+"""Exported networks, read back: programs that need none of this package's networks.
+
+They take images of one size. Larger ones are restored and mapped in windows of it.
+"""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from fidelity_jax import errors, files, platform, rows
+from fidelity_jax import errors, files, platform, rows, tiling
 
 SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
@@ -31,6 +34,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     image_size: side of the images, pixels.
     class_names: in the order of the logits; empty without a classifier.
     map_name: of the fidelity map: "l1", "l2" or "cosine".
+    radius: how many pixels away the images can be that a pixel of an output depends on,
+      by the output's name; see `method.Method.radius`. None in older records.
     precision: what the networks compute in, "float32" or "bfloat16".
     platforms: what the program runs on.
     stages: names of the stages that the networks came from, by role.
@@ -61,7 +66,12 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   versions: dict[str, str]
   degradation: Any = None
   facts: rows.Facts | None = None
+  radius: dict[str, int] | None = None
   format: int = 1
+
+
+# From arrays by name to those of its outputs that are named.
+Program = Callable[[dict[str, np.ndarray], Sequence[str]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +80,11 @@ class Exported:
 
   Attributes:
     record: what it takes and gives, and where it came from.
-    program: from arrays by name to arrays by name.
+    program: see `Program`.
   """
 
   record: Record
-  program: Callable[[dict[str, np.ndarray]], dict[str, Any]]
+  program: Program
 
   def __call__(
     self, degraded: np.ndarray, clean: np.ndarray | None = None
@@ -117,7 +127,76 @@ class Exported:
         f"{self.record.name} takes as many clean images as degraded ones, not "
         f"{len(arrays['clean'])} and {len(arrays['degraded'])}."
       )
-    return {k: np.asarray(v) for k, v in self.program(arrays).items()}
+    found = self.program(arrays, list(self.record.outputs))
+    return {k: np.asarray(v) for k, v in found.items()}
+
+  def check_whole(self, outputs: Sequence[str] = ("restored",)) -> None:
+    """Raises UsageError if `whole` cannot give these outputs of any image."""
+    name, record = self.record.name, self.record
+    if "restored" not in record.outputs:
+      raise errors.UsageError(
+        f"{name} cannot restore images: it was exported without a denoiser; name one "
+        "with it, or a checkpoint of a denoiser."
+      )
+    if record.radius is None:
+      raise errors.UsageError(
+        f"{name} cannot be applied to whole images: its record does not say yet how "
+        "far its networks see; export it again, or name its run's directory."
+      )
+    size, radius = record.image_size, max(record.radius[one] for one in outputs)
+    if size <= 2 * radius:
+      raise errors.UsageError(
+        f"{name} cannot be applied to whole images: its networks see {radius} pixels "
+        f"far, for which windows of {size}x{size} are too small; name its run's "
+        "directory."
+      )
+
+  def whole(
+    self,
+    outputs: Sequence[str],
+    degraded: np.ndarray,
+    clean: np.ndarray | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Returns what the networks make of one whole image, float32 [H, W, C] by name.
+
+    It is computed in windows of S x S pixels, S = `record.image_size`: of each what the
+    window's border does not reach is used, so that there are no seams.
+
+    Args:
+      outputs: some of "restored", "fidelity_map" and "confidence".
+      degraded: float32 [H, W, 3], at least S x S. Clean values would be in [0, 1]; as
+        no network clips what it is given, noise may go beyond.
+      clean: likewise; used by the true fidelity map only.
+
+    Raises:
+      UsageError: the image is smaller, a clean one is missing, or see `check_whole`.
+    """
+    self.check_whole(outputs)
+    size, (height, width, _) = self.record.image_size, degraded.shape
+    if min(height, width) < size:
+      raise errors.UsageError(
+        f"an image of {width}x{height} pixels: {self.record.name} is an exported file, "
+        f"which takes {size}x{size} and larger; its run's directory takes any size."
+      )
+    names = list(self.record.inputs)
+    if clean is None:
+      if "clean" in names and set(outputs) != {"restored"}:
+        raise errors.UsageError(f"{self.record.name} needs the clean image, too.")
+      # On which what is restored does not depend.
+      clean = degraded
+    given = {"degraded": degraded, "clean": clean}
+
+    def program(windows: np.ndarray) -> np.ndarray:
+      arrays = dict(zip(names, np.split(windows, len(names), -1), strict=True))
+      found = self.program(arrays, outputs)
+      return np.concatenate([np.asarray(found[name]) for name in outputs], -1)
+
+    image = np.concatenate([given[name] for name in names], -1)
+    radius = max(self.record.radius[name] for name in outputs)
+    joined = tiling.apply_fixed(program, image, radius, size)
+    channels = [self.record.outputs[name][-1] for name in outputs]
+    parts = np.split(joined, np.cumsum(channels)[:-1], -1)
+    return dict(zip(outputs, parts, strict=True))
 
 
 def record_path(path: pathlib.Path) -> pathlib.Path:
@@ -182,7 +261,7 @@ def _unreadable(path: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _read_jax(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
+def _read_jax(content: bytes) -> Program:
   network = jax.export.deserialize(bytearray(content))
   backend = jax.default_backend()
   # JAX calls NVIDIA's and AMD's alike where it names its own.
@@ -191,11 +270,19 @@ def _read_jax(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any
       f"this file is for {', '.join(network.platforms)}, not for {backend}: set "
       "JAX_PLATFORMS=cpu."
     )
-  call = jax.jit(network.call, compiler_options=platform.compiler_options())
-  return lambda arrays: call(*arrays.values())
+
+  # What leads to none of the outputs is left out.
+  def call(outputs: tuple[str, ...], *arrays: jax.Array) -> dict[str, jax.Array]:
+    found = network.call(*arrays)
+    return {name: found[name] for name in outputs}
+
+  compiled = jax.jit(
+    call, static_argnums=0, compiler_options=platform.compiler_options()
+  )
+  return lambda arrays, outputs: compiled(tuple(outputs), *arrays.values())
 
 
-def _read_onnx(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, Any]]:
+def _read_onnx(content: bytes) -> Program:
   try:
     import onnxruntime
   except ImportError as error:
@@ -206,5 +293,11 @@ def _read_onnx(content: bytes) -> Callable[[dict[str, np.ndarray]], dict[str, An
   session = onnxruntime.InferenceSession(
     content, providers=onnxruntime.get_available_providers()
   )
-  names = [output.name for output in session.get_outputs()]
-  return lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))
+  options = onnxruntime.RunOptions()
+  options.only_execute_path_to_fetches = True
+
+  def run(arrays: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, Any]:
+    found = session.run(list(outputs), arrays, options)
+    return dict(zip(outputs, found, strict=True))
+
+  return run

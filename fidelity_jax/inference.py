@@ -29,6 +29,7 @@ from fidelity_jax import (
   overlap,
   platform,
   runs,
+  tiling,
 )
 from fidelity_jax.data import crops
 from fidelity_jax.data import images as image_files
@@ -163,7 +164,7 @@ class Model:
     map_name: str,
     digest: str,
     run: runs.Run | None = None,
-    record: exported.Record | None = None,
+    file: exported.Exported | None = None,
   ):
     """Wraps compiled networks; `load` is the way to make one.
 
@@ -176,12 +177,17 @@ class Model:
       map_name: "l1", "l2" or "cosine".
       digest: tells whether two models are the same.
       run: where the networks came from; None for an exported file.
-      record: the exported file's; None for a run.
+      file: the exported file; None for a run.
     """
-    self.outputs, self.record = outputs, record
+    self.outputs, self.file = outputs, file
     self.name, self.image_size, self.run = name, image_size, run
     self.class_names, self.needs_clean = tuple(class_names), needs_clean
     self.map_name, self.digest = map_name, digest
+
+  @property
+  def record(self) -> exported.Record | None:
+    """What is noted of the exported file; None for a run."""
+    return self.file and self.file.record
 
   def __call__(
     self,
@@ -264,7 +270,9 @@ class Model:
 
   def check_whole(self) -> None:
     """Raises UsageError if these networks cannot restore whole images."""
-    if self.run is None or self.run.method.restorer is None:
+    if self.file is not None:
+      self.file.check_whole(self.record.radius or ())
+    elif self.run.method.restorer is None:
       raise errors.UsageError(
         f"{self.name} cannot restore whole images: name an experiment's directory or "
         "a checkpoint that has a denoiser."
@@ -276,7 +284,7 @@ class Model:
     Large ones are computed in windows, without seams (`tiling`).
 
     Args:
-      image: one image of any size.
+      image: one image of any size; for an exported file, at least S x S.
       clean: the same without degradation, for runs on the true fidelity map.
 
     Returns:
@@ -284,31 +292,40 @@ class Model:
       S x S become H x W; no logits.
 
     Raises:
-      UsageError: it is no image, the clean one is missing or of another size, or the
-        networks are an exported file's, which are made for one size, or restore
-        nothing.
+      UsageError: it is no image, the clean one is missing or of another size, the
+        networks restore nothing, or they are an exported file's, and the image is too
+        small for it, or its windows are for its networks (`Exported.whole`).
     """
     self.check_whole()
+    self._check_clean(clean)
+    seen, true = _as_float(pixels_of(image)), None
+    if self.needs_clean:
+      true = _as_float(pixels_of(clean))
+      _check_sizes(seen, true)
+    if self.file is not None:
+      found = self.file.whole(list(self.record.radius), seen, true)
+    else:
+      found = self._run_whole(seen, true)
+    arrays = {name: np.asarray(array)[None] for name, array in found.items()}
+    return Result(class_names=self.class_names, degraded=seen[None], **arrays)
+
+  def _run_whole(self, seen: np.ndarray, true: np.ndarray | None) -> dict[str, Any]:
+    """Returns "restored", "fidelity_map" and "confidence" of a run, [H, W, C]."""
     method, variables = self.run.method, self.run.variables
-    seen = _as_float(pixels_of(image))
     restored = denoising.apply_whole(
       method.restorer, variables["restorer"], seen, "restore"
     )
-    found = {"degraded": seen, "restored": restored}
+    found = {"restored": restored}
     if method.estimator is not None:
-      shown = found[method.estimator_input]
+      shown = seen if method.estimator_input == "degraded" else restored
       found["fidelity_map"] = denoising.apply_whole(
         method.estimator, variables["estimator"], shown
       )
-    elif self.needs_clean:
-      self._check_clean(clean)
-      true = _as_float(pixels_of(clean))
-      _check_sizes(seen, true)
+    elif true is not None:
       found["fidelity_map"] = fidelity.oracle_map(restored, true, self.map_name)
     if "fidelity_map" in found:
       found["confidence"] = fidelity.confidence(found["fidelity_map"], self.map_name)
-    arrays = {name: np.asarray(array)[None] for name, array in found.items()}
-    return Result(class_names=self.class_names, **arrays)
+    return found
 
   def _check_clean(self, clean: Any) -> None:
     if clean is None and self.needs_clean:
@@ -342,11 +359,9 @@ class Model:
   def _computed(
     self, degraded: np.ndarray, clean: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    count = len(degraded)
-    room = (1 << (count - 1).bit_length()) - count
-    fill = lambda x: np.pad(x, ((0, room), (0, 0), (0, 0), (0, 0)))
+    fill = tiling.filled
     found = self.outputs(fill(degraded), None if clean is None else fill(clean))
-    return {k: np.asarray(v, np.float32)[:count] for k, v in found.items()}
+    return {k: np.asarray(v, np.float32)[: len(degraded)] for k, v in found.items()}
 
   def _batch(self, images: Sequence[OneImage]) -> np.ndarray:
     """Returns float32 [N, S, S, 3] in [0, 1]."""
@@ -385,7 +400,7 @@ def load(place: str | os.PathLike, **wiring: str) -> Model:
       needs_clean="clean" in made.record.inputs,
       map_name=made.record.map_name,
       digest=made.record.digest,
-      record=made.record,
+      file=made,
     )
   run = runs.find(place, **wiring)
   compiled = jax.jit(run.method.outputs, compiler_options=platform.compiler_options())

@@ -178,6 +178,22 @@ class Method:
       found["logits"] = self.classify(variables, steered)
     return found
 
+  @property
+  def radius(self) -> dict[str, int]:
+    """How many pixels away an image can be that an output pixel depends on.
+
+    Of those `outputs` that have the images' size, by name; see `Restorer.radius`.
+    """
+    if self.restorer is None:
+      return {}
+    found = {"restored": self.restorer.radius}
+    if self.calibration is not None or self.estimator is not None:
+      of_map = 0 if self.estimator is None else self.estimator.radius
+      if self.estimator is None or self.estimator_input == "restored":
+        of_map += self.restorer.radius
+      found |= {"fidelity_map": of_map, "confidence": of_map}
+    return found
+
   def init_calibration(self, key: jax.Array, size: tuple[int, int]) -> PyTree:
     """Returns fresh calibration variables for images of `size` (H, W)."""
     confidence = jnp.zeros((1, *size, 1))

@@ -3,9 +3,10 @@ r"""Classifies images, and draws what the networks make of them.
   fidelity_jax predict RUN IMAGE|FOLDER|GLOB|- ... [--out=DIR] [--format=table]
 
 RUN is an experiment's directory (runs/demo/pretrained-1a2b3c4d, or without the digest),
-a checkpoint or an exported file. "-" reads names of images from standard input, one a
-line. With --out, a picture for each image: as given, restored, the fidelity map, and
-the predictions; what is there already, of the same content, is not computed again.
+a checkpoint or a directory or file (.jax, .onnx) that `fidelity_jax export` wrote. "-"
+reads names of images from standard input, one a line. With --out, a picture for each
+image: as given, restored, the fidelity map, and the predictions; what is there already,
+of the same content, is not computed again.
 """
 
 import argparse
@@ -270,7 +271,10 @@ class _Job:
       whole = None
       if self._args.full:
         clean = self._clean_of(found) if self._clean else None
-        whole = self._model.whole(found.path, clean)
+        try:
+          whole = self._model.whole(found.path, clean)
+        except errors.UsageError as error:
+          return None, None, f"{found.path}: {error}"
       shown = streamed.result, self._model.map_name, found.name, whole
       png = pictures.png(functools.partial(predicted.draw, *shown))
     return told, png, ""

@@ -1,13 +1,15 @@
 r"""Restores image files with a denoiser alone.
 
-  fidelity_jax restore WEIGHTS|RUN IMAGE... --out=DIR
+  fidelity_jax restore WEIGHTS|RUN|FILE IMAGE... --out=DIR
     [--add_noise=25 [--seed=0] | --reference=DIR]
 
 WEIGHTS is what `fidelity_jax port` reads: a denoiser's checkpoint or a ported
-directory; RUN is an experiment's directory, whose restorer is taken. IMAGE is a file, a
-folder or a pattern; docs/restore.md has examples. DIR gets the restored images under
-the same names, and with --add_noise or --reference restored.csv with each image's PSNR
-and SSIM before and after. The same command again restores what is not there yet.
+directory; RUN is an experiment's directory, whose restorer is taken; FILE is what
+`fidelity_jax export` wrote, .jax or .onnx, for images no smaller than its own size.
+IMAGE is a file, a folder or a pattern; docs/restore.md has examples. DIR gets the
+restored images under the same names, and with --add_noise or --reference restored.csv
+with each image's PSNR and SSIM before and after. The same command again restores what
+is not there yet.
 """
 
 import argparse
@@ -38,7 +40,9 @@ def parser() -> boundary.Parser:
     prog="fidelity_jax restore", description="Restore images with a denoiser alone."
   )
   made.add_argument(
-    "run", metavar="RUN", help="a denoiser's checkpoint, an experiment's directory"
+    "run",
+    metavar="RUN",
+    help="a denoiser's checkpoint, an experiment's directory, an exported file",
   )
   made.add_argument(
     "images", nargs="+", metavar="IMAGE", help="a file, a folder, or a pattern"

@@ -5,6 +5,9 @@ and see no further than a radius: DnCNN, as restorer and as fidelity estimator. 
 windows give is then what the whole image would give, but for rounding: a window that
 touches the image's border has the same zeros beyond it, and elsewhere what is nearer
 than the radius to a window's edge is not used.
+
+`apply` chooses windows for networks that take any size; `apply_fixed` is for programs
+that take one size alone, such as exported ones.
 """
 
 import collections
@@ -20,13 +23,15 @@ _STEP = 64
 # With 64 channels of float32, each activation of such a window takes 64 MiB. 20 layers
 # of 3x3 compute a fifth more than without overlap.
 _TILE = 512
-# Windows under way: one is copied back while the next is computed.
+# Batches under way: one is copied back while the next is computed.
 _AHEAD = 2
 
 # A network: from windows float32 [1, h, w, C] and a mask float32 [1, h, w, 1] that is 1
 # in the image and 0 beyond its border (None: all is in the image) to [1, h, w, K]. Of
 # several, one after the other, each has to be given zeros beyond the border.
 Network = Callable[[np.ndarray, np.ndarray | None], jax.Array]
+# A program: from windows float32 [n, S, S, C] to [n, S, S, K].
+Program = Callable[[np.ndarray], jax.Array | np.ndarray]
 
 
 class _Span(NamedTuple):
@@ -79,28 +84,89 @@ def apply(
     image = np.pad(image, (*beyond, (0, 0)))
     mask = np.zeros((1, rows[0].seen.stop, columns[0].seen.stop, 1), np.float32)
     mask[:, :height, :width] = 1
+  return _assembled(lambda windows: network(windows, mask), image, rows, columns, 1)
+
+
+def apply_fixed(
+  program: Program, image: np.ndarray, radius: int, side: int
+) -> np.ndarray:
+  """Returns what a program that takes one size makes of an image, [H, W, K].
+
+  The image is cut into as few windows as there can be. As it is no smaller than these,
+  none ends beyond its border, and no mask is needed. They are computed in batches, of
+  which the last is filled up to a power of two: whatever the images, there are a few
+  sizes to compile for, and no batch has more pixels than the largest window of `apply`
+  (a single one may).
+
+  Args:
+    program: see `Program`; does with each window what it would do with it alone.
+    image: float32 [H, W, C], at least `side` x `side`.
+    radius: as for `apply`.
+    side: S, of the windows.
+
+  Raises:
+    ValueError: the image is smaller, or too little of a window would be used.
+  """
+  height, width, _ = image.shape
+  if min(height, width) < side or 2 * radius >= side:
+    raise ValueError(
+      f"windows of {side}x{side}, radius {radius}, do not cover {width}x{height} pixels"
+    )
+  rows, columns = (_cut(size, radius, side) for size in (height, width))
+  most = 1 << max(0, (_TILE**2 // side**2).bit_length() - 1)
+  return _assembled(program, image, rows, columns, most)
+
+
+def _assembled(
+  program: Program,
+  image: np.ndarray,
+  rows: list[_Span],
+  columns: list[_Span],
+  most: int,
+) -> np.ndarray:
+  """Returns the parts of the windows' outputs that are used, put together.
+
+  Args:
+    program: what takes the windows, at most `most` at a time.
+    image: float32, as large as the windows reach.
+    rows: the windows' spans; what they use is the result's height.
+    columns: likewise.
+    most: a power of two.
+  """
   result = None
-  for y, x, output in _outputs(network, image, mask, rows, columns):
+  for spans, outputs in _batches(program, image, rows, columns, most):
     if result is None:
-      result = np.empty((height, width, output.shape[-1]), output.dtype)
-    result[y.used, x.used] = np.asarray(output)[0, y.within, x.within]
+      shape = (rows[-1].used.stop, columns[-1].used.stop, outputs.shape[-1])
+      result = np.empty(shape, outputs.dtype)
+    # Without what the batch was filled up with.
+    for (y, x), output in zip(spans, np.asarray(outputs), strict=False):
+      result[y.used, x.used] = output[y.within, x.within]
   return result
 
 
-def _outputs(
-  network: Network,
+def _batches(
+  program: Program,
   image: np.ndarray,
-  mask: np.ndarray | None,
   rows: list[_Span],
   columns: list[_Span],
-) -> Iterator[tuple[_Span, _Span, jax.Array]]:
-  """Yields each window's spans and output, while later ones are computed."""
+  most: int,
+) -> Iterator[tuple[list[tuple[_Span, _Span]], jax.Array | np.ndarray]]:
+  """Yields windows' spans and their outputs, while later ones are computed."""
   waiting = collections.deque()
-  for y, x in itertools.product(rows, columns):
-    waiting.append((y, x, network(image[None, y.seen, x.seen], mask)))
+  places = itertools.product(rows, columns)
+  while spans := list(itertools.islice(places, most)):
+    windows = np.stack([image[y.seen, x.seen] for y, x in spans])
+    waiting.append((spans, program(filled(windows))))
     if len(waiting) == _AHEAD:
       yield waiting.popleft()
   yield from waiting
+
+
+def filled(batch: np.ndarray) -> np.ndarray:
+  """Returns a batch [n, ...] with zeros up to a power of two, so that few compile."""
+  count = len(batch)
+  room = (1 << (count - 1).bit_length()) - count
+  return np.pad(batch, [(0, room), *[(0, 0)] * (batch.ndim - 1)]) if room else batch
 
 
 def _round_up(size: int) -> int:
@@ -114,6 +180,11 @@ def _spans(size: int, radius: int, tile: int) -> list[_Span]:
   # The first and the last reach `radius` further, as they touch the border.
   count = -(-(size - 2 * radius) // (tile - 2 * radius))
   side = _round_up(-(-(size - 2 * radius) // count) + 2 * radius)
+  return _cut(size, radius, side)
+
+
+def _cut(size: int, radius: int, side: int) -> list[_Span]:
+  """Returns windows of one side along an axis that is no shorter."""
   spans, done = [], 0
   while done < size:
     start = min(max(0, done - radius), size - side)

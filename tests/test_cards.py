@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, experiment, results
 
-from fidelity_jax import cards, errors, export, port, runs
+from fidelity_jax import cards, errors, export, exported, port, runs
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,78 @@ def test_a_checkpoint_is_said_to_be_unknown(exports, tmp_path):
   assert "Dataset and degradation: unknown" in body
   assert "Not evaluated" in body
   assert "0" * 64 in body
+
+
+def test_a_card_goes_along_from_a_directory(exports, toy_run, tmp_path):
+  """Licence, results, training and stages; its program names the new place."""
+  run = runs.find(experiment(toy_run))
+  export.export(experiment(toy_run), tmp_path / "first", licence="cc-by-4.0")
+  first = (tmp_path / "first" / "README.md").read_text()
+  told, body = parts(first)
+  export.export(tmp_path / "first", tmp_path / "second")
+  export.export(tmp_path / "second", tmp_path / "toy.jax")
+  again = {
+    "second": (tmp_path / "second" / "README.md").read_text(),
+    "toy.jax": exported.card_path(tmp_path / "toy.jax").read_text(),
+  }
+  digest = port.content_digest(tmp_path / "first")
+  sections = re.findall(
+    r"^## (?:Classes|Trained|Results|Licence).*?(?=^## )", body, re.M | re.S
+  )
+  assert len(sections) == 4 and "awgn-0.5" in sections[2]
+  for place, text in again.items():
+    metadata, copied = parts(text)
+    kinds = {"stablehlo", "safetensors"}
+    assert set(metadata.pop("tags")) - kinds == set(told["tags"]) - kinds
+    assert metadata == {k: v for k, v in told.items() if k != "tags"}
+    assert all(section in copied for section in sections)
+    assert f'("{place}"' in copied and "first" not in copied and digest in copied
+    assert copied.startswith("\n# oracle\n")
+    assert all(stage.finished().product in copied for stage in run.stages.values())
+  # Over itself once more, nothing changes.
+  export.export(tmp_path / "second", tmp_path / "second")
+  assert (tmp_path / "second" / "README.md").read_text() == again["second"]
+  assert exported.load(tmp_path / "toy.jax").record.licence == "cc-by-4.0"
+  # Another licence is that of the new card, and nothing else changes.
+  export.export(tmp_path / "second", tmp_path / "second", licence="mit")
+  text = (tmp_path / "second" / "README.md").read_text()
+  assert text == again["second"].replace("cc-by-4.0", "mit")
+
+
+def test_what_others_add_to_a_card(exports, tmp_path):
+  """Fields that no export writes go along, and results of another form."""
+  place = tmp_path / "restorer"
+  port.save({"restorer": port.load_part(exports / "weights", "restorer")}, place, "toy")
+  card = place / "README.md"
+  result = {
+    "task": {"type": "image-to-image"},
+    "dataset": {"name": "Set12", "type": "set12"},
+    "metrics": [{"type": "psnr", "value": 30.5}],
+    "source": {"name": "theirs", "url": "https://example.org"},
+  }
+  told = {
+    "license": "other",
+    "license_name": "ours",
+    "language": ["en"],
+    "model-index": [{"name": "dncnn", "results": [result]}],
+  }
+  card.write_text(f"---\n{yaml.safe_dump(told)}---\n# About: {{[`it`\n")
+  export.export(place, tmp_path / "copy")
+  metadata, body = parts((tmp_path / "copy" / "README.md").read_text())
+  assert {name: metadata[name] for name in told} == told
+  assert "| unknown | 30.50 | unknown | unknown |" in body
+  export.export(place, tmp_path / "copy", licence="mit")
+  metadata, _ = parts((tmp_path / "copy" / "README.md").read_text())
+  assert metadata["license"] == "mit" and "license_name" not in metadata
+  for text in (
+    "# No YAML: {[\n",
+    "---\nlicense: [mit, x]\n---\n",
+    "---\nmodel-index: 1\n---",
+  ):
+    card.write_text(text)
+    with pytest.raises(errors.RunError, match="mend the YAML at its top"):
+      export.export(place, tmp_path / "other")
+  assert not (tmp_path / "other").exists()
 
 
 def test_names_of_classes_are_no_markdown(exports):

@@ -12,6 +12,7 @@ import venv
 
 import jax
 import jax.export
+import msgspec
 import numpy as np
 import pytest
 from conftest import (
@@ -25,10 +26,20 @@ from conftest import (
   results,
   without_privileges,
 )
-from test_data_images import photograph
+from test_data_images import encoded, photograph
 
 import fidelity_jax
-from fidelity_jax import errors, export, exported, files, models, port, runs
+from fidelity_jax import (
+  errors,
+  export,
+  exported,
+  files,
+  models,
+  port,
+  predict,
+  restore,
+  runs,
+)
 from fidelity_jax.method import Method
 
 BATCHES = (1, 3, 8)
@@ -188,8 +199,135 @@ def test_a_loaded_file_is_a_model_of_images_of_any_size(places, jax_files):
     assert found.class_names == want.class_names
     assert model.needs_clean == ours.needs_clean and model.map_name == ours.map_name
     assert found.degraded_logits is None
-    with pytest.raises(errors.UsageError, match="cannot restore whole images"):
-      model.whole(photos[0])
+
+
+def chained(places, root):
+  """Writes a checkpoint whose map is estimated from the restored image."""
+  parts = port.load(places["estimated"])
+  part = parts["estimator"]
+  part = port.Part(part.variables, part.config | {"estimator_input": "restored"})
+  port.save({"restorer": parts["restorer"], "estimator": part}, root / "chained", "toy")
+  return root / "chained"
+
+
+def check_whole(place, path):
+  """Checks that a file gives of a whole image what the run gives, and how far it sees.
+
+  Returns:
+    The file, and the greatest difference with each radius one pixel smaller, by output.
+  """
+  ours, model = fidelity_jax.load(place), fidelity_jax.load(path)
+  file, size = exported.load(path), ours.image_size
+  # As large on one side, and no multiple of the windows on the other.
+  pixels = np.random.default_rng(5).random((size, 2 * size + 37, 3), np.float32)
+  true = pixels[::-1].copy() if ours.needs_clean else None
+  found, want = model.whole(pixels, true), ours.whole(pixels, true)
+  near, apart = file.record.radius, {}
+  for output in near:
+    value = getattr(want, output)
+    assert np.ptp(value) > 1e-2
+    np.testing.assert_allclose(getattr(found, output), value, atol=1e-5)
+    shorter = msgspec.structs.replace(
+      file.record, radius={name: radius - 1 for name, radius in near.items()}
+    )
+    wrong = dataclasses.replace(file, record=shorter).whole([output], pixels, true)
+    apart[output] = np.abs(wrong[output] - value[0]).max()
+  return file, apart
+
+
+def test_a_whole_image_in_windows_is_what_the_run_makes_of_it(
+  places, jax_files, tmp_path
+):
+  """Up to its border. Windows that overlap by less show."""
+  place = chained(places, tmp_path)
+  export.export(place, tmp_path / "chained.jax")
+  # The restorer has 3 layers, and so has what stands for an estimator here.
+  for path, of_map in (
+    (jax_files / "estimated.jax", 3),
+    (jax_files / "oracle.jax", 3),
+    (tmp_path / "chained.jax", 6),
+  ):
+    name = path.stem
+    file, apart = check_whole(places.get(name, place), path)
+    assert file.record.radius == {
+      "restored": 3,
+      "fidelity_map": of_map,
+      "confidence": of_map,
+    }
+    assert min(apart.values()) > 5e-5, apart
+
+
+@pytest.mark.slow
+def test_a_whole_image_through_an_onnx_file(places, tmp_path):
+  pytest.importorskip("jax2onnx")
+  place = chained(places, tmp_path)
+  export.export(place, tmp_path / "toy.onnx")
+  _, apart = check_whole(place, tmp_path / "toy.onnx")
+  assert min(apart.values()) > 5e-5, apart
+
+
+def test_images_that_no_window_covers_are_refused(places, jax_files):
+  pixels = photograph(40, 31, seed=5)
+  model = fidelity_jax.load(jax_files / "estimated.jax")
+  words = "31x40 pixels: estimated is an exported file, which takes 32x32 and larger"
+  with pytest.raises(errors.UsageError, match=words):
+    model.whole(pixels)
+  oracle = fidelity_jax.load(jax_files / "oracle.jax")
+  with pytest.raises(errors.UsageError, match="give these too"):
+    oracle.whole(pixels)
+  with pytest.raises(errors.UsageError, match="31x39 pixels, the degraded one 31x40"):
+    oracle.whole(pixels, pixels[1:])
+  file, pixels = exported.load(jax_files / "oracle.jax"), np.ones((40, 40, 3), "f")
+  with pytest.raises(errors.UsageError, match="needs the clean image, too"):
+    file.whole(["confidence"], pixels)
+  # For what is restored it makes no difference.
+  restored = [file.whole(["restored"], pixels, x)["restored"] for x in (None, pixels)]
+  np.testing.assert_array_equal(*restored)
+
+
+def test_files_that_can_restore_no_whole_image_say_so(
+  places, jax_files, tmp_path, refused
+):
+  """Before any image is read, by both commands."""
+  photo = tmp_path / "photo.png"
+  photo.write_bytes(encoded(photograph(40, 50, seed=1), format="PNG"))
+  record = files.read_record(jax_files / "estimated.jax.json", exported.Record, "")
+  shutil.copy(jax_files / "estimated.jax", tmp_path)
+
+  def check(path, words):
+    arguments = [path, photo, f"--out={tmp_path / 'out'}"]
+    refused(arguments, 2, words, command=restore.main)
+    refused([*arguments, "--full"], 2, words, command=predict.main)
+
+  check(jax_files / "classifier.jax", "exported without a denoiser")
+  for radius, words in (
+    (None, "export it again, or name its run's directory"),
+    (dict.fromkeys(record.radius, 16), "see 16 pixels far, for which windows of 32x32"),
+  ):
+    other = msgspec.structs.replace(record, radius=radius)
+    files.write_record(tmp_path / "estimated.jax.json", other)
+    check(tmp_path / "estimated.jax", words)
+  # As an earlier version wrote it: it is still what it was for images of one size.
+  older = {k: v for k, v in msgspec.to_builtins(record).items() if k != "radius"}
+  files.write_json(tmp_path / "estimated.jax.json", files.seal(older))
+  model = fidelity_jax.load(tmp_path / "estimated.jax")
+  assert model(photo).restored is not None
+  check(tmp_path / "estimated.jax", "export it again")
+
+
+@pytest.mark.slow
+def test_whole_images_are_drawn_from_a_file(jax_files, tmp_path, capsys):
+  """Those that are large enough for it; the others are named."""
+  for name, size in (("a", (40, 50)), ("small", (31, 50))):
+    pixels = photograph(*size, seed=1)
+    (tmp_path / f"{name}.png").write_bytes(encoded(pixels, format="PNG"))
+  out = tmp_path / "out"
+  given = [tmp_path / "a.png", tmp_path / "small.png", f"--out={out}", "--full"]
+  arguments = [str(one) for one in (jax_files / "estimated.jax", *given)]
+  assert predict.main(arguments) == 1
+  assert "small.png: an image of 50x31 pixels" in one_line(capsys.readouterr().err)
+  assert (out / "a.png.png").stat().st_size > 5000
+  assert not (out / "small.png.png").exists()
 
 
 def test_a_damaged_file_is_not_loaded(jax_files, tmp_path):
@@ -305,13 +443,9 @@ def test_a_directory_is_read_back(places, tmp_path):
   assert "batch_stats" in port.load(tmp_path / "weights")["classifier"].variables
   card = (tmp_path / "weights" / "README.md").read_text()
   assert card.startswith("---\nlicense") and "awgn-0.1" in card
-  # Once more, from the directory, over the same: it still knows what was measured.
+  # Once more, from the directory, over the same.
   export.export(tmp_path / "weights", tmp_path / "weights")
   assert runs.find(tmp_path / "weights").method == again.method
-  assert (tmp_path / "weights" / "README.md").read_text() == card
-  export.export(tmp_path / "weights", tmp_path / "weights", "mit")
-  card = (tmp_path / "weights" / "README.md").read_text()
-  assert card.startswith("---\nlicense: mit")
 
 
 @pytest.mark.slow
@@ -367,6 +501,11 @@ def test_what_cannot_be_written_is_refused(places, tmp_path, refused):
   ):
     arguments = [place, f"--to={tmp_path / to}"]
     refused(arguments, 2, words, command=export.main)
+  program = tmp_path / "made.jax"
+  export.export(place, program)
+  words = ["a program with its weights inside", "name the run", "exported directory"]
+  for to in ("x.onnx", "x.jax", "x"):
+    refused([program, f"--to={tmp_path / to}"], 2, words, command=export.main)
   words = f"there is no {tmp_path}/absent: name an experiment's directory"
   absent = [tmp_path / "absent", f"--to={tmp_path}/x.jax"]
   refused(absent, 2, words, command=export.main)

@@ -5,12 +5,16 @@ command that names anything else fails, as it does for users.
 """
 
 import contextlib
+import http.server
 import importlib
 import io
 import re
 import shlex
 import subprocess
+import threading
+import urllib.request
 
+import hub_server
 import jax
 import numpy as np
 import pytest
@@ -141,8 +145,8 @@ def _commands(block):
       yield from ((line, []) for line in lines if not line.startswith("#"))
 
 
-def _typed(line, monkeypatch, trained):
-  """Runs a command in this process; returns its exit status."""
+def _typed(line, monkeypatch, apart):
+  """Runs a command in this process, or in one of its own; returns its exit status."""
   before, piped, line = line.rpartition("|")
   if piped:
     given = subprocess.run(before, shell=True, check=True, capture_output=True)
@@ -150,27 +154,32 @@ def _typed(line, monkeypatch, trained):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.stdout)))
   words = shlex.split(line)
   if words[0] == "fidelity_jax":
+    if words[1] in ("push", "pull"):
+      return apart(*words[1:], program=("-m", "fidelity_jax"))
     return cli.main(words[1:])
   assert words[:2] == ["python", "-m"], line
   package, _, name = words[2].partition(".")
   assert package == "fidelity_jax", line
   if name == "main":
-    return trained(words[3:])
+    return apart(*words[3:], *overrides(_SMALL))
   if name == "port":
     name = "port.__main__"
   module = importlib.import_module(f"fidelity_jax.{name or 'cli'}")
   return module.main(words[3:])
 
 
-def _follow(page, root, monkeypatch, command, dry_run=False):
+def _follow(page, root, monkeypatch, command, dry_run=False, before=None, env=None):
   """Runs everything in a page, from top to bottom, in a directory.
 
   Args:
     page: its name.
     root: the directory.
     monkeypatch: the fixture.
-    command: the fixture; training is a process of its own, at toy size.
+    command: the fixture; training is a process of its own, at toy size, and so is what
+      speaks to the hub.
     dry_run: stop at the training, which is only planned.
+    before: stop before the first command that has this in it.
+    env: for those processes.
 
   Returns:
     Pairs of a command, or "python", and what it printed.
@@ -178,9 +187,9 @@ def _follow(page, root, monkeypatch, command, dry_run=False):
   monkeypatch.chdir(root)
   monkeypatch.syspath_prepend(ROOT)
 
-  def trained(arguments):
-    small = [*overrides(_SMALL), *["--dry_run"] * dry_run]
-    print(command(*arguments, *small, cwd=root, check=0).stdout)
+  def apart(*arguments, **kwargs):
+    arguments += ("--dry_run",) * dry_run
+    print(command(*arguments, cwd=root, check=0, env=env, **kwargs).stdout, end="")
     return 0
 
   done = []
@@ -194,12 +203,14 @@ def _follow(page, root, monkeypatch, command, dry_run=False):
     for line, shown in _commands(block):
       if "fidelity_jax" not in line:
         continue
+      if before is not None and before in line:
+        return done
       printed, problems = io.StringIO(), io.StringIO()
       with (
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(problems),
       ):
-        status = _typed(line, monkeypatch, trained)
+        status = _typed(line, monkeypatch, apart)
       assert status == 0, f"{page}: {line}\n{problems.getvalue()}"
       assert not shown or printed.getvalue().split("\n")[:-1] == shown, line
       done.append((line, printed.getvalue()))
@@ -259,3 +270,86 @@ def test_restore(toy_run, tmp_path, monkeypatch, command):
   assert len(done) == 6
   for name in ("restored/inner/deep.tif", "noisy25/colour.png", "runs/bsd68/1.png"):
     assert (tmp_path / name).is_file()
+
+
+def _export(root, toy_estimated):
+  """Makes what docs/export.md names."""
+  (root / "runs").mkdir()
+  (root / "runs" / "demo").symlink_to(toy_estimated)
+  _save(root / "photo.png", _photograph(90, 120))
+  _save(root / "photos" / "a.png", _photograph(64, 70))
+  _save(root / "photos" / "grey.png", _photograph(40, 50)[..., 0])
+
+
+def _served(monkeypatch):
+  """Has servers answer one request, at a port that is free; returns the answers."""
+  answers = []
+
+  class Server(http.server.ThreadingHTTPServer):
+    def __init__(self, address, handler):
+      super().__init__((address[0], 0), handler)
+
+    def serve_forever(self):
+      thread = threading.Thread(target=super().serve_forever)
+      thread.start()
+      np.save(images := io.BytesIO(), np.full((2, 32, 32, 3), 0.5, np.float32))
+      url = "http://{}:{}".format(*self.server_address)
+      try:
+        reply = urllib.request.urlopen(url, images.getvalue(), timeout=60).read()
+      finally:
+        self.shutdown()
+        self.server_close()
+        thread.join()
+      answers.append(np.load(io.BytesIO(reply)))
+
+  monkeypatch.setattr(http.server, "ThreadingHTTPServer", Server)
+  return answers
+
+
+def _check_files(root):
+  """Checks what was made with the .jax file."""
+  assert (root / "seen" / "photo.png.png").stat().st_size > 5000
+  for name in ("a.png", "grey.png"):
+    given, made = (
+      np.asarray(Image.open(root / k / name)) for k in ("photos", "restored")
+    )
+    assert given.shape == made.shape and not np.array_equal(given, made)
+
+
+def test_export_up_to_directories(toy_estimated, tmp_path, monkeypatch, command):
+  _export(tmp_path, toy_estimated)
+  again = "export pretrained "
+  done = _follow("export.md", tmp_path, monkeypatch, command, before=again)
+  commands = [line.split()[1] for line, _ in done if line != "python"]
+  assert commands == ["export", "predict", "restore", "export"] and len(done) == 5
+  _check_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_export(toy_estimated, tmp_path, monkeypatch, command):
+  for name in ("jax2onnx", "onnxruntime", "huggingface_hub"):
+    pytest.importorskip(name)
+  _export(tmp_path, toy_estimated)
+  with hub_server.serving() as hub:
+    env = {
+      "HF_ENDPOINT": hub.url,
+      "HF_HOME": str(tmp_path / "hf"),
+      "HF_HUB_DISABLE_XET": "1",
+      "HF_TOKEN": hub_server.TOKEN,
+    }
+    answers = _served(monkeypatch)
+    done = _follow("export.md", tmp_path, monkeypatch, command, env=env)
+  commands = [line.split()[1] for line, _ in done if line != "python"]
+  assert commands[4:] == ["export", "export", "push", "push", "pull"]
+  assert len(done) == 12
+  _check_files(tmp_path)
+  (logits,) = answers
+  assert logits.shape == (2, 16) and np.ptp(logits) > 0
+  card = (tmp_path / "again.jax.md").read_text()
+  assert card.startswith("---\nlicense: apache-2.0") and "awgn-0.5" in card
+  branches = hub.repos["OWNER/NAME"]["branches"]
+  assert hub.repos["OWNER/NAME"]["private"]
+  assert "port.json" in branches["weights"] and "pretrained.jax" in branches["main"]
+  pulled = tmp_path / "pulled" / "pretrained.jax"
+  assert pulled.read_bytes() == (tmp_path / "pretrained.jax").read_bytes()
+  assert done[-1][1].strip() == str(pulled)

@@ -14,7 +14,17 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_data_images import photograph
 
-from fidelity_jax import denoising, files, photos, port, quality, restore, runs
+from fidelity_jax import (
+  denoising,
+  export,
+  files,
+  models,
+  photos,
+  port,
+  quality,
+  restore,
+  runs,
+)
 from fidelity_jax.errors import UsageError
 from fidelity_jax.tasks import base
 
@@ -122,7 +132,8 @@ def test_a_large_image_is_that_of_the_network(weights):
   denoiser = denoising.load(weights[1])
   image = np.tile(_photograph(512, 400, 1), (2, 2, 1)).astype(np.float32) / 255
   part = port.load_part(weights[1], "restorer")
-  expected = denoiser.network.apply(part.variables, image[None], method="restore")[0]
+  network = models.DnCNN(**part.config)
+  expected = network.apply(part.variables, image[None], method="restore")[0]
   np.testing.assert_allclose(denoising.restore(denoiser, image), expected, atol=1e-5)
 
 
@@ -423,3 +434,31 @@ def test_the_restorer_of_an_experiment(toy_run, tmp_path):
   found = denoising.restore(denoiser, image)
   np.testing.assert_allclose(found, expected, atol=1e-5)
   assert np.abs(found - image).max() > 1e-3
+
+
+def test_an_exported_file_restores_what_its_run_does(toy_run, folder, tmp_path, capsys):
+  """Of grey, 16-bit and noisy images, too; what is too small is passed over."""
+  place, path = toy_run / "oracle", tmp_path / "toy.jax"
+  export.export(place, path)
+  _save(folder / "small.png", _photograph(31, 60))
+  noise = ("--add_noise=50", "--seed=1")
+  for given, status in ((place, 0), (path, 1)):
+    capsys.readouterr()
+    out = f"--out={tmp_path / given.stem}"
+    assert _run(given, folder, out, *noise) == status
+  stderr = capsys.readouterr().err
+  assert "small.png: passed over: an image of 60x31 pixels" in stderr
+  assert "takes 32x32 and larger; its run's directory takes any size" in stderr
+  found, want = (_rows(tmp_path / name) for name in ("toy", "oracle"))
+  assert set(want) - set(found) == {"small.png"} and len(found) == 3
+  for name, row in found.items():
+    one, other = (_read(tmp_path / k / name).pixels for k in ("toy", "oracle"))
+    assert one.dtype == other.dtype and one.shape == other.shape
+    room = 1 if one.dtype == np.uint8 else 4
+    assert np.abs(one.astype(int) - other.astype(int)).max() <= room
+    for column in ("psnr_noisy", "psnr"):
+      assert float(row[column]) == pytest.approx(float(want[name][column]), abs=1e-3)
+  # Values beyond [0, 1], which noise has, are not clipped on their way.
+  noisy = 1.5 * _photograph(60, 90).astype(np.float32) / 255 - 0.25
+  results = [denoising.restore(denoising.load(one), noisy) for one in (place, path)]
+  np.testing.assert_allclose(*results, atol=1e-5)

@@ -144,6 +144,57 @@ def test_a_tile_that_does_not_suit(tile):
     tiling.apply(lambda x, mask: x, _image(8, 8), radius=32, tile=tile)
 
 
+def _fixed(radius, size, **fields):
+  """Returns what windows of 32 pixels give, and the whole."""
+  network, variables = _network(4, channels=3, **fields)
+  program = jax.jit(lambda windows: network.apply(variables, windows))
+  image = _image(*size, 3)
+  whole = network.apply(variables, image[None])[0]
+  return tiling.apply_fixed(program, image, radius, 32), whole
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 57), (75, 130)])
+def test_windows_of_one_size_need_no_mask(size):
+  """Of the size itself, and no multiple of what is used of each."""
+  found, whole = _fixed(4, size, out_channels=2)
+  assert found.shape == (*size, 2) and found.dtype == np.float32
+  np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_of_these_a_smaller_radius_would_show_too():
+  apart = np.abs(np.subtract(*_fixed(3, (75, 130)))).max(-1)
+  # Where windows meet, and not in the corner of the image, which is one's own.
+  assert apart.max() > 1e-4 and apart[:20, :20].max() < 1e-5
+
+
+def test_they_come_in_few_and_bounded_batches():
+  def shapes(size, side):
+    seen = []
+
+    def program(windows):
+      seen.append(windows.shape)
+      return windows
+
+    image = _image(*size)
+    np.testing.assert_array_equal(tiling.apply_fixed(program, image, 4, side), image)
+    return seen
+
+  # 3 by 6 windows, filled up.
+  assert shapes((75, 130), 32) == [(32, 32, 32, 1)]
+  # As many as have the pixels of the largest window: 4 by 3 in all.
+  assert shapes((600, 400), 200) == [(4, 200, 200, 1)] * 3
+  assert shapes((600, 200), 200) == [(4, 200, 200, 1)]
+  assert shapes((520, 520), 513) == [(1, 513, 513, 1)] * 4
+
+
+@pytest.mark.parametrize(
+  ("size", "side"), [((31, 40), 32), ((40, 31), 32), ((9, 9), 8)]
+)
+def test_windows_that_do_not_cover_an_image(size, side):
+  with pytest.raises(ValueError, match="do not cover"):
+    tiling.apply_fixed(lambda windows: windows, _image(*size), 4, side)
+
+
 def test_without_a_mask_nothing_changes():
   network, variables = _network(3)
   image = _image(16, 16)[None]
