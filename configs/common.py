@@ -46,6 +46,10 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.dataset = data.default_config("demo" if size else "caltech256")
   if size:
     config.dataset.cache = "ram"
+  # "self": without labels, calibration learns what the frozen classifier says of the
+  # clean images; see docs/own_images.md.
+  config.labels = "given"
+  config.dataset.labels = config.get_oneway_ref("labels")
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
@@ -346,6 +350,7 @@ def add_setup(config: ConfigDict, source: str) -> ConfigDict:
   """Adds the experiment on a classifier alone to a study; see `one_classifier`."""
   added = inherit(config.parents.classifier)
   added.experiment, added.source = source, source
+  added.labels = config.get_oneway_ref("labels")
   added.evaluation = inherit(config.evaluation)
   added.parents.restorer = inherit(config.parents.restorer)
   config.experiments[source] = added

@@ -250,6 +250,26 @@ def test_rematerialization_is_the_methods_choice(networks):
   assert barriers[0] == 0 < barriers[1]
 
 
+@pytest.mark.parametrize("mode", ["pretrained", "ensemble"])
+def test_without_labels_it_learns_what_the_classifier_says_of_clean_images(
+  networks, mode
+):
+  task, batch = _task(networks, mode), _batch()
+  _, method, variables = networks
+  clean, _ = task.inputs(batch, True)
+  said = method.classify(variables, method.plain(variables, clean)).argmax(-1)
+  assert len(set(np.asarray(said))) > 1
+  wrong = batch | {"label": (said + 1) % 3}
+  params, state = task.init(jax.random.key(5), task.initial)
+  given = lambda task, batch: task.loss(
+    params, state, task.frozen, batch, train=True, key=jax.random.key(6)
+  )
+  loss, (_, metrics) = given(dataclasses.replace(task, own_labels=True), wrong)
+  expected, (_, same) = given(task, batch | {"label": said})
+  assert loss == expected != given(task, wrong)[0]
+  jax.tree.map(np.testing.assert_array_equal, metrics, same)
+
+
 @pytest.mark.parametrize("source", ["clean", "degraded", "restored"])
 def test_classification_trains_the_whole_network(networks, source):
   classifier, _, variables = networks

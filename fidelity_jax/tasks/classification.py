@@ -113,6 +113,18 @@ def _material(config) -> dict[str, Any]:
   return {"model": model} | (clean if config.source == "clean" else {})
 
 
+def _check(config, where: str) -> None:
+  models.create(config.model, 2)
+  if base.own_labels(config) and config.epochs:
+    raise rules.refusal(
+      where,
+      "epochs",
+      config.epochs,
+      "cannot be trained on its own answers (labels=self): set it to 0 for weights as "
+      f"they are, or give {where}.dataset other images with labels",
+    )
+
+
 KIND = base.Kind(
   name="classifier",
   fields=lambda config: _FIELDS,
@@ -121,5 +133,5 @@ KIND = base.Kind(
   trained_from=lambda config: ("restorer",) if config.source == "restored" else (),
   evaluated_with=("restorer",),
   material=_material,
-  check=lambda config, where: models.create(config.model, 2),
+  check=_check,
 )
