@@ -47,7 +47,7 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   if size:
     config.dataset.cache = "ram"
   # "self": without labels, calibration learns what the frozen classifier says of the
-  # clean images; see docs/own_images.md.
+  # clean images (docs/classifiers.md).
   config.labels = "given"
   config.dataset.labels = config.get_oneway_ref("labels")
   config.precision = "auto"
@@ -148,6 +148,8 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
     }
   )
   config.label_smoothing = 0.1
+  # Epochs, of all, in which the head trains alone.
+  config.head_epochs = 0
   config.optimizer = "sgd"
   if size:
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)

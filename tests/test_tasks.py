@@ -285,6 +285,25 @@ def test_classification_trains_the_whole_network(networks, source):
   _assert_all_reached(grads)
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_the_head_trains_first(networks, epochs):
+  """The batch is of epoch 2, the third."""
+  classifier, *_ = networks
+  task = tasks.ClassificationTask(
+    classifier=classifier,
+    inputs=_inputs(),
+    source="clean",
+    image_size=SIZE,
+    head_epochs=epochs,
+  )
+  _, grads = _gradients(task, _batch())
+  moved = {k: any(np.any(g) for g in jax.tree.leaves(v)) for k, v in grads.items()}
+  assert moved == {"head": True, "backbone": epochs == 2}
+  _, plain = _gradients(dataclasses.replace(task, head_epochs=0), _batch())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+  jax.tree.map(close, grads["head"], plain["head"])
+
+
 def test_restoration_and_estimation_work_on_patches(networks):
   _, method, variables = networks
   inputs = _inputs(patch_size=20, patch_stride=10)
