@@ -208,12 +208,12 @@ def test_photographs_without_labels(toy_run, command, folder, tmp_path):
   none = {"parents.classifier.epochs": 0, "evaluation.keep": "predictions"}
   run(fields | none, 0)
   found = {
-    (row["method"], row["restored"], row["condition"]["name"]): row
+    (row["method"], row["restorer"], row["condition"]["name"]): row
     for row in _rows(tmp_path / "run")
   }
   # It agrees with itself, and with noise not always.
-  assert found["classifier", False, "clean"]["accuracy"] == 100
-  assert found["classifier", False, "awgn_0.5"]["accuracy"] < 100
+  assert found["classifier", None, "clean"]["accuracy"] == 100
+  assert found["classifier", None, "awgn_0.5"]["accuracy"] < 100
   (kept,) = experiment(tmp_path / "run").glob("predictions-*.npz")
   with np.load(kept) as arrays:
     files = [folder / name for name in arrays["images"]]

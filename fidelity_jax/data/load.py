@@ -122,12 +122,12 @@ def load(
   check(config)
   cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
   part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
-  if config.labels == "self":
-    known = classes.names(config.classes) if config.classes else part.class_names
-    part = classes.unlabelled(part, known)
-  elif config.classes:
-    part = classes.relabelled(part, config.classes)
   dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)
+  if config.labels == "self":
+    known = classes.names(config.classes) if config.classes else dataset.class_names
+    dataset = classes.unlabelled(dataset, known)
+  elif config.classes:
+    dataset = classes.relabelled(dataset, config.classes)
   if config.cache is not None:
     return caches.decoded(dataset, config.cache, cache_dir)
   return dataset
