@@ -46,6 +46,10 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.dataset = data.default_config("demo" if size else "caltech256")
   if size:
     config.dataset.cache = "ram"
+  # "self": without labels, calibration learns what the frozen classifier says of the
+  # clean images (docs/classifiers.md).
+  config.labels = "given"
+  config.dataset.labels = config.get_oneway_ref("labels")
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
@@ -144,6 +148,8 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
     }
   )
   config.label_smoothing = 0.1
+  # Epochs, of all, in which the head trains alone.
+  config.head_epochs = 0
   config.optimizer = "sgd"
   if size:
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
@@ -346,6 +352,7 @@ def add_setup(config: ConfigDict, source: str) -> ConfigDict:
   """Adds the experiment on a classifier alone to a study; see `one_classifier`."""
   added = inherit(config.parents.classifier)
   added.experiment, added.source = source, source
+  added.labels = config.get_oneway_ref("labels")
   added.evaluation = inherit(config.evaluation)
   added.parents.restorer = inherit(config.parents.restorer)
   config.experiments[source] = added

@@ -5,6 +5,7 @@ and whatever several methods need of it is computed once (`tensors`). All method
 the same noise: it depends on the seed, the condition, the round and the example alone.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 import numpy as np
+from ml_collections import ConfigDict
 
 from fidelity_jax import (
   data,
@@ -22,10 +24,38 @@ from fidelity_jax import (
   rows,
   sharding,
   signals,
+  stages,
   statistics,
 )
 from fidelity_jax.subjects import Subject
 from fidelity_jax.tensors import Networks, Tensors
+
+
+def labelled(
+  classifier: stages.Stage,
+  config: ConfigDict,
+  dataset: data.Dataset,
+  workdir: pathlib.Path,
+) -> data.Dataset:
+  """Returns test images with a classifier's own answers for labels.
+
+  Args:
+    classifier: a finished stage.
+    config: of the experiment that asks for it.
+    dataset: the test images, in the classes of the classifier.
+    workdir: the directory of all stages, where the answers are kept.
+
+  Raises:
+    RunError, Stopped: see `Evaluation`.
+  """
+  config = config.copy_and_resolve_references()
+  config.degradation = ConfigDict({"kind": "clean"})
+  alone = rows.Compared("classifier", False)
+  asked = Subject(config, alone, {"classifier": classifier})
+  evaluation = Evaluation([asked], dataset, workdir)
+  evaluation.measure()
+  answers = evaluation.values(asked, asked.conditions[0])["prediction"][0]
+  return dataclasses.replace(dataset, labels=answers)
 
 
 class _Place(NamedTuple):
@@ -220,24 +250,23 @@ class Evaluation:
         key = (kept.directory, condition, degradation)
         if key in found:
           continue
-        numbers = range(condition.rounds_needed(subject.config.evaluation.rounds))
-        measured = [kept.get(record, number) for number in numbers]
-        values = {
-          name: np.stack([one[name] for one in measured])
-          for name in sorted(subject.names - {"logits"})
-        }
+        values = self.values(subject, condition)
+        values.pop("logits", None)
         found[key] = self._score(subject, record, degradation, values, bootstrap)
     return found
 
   def logits(self, subject: Subject) -> dict[str, np.ndarray]:
     """Returns float32 [R, N, K] by the condition's name, if the config keeps them."""
-    kept, found = self._measured[subject], {}
-    for condition in subject.conditions:
-      numbers = range(condition.rounds_needed(subject.config.evaluation.rounds))
-      record = rows.Condition.of(condition)
-      measured = [kept.get(record, number)["logits"] for number in numbers]
-      found[condition.name] = np.stack(measured)
-    return found
+    return {c.name: self.values(subject, c)["logits"] for c in subject.conditions}
+
+  def values(
+    self, subject: Subject, condition: degradations.Condition
+  ) -> dict[str, np.ndarray]:
+    """Returns what was measured of a subject, arrays [R, N] or [R, N, K] by name."""
+    kept, record = self._measured[subject], rows.Condition.of(condition)
+    numbers = range(condition.rounds_needed(subject.config.evaluation.rounds))
+    measured = [kept.get(record, number) for number in numbers]
+    return {k: np.stack([one[k] for one in measured]) for k in sorted(subject.names)}
 
   def _degradation(self, subject: Subject) -> str:
     kinds = [c.kind for c in subject.conditions if c.kind != "clean"]

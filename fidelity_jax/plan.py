@@ -224,7 +224,7 @@ def _check_data(stage: stages.Stage, datasets: Datasets) -> int:
       "one with several (dataset.path: the folder above the class folders)."
     )
   images = tasks.base.images_per_step(config)
-  if images > len(dataset):
+  if config.epochs and images > len(dataset):
     raise errors.UsageError(
       f"{kind}: a batch of {images} images is larger than the training set "
       f"of {len(dataset)}: lower batch_size."

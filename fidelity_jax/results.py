@@ -22,6 +22,7 @@ from fidelity_jax import (
   statistics,
   study,
   subjects,
+  tasks,
 )
 from fidelity_jax.report.content import Activations, Content, Examples, StageRecord
 
@@ -61,6 +62,7 @@ def gather(
   activations: list[Activations] = []
   whole = lambda one: not any(stage.name in missing for stage in one.stages)
   there = [one for one in planned.experiments if one.name in tests and whole(one)]
+  tests = {**tests, **{o.name: _labelled(o, tests[o.name], workdir) for o in there}}
   # Experiments on the same images are evaluated together.
   together: dict[tuple[str, int], list[plan.Planned]] = {}
   for one in there:
@@ -104,6 +106,16 @@ def gather(
     },
     seconds=time.monotonic() - start if measured else None,
   )
+
+
+def _labelled(
+  one: plan.Planned, dataset: data.Dataset, workdir: pathlib.Path
+) -> data.Dataset:
+  """Returns the test images of an experiment, with their labels."""
+  classifier = one.last.networks().get("classifier")
+  if classifier is None or not tasks.base.own_labels(one.config):
+    return dataset
+  return evaluate.labelled(classifier, one.config, dataset, workdir)
 
 
 def passes(group: list[plan.Planned]) -> list[list[plan.Planned]]:

@@ -52,7 +52,7 @@ def _check(config: ConfigDict, where: str, top: bool = False) -> None:
   kind = tasks.CONFIGURED[name]
   table = tasks.base.TRAINING | kind.fields(config)
   if top:
-    table = table | {"experiment": EXPERIMENT}
+    table = table | {"experiment": EXPERIMENT, "labels": data.FIELDS["labels"]}
     if kind.evaluated:
       table["evaluation"] = _EVALUATION
   fields = {k: v for k, v in config.items() if k not in ("kind", "parents")}

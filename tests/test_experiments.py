@@ -13,6 +13,9 @@ import torch_reference
 from conftest import TOY, TOY_ESTIMATOR, experiment, overrides, results
 from test_parity import TinyResNet, reference
 
+import fidelity_jax
+from fidelity_jax import export
+
 _ORACLE = "--config=configs/oracle.py:demo"
 # One epoch and one round: does it run, not what it gives.
 _QUICK = TOY | {
@@ -183,6 +186,43 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   safetensors.numpy.save_file(state | {name: state[name] * 1.5}, path)
   assert run("run", fields, 0).stderr.count(": finished (") == 0
   assert len(list((tmp_path / "run").glob("oracle-*/results.json"))) == 2
+
+
+def test_photographs_without_labels(toy_run, command, folder, tmp_path):
+  """A classifier as it is, calibrated on its own answers to unlabelled photographs."""
+  model = fidelity_jax.load(toy_run / "oracle")
+  given = tmp_path / "given"
+  export.export(toy_run / "oracle", given)
+  (tmp_path / "names.txt").write_text("\n".join(model.class_names))
+  fields = {k: v for k, v in _QUICK.items() if "per_class" not in k}
+  fields |= {"labels": "self", "dataset.name": "folder", "dataset.path": folder.name}
+  fields |= {"dataset.classes": "names.txt", "dataset.fractions": (0.4, 0.2, 0.4)}
+  fields |= {"batch_size": 4, "parents.restorer.batch_size": 8}
+  weights = {"weights": given.name, "new_head": False}
+  fields |= {f"parents.classifier.model.{k}": v for k, v in weights.items()}
+  run = lambda fields, status: command(
+    _ORACLE, "--workdir=run", *overrides(fields), check=status, cwd=tmp_path
+  )
+  refused = run(fields, 2).stderr.splitlines()[-1]
+  assert "parents.classifier.epochs = 1 cannot be trained on its own" in refused
+  none = {"parents.classifier.epochs": 0, "evaluation.keep": "predictions"}
+  run(fields | none, 0)
+  found = {
+    (row["method"], row["restorer"], row["condition"]["name"]): row
+    for row in _rows(tmp_path / "run")
+  }
+  # It agrees with itself, and with noise not always.
+  assert found["classifier", None, "clean"]["accuracy"] == 100
+  assert found["classifier", None, "awgn_0.5"]["accuracy"] < 100
+  (kept,) = experiment(tmp_path / "run").glob("predictions-*.npz")
+  with np.load(kept) as arrays:
+    files = [folder / name for name in arrays["images"]]
+    said = model(files, clean=files).degraded_logits.argmax(-1)
+    np.testing.assert_array_equal(arrays["labels"], said)
+  assert len(set(said)) > 1
+  stages = {path.name.split("-")[0] for path in (tmp_path / "run").glob("*-*")}
+  assert {"classifier", "calibration", "ensemble"} <= stages
+  assert run(fields | none, 0).stderr.count(": finished (") == 4
 
 
 def _nchw(images):

@@ -10,6 +10,7 @@ import importlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 import urllib.request
@@ -105,6 +106,9 @@ def _classifiers(root):
   _save(root / "photo.png", _photograph(90, 120))
   _save(root / "photos" / "a.jpg", _photograph(64, 70))
   _labelled(root)
+  (root / "unlabelled").mkdir()
+  for path in (root / "labelled").glob("*/*"):
+    shutil.copy(path, root / "unlabelled")
 
 
 def _restore(root):
@@ -253,10 +257,10 @@ def test_classifiers_up_to_the_training(tmp_path, monkeypatch, command):
 def test_classifiers(tmp_path, monkeypatch, command):
   _classifiers(tmp_path)
   done = _follow("classifiers.md", tmp_path, monkeypatch, command)
-  assert len(done) == 4
+  assert len(done) == 5
   # The network that was ported names its own classes, before and after.
   assert "brick" in done[1][1] or "moon" in done[1][1]
-  (header, line) = done[3][1].splitlines()
+  (header, line) = done[4][1].splitlines()
   assert header.startswith("image") and line.startswith("photos/a.jpg")
   assert len(re.findall(r"brick|moon", line)) == 3
   assert (tmp_path / "seen_mine" / "a.jpg.png").stat().st_size > 5000

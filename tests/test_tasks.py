@@ -250,6 +250,31 @@ def test_rematerialization_is_the_methods_choice(networks):
   assert barriers[0] == 0 < barriers[1]
 
 
+def test_without_labels_it_learns_what_the_classifier_says_of_clean_images(networks):
+  task, batch = _task(networks, "pretrained"), _batch()
+  method = task.method
+  clean, degraded = task.inputs(batch, True)
+  said = _jit(lambda v, x: method.classify(v, method.plain(v, x)))
+  # The random head is made to hesitate between two classes.
+  between = np.median(said(task.frozen, clean) @ np.array([-1, 1, 0]))
+  bias = task.frozen["classifier"]["params"]["head"]["logits"]["bias"]
+  moved = bias + jnp.array([between, 0, 0])
+  frozen = jax.tree.map(lambda x: moved if x is bias else x, task.frozen)
+  task = dataclasses.replace(task, frozen=frozen)
+  answers = said(frozen, clean).argmax(-1)
+  assert len(set(np.asarray(answers))) == 2
+  assert (answers != said(frozen, degraded).argmax(-1)).any()
+  wrong = batch | {"label": (answers + 1) % 3}
+  params, state = task.init(jax.random.key(5), task.initial)
+  given = lambda task, batch: _jit(functools.partial(task.loss, train=True))(
+    params, state, task.frozen, batch, key=jax.random.key(6)
+  )
+  loss, (_, metrics) = given(dataclasses.replace(task, own_labels=True), wrong)
+  expected, (_, same) = given(task, batch | {"label": answers})
+  assert loss == expected != given(task, wrong)[0]
+  jax.tree.map(np.testing.assert_array_equal, metrics, same)
+
+
 @pytest.mark.parametrize("source", ["clean", "degraded", "restored"])
 def test_classification_trains_the_whole_network(networks, source):
   classifier, _, variables = networks
@@ -263,6 +288,25 @@ def test_classification_trains_the_whole_network(networks, source):
   )
   _, grads = _gradients(task, _batch())
   _assert_all_reached(grads)
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_the_head_trains_first(networks, epochs):
+  """The batch is of epoch 2, the third."""
+  classifier, *_ = networks
+  task = tasks.ClassificationTask(
+    classifier=classifier,
+    inputs=_inputs(),
+    source="clean",
+    image_size=SIZE,
+    head_epochs=epochs,
+  )
+  _, grads = _gradients(task, _batch())
+  moved = {k: any(np.any(g) for g in jax.tree.leaves(v)) for k, v in grads.items()}
+  assert moved == {"head": True, "backbone": epochs == 2}
+  _, plain = _gradients(dataclasses.replace(task, head_epochs=0), _batch())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+  jax.tree.map(close, grads["head"], plain["head"])
 
 
 def test_restoration_and_estimation_work_on_patches(networks):

@@ -20,7 +20,7 @@ _OF_THE_DISK = ("lost+found", "$RECYCLE.BIN", "System Volume Information")
 _STRAY = "an image in no class folder"
 
 
-def build(path: str) -> tuple[Dataset, splits.Chosen]:
+def build(path: str, labelled: bool = True) -> tuple[Dataset, splits.Chosen]:
   """Lists the images below a folder, or those that a CSV file names.
 
   Folder: every sub-folder is a class; its images are searched recursively. If the
@@ -31,6 +31,8 @@ def build(path: str) -> tuple[Dataset, splits.Chosen]:
 
   Args:
     path: a folder or a .csv file.
+    labelled: False: all images below the folder are of one class, "", also those that
+      lie in it beside its sub-folders.
 
   Returns:
     All images, not yet split and not yet opened, and the splits that the folder comes
@@ -52,7 +54,7 @@ def build(path: str) -> tuple[Dataset, splits.Chosen]:
         "class, or a .csv file of paths and labels"
       )
     return _from_csv(root), {}
-  return _from_folder(root)
+  return _from_folder(root) if labelled else _from_any_folder(root)
 
 
 def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
@@ -83,6 +85,27 @@ def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
   # Names are shown, and need not be UTF-8.
   shown = tuple(os.fsencode(n).decode("utf-8", "backslashreplace") for n in class_names)
   return _dataset(root, keys, labels, shown, skipped), own
+
+
+def _from_any_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
+  folders, loose = _listed(root)
+  skipped: list[Skipped] = []
+  below = {name: sorted(_walk(root, name, skipped)) for name in folders}
+  below = {name: keys for name, keys in below.items() if keys}
+  keys = loose + [key for name in below for key in below[name]]
+  if not keys:
+    raise UsageError(f"dataset.path: {root} has no images")
+  parts = [splits.NAMES.get(name.casefold()) for name in below]
+  own = {}
+  if not loose and "train" in parts and None not in parts and len(parts) > 1:
+    if len(set(parts)) < len(parts):
+      raise UsageError(
+        f"dataset.path: of {' and '.join(below)} in {root}, two mean the same split; "
+        "move one away"
+      )
+    ends = np.cumsum([0, *map(len, below.values())])
+    own = {part: list(range(*ends[i : i + 2])) for i, part in enumerate(parts)}
+  return _dataset(root, keys, [0] * len(keys), ("",), skipped), own
 
 
 def _split_folders(root: Path, skipped: list[Skipped]) -> dict[str, str]:

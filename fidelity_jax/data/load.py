@@ -7,7 +7,16 @@ import ml_collections
 from ml_collections import config_dict
 
 from fidelity_jax import files, rules
-from fidelity_jax.data import caches, crops, demo, folder, images, splits, verify
+from fidelity_jax.data import (
+  caches,
+  classes,
+  crops,
+  demo,
+  folder,
+  images,
+  splits,
+  verify,
+)
 from fidelity_jax.data.dataset import SPLITS, Dataset, join
 from fidelity_jax.errors import UsageError
 
@@ -33,6 +42,8 @@ FIELDS: rules.Table = {
   "cache": rules.optional(rules.choice("ram", "disk")),
   "workers": rules.whole(0, 1024),
   "max_pixels": rules.whole(1, 10**10),
+  "classes": rules.optional(rules.TEXT),
+  "labels": rules.choice("given", "self"),
 }
 
 
@@ -79,6 +90,12 @@ def default_config(name: str = "demo") -> ml_collections.ConfigDict:
   config.workers = 0
   # Larger images are refused, in pixels.
   config.max_pixels = images.DEFAULT_MAX_PIXELS
+  # None: its own classes; "imagenet", or a text file of names: those of a classifier
+  # that is not trained further, of which the images show some.
+  config.classes = config_dict.placeholder(str)
+  # "given" with the images, or "self": the frozen classifier's own prediction on the
+  # clean image.
+  config.labels = "given"
   return config
 
 
@@ -106,6 +123,11 @@ def load(
   cache_dir = Path(workdir_cache) if workdir_cache else files.cache_folder()
   part = dataclasses.replace(_part(config, split), max_pixels=config.max_pixels)
   dataset = verify.verified(part, strict=config.strict, cache_dir=cache_dir)
+  if config.labels == "self":
+    known = classes.names(config.classes) if config.classes else dataset.class_names
+    dataset = classes.unlabelled(dataset, known)
+  elif config.classes:
+    dataset = classes.relabelled(dataset, config.classes)
   if config.cache is not None:
     return caches.decoded(dataset, config.cache, cache_dir)
   return dataset
@@ -116,7 +138,8 @@ def _part(config: ml_collections.ConfigDict, split: str) -> Dataset:
   if config.name == "demo":
     whole = demo.build(config.per_class, config.split_seed)
   elif config.name == "folder":
-    whole, own = folder.build(config.path)
+    labelled = config.labels == "given" or not config.classes
+    whole, own = folder.build(config.path, labelled)
   else:
     # TFDS takes seconds to import; most runs do not need it.
     from fidelity_jax.data import tfds_source

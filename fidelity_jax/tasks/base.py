@@ -337,6 +337,11 @@ def smoothed_cross_entropy(
   return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def own_labels(config: ConfigDict) -> bool:
+  """Returns whether a stage's labels are the frozen classifier's own answers."""
+  return config.dataset.get("labels") == "self"
+
+
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns 1.0 where the largest logit is the label's, float32 [N]."""
   return (jnp.argmax(logits, -1) == labels).astype(jnp.float32)

@@ -23,6 +23,7 @@ class CalibrationTask(base.Task):
     inputs: gives clean and degraded images.
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
+    own_labels: labels are what the frozen classifier says of the clean images.
     frozen: variables of `method`'s frozen networks.
     initial: variables to start from, by role: "estimator" in end-to-end training, and
       given weights of "calibration" or "ensemble".
@@ -33,6 +34,7 @@ class CalibrationTask(base.Task):
   inputs: base.Inputs
   image_size: int
   label_smoothing: float
+  own_labels: bool = False
   frozen: Any = dataclasses.field(default_factory=dict)
   initial: Any = dataclasses.field(default_factory=dict)
   trained_parents: tuple[str, ...] = ()
@@ -60,9 +62,12 @@ class CalibrationTask(base.Task):
   def loss(self, params, model_state, frozen, batch, *, train, key):
     clean, degraded = self.inputs(batch, train)
     variables = frozen | {name: {"params": tree} for name, tree in params.items()}
-    logits = self.method.logits(variables, degraded, clean)
-    losses = base.smoothed_cross_entropy(logits, batch["label"], self.label_smoothing)
-    metrics = {"loss": losses, "accuracy": base.correct(logits, batch["label"])}
+    logits, label = self.method.logits(variables, degraded, clean), batch["label"]
+    if self.own_labels:
+      seen = self.method.classify(variables, self.method.plain(variables, clean))
+      label = jnp.argmax(seen, -1)
+    losses = base.smoothed_cross_entropy(logits, label, self.label_smoothing)
+    metrics = {"loss": losses, "accuracy": base.correct(logits, label)}
     return jnp.mean(losses), (model_state, metrics)
 
 
@@ -117,6 +122,7 @@ def _make(config, parents, num_classes, inputs):
     inputs=inputs,
     image_size=config.dataset.image_size,
     label_smoothing=config.label_smoothing,
+    own_labels=base.own_labels(config),
     trained_parents=("estimator",) if along else (),
   )
 
@@ -131,6 +137,7 @@ def _make_ensemble(config, parents, num_classes, inputs):
     inputs=inputs,
     image_size=config.dataset.image_size,
     label_smoothing=config.label_smoothing,
+    own_labels=base.own_labels(config),
   )
 
 
@@ -170,6 +177,7 @@ def _material(config) -> dict[str, Any]:
     "rematerialize": None,
     "fidelity": fidelity,
     "steering": {name: steering[name] for name in names} or None,
+    "labels": "self" if base.own_labels(config) else None,
   }
 
 

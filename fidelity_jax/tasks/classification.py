@@ -21,6 +21,7 @@ class ClassificationTask(base.Task):
     source: "clean" (setup 1), "degraded" (setup 2) or "restored" (setup 3).
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
+    head_epochs: epochs in which the head trains alone; then all of it does.
     initial: variables to start from, or None for random ones.
     new_head: start the last layers fresh even if `initial` has them.
     restorer: the frozen restorer; "restored" only.
@@ -32,6 +33,7 @@ class ClassificationTask(base.Task):
   source: str
   image_size: int
   label_smoothing: float = 0.1
+  head_epochs: int = 0
   initial: Any = None
   new_head: bool = True
   restorer: models.Restorer | None = None
@@ -65,6 +67,10 @@ class ClassificationTask(base.Task):
     else:
       images = self.restorer.apply(frozen["restorer"], degraded, method="restore")
     images = self.classifier.normalize(jax.lax.stop_gradient(images))
+    if self.head_epochs:
+      still = batch["epoch"][0] < self.head_epochs
+      hold = lambda p: jnp.where(still, jax.lax.stop_gradient(p), p)
+      params = params | {"backbone": jax.tree.map(hold, params["backbone"])}
     (logits, aux_logits), model_state = base.apply_trained(
       self.classifier, params, model_state, images, train, key
     )
@@ -80,6 +86,7 @@ class ClassificationTask(base.Task):
 _FIELDS: rules.Table = {
   "source": rules.choice("clean", "degraded", "restored"),
   "label_smoothing": rules.SMOOTHING,
+  "head_epochs": rules.whole(0, 1_000_000),
   "model": {
     "name": rules.choice(*registry.NAMES),
     **{name: rules.optional(f.rule) for name, f in registry.FIELDS.items()},
@@ -97,6 +104,7 @@ def _make(config, parents, num_classes, inputs):
     source=config.source,
     image_size=config.dataset.image_size,
     label_smoothing=config.label_smoothing,
+    head_epochs=config.get("head_epochs", 0),
     new_head=config.model.new_head,
     restorer=parents.get("restorer"),
   )
@@ -109,8 +117,26 @@ def _material(config) -> dict[str, Any]:
     del model[name]
   if config.model.weights is not None:
     model["new_head"] = config.model.new_head
+  held = {} if config.get("head_epochs") else {"head_epochs": None}
   clean = {"degradation": None, "validation_rounds": None}
-  return {"model": model} | (clean if config.source == "clean" else {})
+  return {"model": model} | held | (clean if config.source == "clean" else {})
+
+
+def _check(config, where: str) -> None:
+  models.create(config.model, 2)
+  held = config.get("head_epochs", 0)
+  if held > config.epochs:
+    raise rules.refusal(
+      where, "head_epochs", held, f"must be at most epochs ({config.epochs})"
+    )
+  if base.own_labels(config) and config.epochs:
+    raise rules.refusal(
+      where,
+      "epochs",
+      config.epochs,
+      "cannot be trained on its own answers (labels=self): set it to 0 for weights as "
+      f"they are, or give {where}.dataset other images with labels",
+    )
 
 
 KIND = base.Kind(
@@ -121,5 +147,5 @@ KIND = base.Kind(
   trained_from=lambda config: ("restorer",) if config.source == "restored" else (),
   evaluated_with=("restorer",),
   material=_material,
-  check=lambda config, where: models.create(config.model, 2),
+  check=_check,
 )

@@ -1,0 +1,100 @@
+"""Classes that a dataset's images are told apart by, where these are not its own.
+
+A classifier that nobody trained further knows the classes that it was trained on, in
+an order of theirs, whatever images it is shown.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+
+from fidelity_jax import errors, files
+from fidelity_jax.data.dataset import Dataset
+
+# What `dataset.classes` may say besides a file's path.
+IMAGENET = "imagenet"
+
+
+@functools.cache
+def imagenet() -> dict[str, str]:
+  """Returns the names of ImageNet's 1000 classes by WordNet identifier.
+
+  In the order of the logits of all networks that were trained on them. Names are
+  torchvision's, which has no two alike.
+  """
+  place = resources.files("fidelity_jax.data") / "lists" / "imagenet.txt"
+  lines = place.read_text("utf-8").splitlines()
+  return dict(line.split(" ", 1) for line in lines)
+
+
+def names(given: str) -> tuple[str, ...]:
+  """Returns class names in the order of the logits.
+
+  Args:
+    given: "imagenet", or the path of a text file with a name on each line.
+
+  Raises:
+    UsageError: there is no such file, or it holds no two names, or one twice.
+  """
+  if given == IMAGENET:
+    return tuple(imagenet().values())
+  path = files.expand(given)
+  try:
+    lines = files.read_bytes(path).decode("utf-8-sig").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise errors.UsageError(
+      f"dataset.classes: cannot read {path} ({reason}): write '{IMAGENET}', or the "
+      "path of a text file with a class name on each line"
+    ) from error
+  found = tuple(line.strip() for line in lines if line.strip())
+  if len(found) < 2 or len(set(found)) < len(found):
+    raise errors.UsageError(
+      f"dataset.classes: {path} must name two classes or more, each on a line, and "
+      "none twice"
+    )
+  return found
+
+
+def relabelled(dataset: Dataset, given: str) -> Dataset:
+  """Returns a dataset whose labels count given classes.
+
+  Args:
+    dataset: its own classes are named as some of the given ones are, letter case and
+      underscores aside; ImageNet's by WordNet identifier, too.
+    given: see `names`.
+
+  Raises:
+    UsageError: it has others.
+  """
+  known = names(given)
+  numbers = {_plain(name): number for number, name in enumerate(known)}
+  if given == IMAGENET:
+    numbers |= {identifier: number for number, identifier in enumerate(imagenet())}
+  present = np.bincount(dataset.labels, minlength=dataset.num_classes)
+  for name, count in zip(dataset.class_names, present, strict=True):
+    if count and _plain(name) not in numbers:
+      near = errors.near(name, known)
+      raise errors.UsageError(
+        f"dataset.classes: '{name}' of dataset '{dataset.name}' is no class of {given}"
+        f"; {near if near.startswith('did') else 'rename it, or move it away'}"
+      )
+  own = [numbers.get(_plain(name), 0) for name in dataset.class_names]
+  labels = np.asarray(own, np.int32)[dataset.labels]
+  return dataclasses.replace(dataset, labels=labels, class_names=known)
+
+
+def unlabelled(dataset: Dataset, known: Sequence[str]) -> Dataset:
+  """Returns a dataset without its labels, which a classifier of these classes gives.
+
+  Its labels are all 0, until somebody asks the classifier.
+  """
+  labels = np.zeros(len(dataset), np.int32)
+  return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
+
+
+def _plain(name: str) -> str:
+  return " ".join(name.replace("_", " ").casefold().split())
