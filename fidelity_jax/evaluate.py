@@ -24,7 +24,6 @@ from fidelity_jax import (
   rows,
   sharding,
   signals,
-  stages,
   statistics,
 )
 from fidelity_jax.subjects import Subject
@@ -32,26 +31,21 @@ from fidelity_jax.tensors import Networks, Tensors
 
 
 def labelled(
-  classifier: stages.Stage,
-  config: ConfigDict,
-  dataset: data.Dataset,
-  workdir: pathlib.Path,
+  classifier: Subject, dataset: data.Dataset, workdir: pathlib.Path
 ) -> data.Dataset:
   """Returns test images with a classifier's own answers for labels.
 
   Args:
-    classifier: a finished stage.
-    config: of the experiment that asks for it.
-    dataset: the test images, in the classes of the classifier.
-    workdir: the directory of all stages, where the answers are kept.
+    classifier: the frozen classifier alone.
+    dataset: the test images, in its classes.
+    workdir: where the answers are kept.
 
   Raises:
     RunError, Stopped: see `Evaluation`.
   """
-  config = config.copy_and_resolve_references()
+  config = classifier.config.copy_and_resolve_references()
   config.degradation = ConfigDict({"kind": "clean"})
-  alone = rows.Compared("classifier", False)
-  asked = Subject(config, alone, {"classifier": classifier})
+  asked = dataclasses.replace(classifier, config=config)
   evaluation = Evaluation([asked], dataset, workdir)
   evaluation.measure()
   answers = evaluation.values(asked, asked.conditions[0])["prediction"][0]

@@ -78,15 +78,15 @@ def export(
   path, suffix = _checked(to)
   if suffix == ".onnx":
     _jax2onnx()
-  given = files.expand(place)
-  if given.suffix in exported.SUFFIXES and given.is_file():
+  named = files.expand(place)
+  if named.suffix in exported.SUFFIXES and named.is_file():
     raise errors.UsageError(
       f"{place} is a program with its weights inside, of which no other export can be "
       "made: name the run, the checkpoint or the exported directory that it came from."
     )
   run = runs.find(place)
   source = None if run.stages else port.content_digest(place)
-  kept = cards.metadata(given / "README.md") if port.is_ported(given) else {}
+  kept = cards.metadata(named / "README.md") if port.is_ported(named) else {}
   if licence == cards.UNKNOWN:
     licence = kept.get("license", licence)
   if not suffix:

@@ -112,10 +112,12 @@ def _labelled(
   one: plan.Planned, dataset: data.Dataset, workdir: pathlib.Path
 ) -> data.Dataset:
   """Returns the test images of an experiment, with their labels."""
-  classifier = one.last.networks().get("classifier")
-  if classifier is None or not tasks.base.own_labels(one.config):
+  if not tasks.base.own_labels(one.config):
     return dataset
-  return evaluate.labelled(classifier, one.config, dataset, workdir)
+  alone = [
+    s for s in one.subjects() if s.compared == rows.Compared("classifier", False)
+  ]
+  return evaluate.labelled(alone[0], dataset, workdir) if alone else dataset
 
 
 def passes(group: list[plan.Planned]) -> list[list[plan.Planned]]:
