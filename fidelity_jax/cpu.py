@@ -192,6 +192,15 @@ def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
   return _fast_convolve(x, kernel, strides, pads)
 
 
+def depthwise(
+  x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
+) -> jax.Array:
+  """Returns what `models.conv.depthwise` does: a sum of shifted images times weights."""
+  windows = _windows(x, kernel.shape[:2], pads)
+  windows = [window[:, :: strides[0], :: strides[1]] for window in windows]
+  return sum(map(jnp.multiply, windows, kernel.reshape(-1, kernel.shape[3])))
+
+
 def _convolve_patches(x, kernel, strides, pads) -> jax.Array:
   """Returns the convolution as one product of all patches with the kernel."""
   (kh, kw, channels, out), (dy, dx) = kernel.shape, strides

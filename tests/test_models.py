@@ -13,7 +13,7 @@ from flax import traverse_util
 from fidelity_jax import errors, models
 from fidelity_jax.models import layers, registry
 
-FIVE = ("alexnet", "googlenet", "resnet18", "resnet50", "vgg16")
+SIX = ("alexnet", "efficientnet_lite0", "googlenet", "resnet18", "resnet50", "vgg16")
 TINY = {"name": "resnet", "stage_sizes": (1, 2), "width": 8, "block": "bottleneck"}
 
 
@@ -30,6 +30,7 @@ def count(tree) -> int:
   "name, parameters, features, taps",
   [
     ("alexnet", 61_100_840, 9216, 5),
+    ("efficientnet_lite0", 4_652_008, 1280, 2),
     ("googlenet", 13_004_888, 1024, 6),
     ("resnet18", 11_689_512, 512, 3),
     ("resnet50", 25_557_032, 2048, 3),
@@ -37,7 +38,7 @@ def count(tree) -> int:
   ],
 )
 def test_published_sizes(name, parameters, features, taps):
-  """Torchvision's documented parameter counts (GoogLeNet: with auxiliary heads)."""
+  """The documented parameter counts (GoogLeNet: with auxiliary heads)."""
   module = models.create({"name": name}, 1000)
   variables = shapes(module)
   assert count(variables["params"]) == parameters
@@ -105,7 +106,7 @@ def test_widths_that_do_not_give_whole_numbers_of_channels_are_refused():
 
 
 @pytest.mark.parametrize("convs", [2, 3])
-@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.parametrize("name", SIX)
 def test_calibration_parameter_counts(name, convs):
   """Counted without making them: VGG-16's take 6.3 GB."""
   module = models.create({"name": name}, 257)

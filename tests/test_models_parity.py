@@ -1,4 +1,4 @@
-"""Every network against torchvision's, with random weights, in float64."""
+"""Every network against its publisher's, with random weights, in float64."""
 
 import dataclasses
 import functools
@@ -16,15 +16,22 @@ from fidelity_jax.models.backbone import Table
 from fidelity_jax.port import layouts, parts
 
 CLASSES = 7
-NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
 # Sizes at which nothing divides evenly.
-SMALL = {"alexnet": 99, "vgg16": 67, "googlenet": 83, "resnet18": 75, "resnet50": 75}
+SMALL = {
+  "alexnet": 99,
+  "vgg16": 67,
+  "googlenet": 83,
+  "resnet18": 75,
+  "resnet50": 75,
+  "efficientnet_lite0": 75,
+}
+NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
 
 
 @dataclasses.dataclass
 class Network:
-  """A torchvision network in float64 and the same as our variables."""
+  """A publisher's network in float64 and the same as our variables."""
 
   name: str
   torch: Any
