@@ -218,6 +218,7 @@ def test_unknown_names_suggest_near_ones():
   models.create({"name": "resnet50", "weights": "x", "transform_input": None}, 5)
   assert set(registry.NAMES) == {
     "alexnet",
+    "efficientnet_lite0",
     "googlenet",
     "resnet",
     "resnet18",
@@ -227,7 +228,14 @@ def test_unknown_names_suggest_near_ones():
 
 
 @pytest.mark.parametrize(
-  "name, size", [("alexnet", 63), ("googlenet", 15), ("vgg16", 32), ("resnet18", 1)]
+  "name, size",
+  [
+    ("alexnet", 63),
+    ("efficientnet_lite0", 1),
+    ("googlenet", 15),
+    ("vgg16", 32),
+    ("resnet18", 1),
+  ],
 )
 def test_smallest_images(name, size):
   """Torchvision's own limits, and one clear line below them."""
@@ -353,6 +361,8 @@ def test_normalize():
   x = np.array(layers.IMAGENET_MEAN, np.float32) + [[layers.IMAGENET_STD]]
   normalized = models.create(TINY, 5).normalize(x[None].astype("f4"))
   np.testing.assert_allclose(normalized, 1.0, rtol=1e-5)
+  normalized = models.create({"name": "efficientnet_lite0"}, 5).normalize(x[None])
+  np.testing.assert_allclose(normalized, (x[None] - 0.498) / 0.502, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)

@@ -23,7 +23,7 @@ SMALL = {
   "googlenet": 83,
   "resnet18": 75,
   "resnet50": 75,
-  "efficientnet_lite0": 75,
+  "efficientnet_lite0": 99,
 }
 NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
@@ -149,8 +149,19 @@ def our_step(ours: Network, dtype=jnp.float32):
 
 
 def worst_error(ours, theirs) -> tuple[float, str]:
-  errors = jax.tree.map(reference.relative_error, ours, theirs)
-  flat = jax.tree.leaves_with_path(errors)
+  """Returns the largest relative error of an array, and its place.
+
+  What would be 0 if nothing were rounded, as the gradient of a batch norm's bias before
+  another batch norm, is compared with the whole.
+  """
+  whole = optax.global_norm(theirs)
+
+  def error(ours, theirs):
+    if np.linalg.norm(theirs) < 1e-12 * whole:
+      return float(np.linalg.norm(ours) / whole)
+    return reference.relative_error(ours, theirs)
+
+  flat = jax.tree.leaves_with_path(jax.tree.map(error, ours, theirs))
   return max(((error, jax.tree_util.keystr(path)) for path, error in flat))
 
 
@@ -179,20 +190,22 @@ def check_evaluation(name, size, batch):
   assert module.tap_sizes((size, size)) == tuple(tap.shape[1:3] for tap in taps)
 
 
-def check_training(name, size, batch, tries=6):
+def check_training(name, size, batch):
   """Outputs and statistics always; gradients on the first images without a kink.
 
   Where an activation lies within float32's rounding error of a ReLU's kink, or two
   within it of each other under a max pool, the gradient in float32 is another than in
   float64 by more than 1e-4: PyTorch's own float32 gradients show the same. How many do
   depends on the images, so a few are tried. A wrong gradient is wrong on all of them.
-  Large images of some networks all have kinks; there PyTorch's float32 is the measure.
+  Large images of some networks all have kinks, as have small ones of EfficientNet,
+  whose ReLUs have two; there PyTorch's float32 is the measure.
   """
   ours = network(name)
   step = our_step(ours)
   labels = np.arange(batch) % CLASSES
+  kinked = size >= 224 or name == "efficientnet_lite0"
   worst, torch_worst = [], []
-  for seed in range(tries):
+  for seed in range(3 if kinked else 6):
     images = reference.images(batch, size, seed)
     logits, gradients, stats = step(images, labels)
     their_logits, their_gradients, their_stats = torch_step(ours, images, labels)
@@ -201,11 +214,11 @@ def check_training(name, size, batch, tries=6):
     worst.append(worst_error(gradients, their_gradients))
     if worst[-1] < (GRADIENT,):
       return
-    if size >= 224:
+    if kinked:
       _, single, _ = torch_step(ours, images, labels, single=True)
       torch_worst.append(worst_error(single, their_gradients))
   message = f"gradients differ on all images: {worst}, PyTorch's {torch_worst}"
-  assert size >= 224 and min(worst)[0] < 3 * max(torch_worst)[0], message
+  assert kinked and min(worst)[0] < 3 * max(torch_worst)[0], message
 
 
 def check_logits(name, size, batch, dtype, folded, tolerance):
@@ -262,5 +275,4 @@ def test_parity_at_224(name, check):
       check_logits, dtype=jnp.bfloat16, folded=True, tolerance=BFLOAT16
     ),
   }
-  options = {"tries": 3} if check == "training" else {}
-  checks[check](name, 224, 2, **options)
+  checks[check](name, 224, 2)

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 (Tan and Le, 2019; TensorFlow's "lite" variants, 2020).
 
-EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in the place of swish. Padding
-and batch norm are TensorFlow's, in which its weights were trained. The original also
-leaves out whole blocks at random while it trains; here it does not.
+EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in the place of swish.
+Padding and batch norm are TensorFlow's, in which its weights were trained. The original
+also leaves out blocks at random while it trains; here all stay.
 """
 
 from typing import Any, ClassVar, Self

@@ -11,9 +11,7 @@ from fidelity_jax.models import registry
 from fidelity_jax.port.parts import Part
 
 # Where they are, by name; see `models.backbone.Family`.
-FILES = {
-  name: place for family in registry.FAMILIES for name, place in family.published.items()
-}
+FILES = {name: place for f in registry.FAMILIES for name, place in f.published.items()}
 _PACKAGE = "package:"
 
 
@@ -58,11 +56,13 @@ def _installed(name: str, place: str, checksum: str) -> pathlib.Path:
     )
   path = pathlib.Path(spec.submodule_search_locations[0]) / inside
   with errors.while_doing(f"reading {path}"):
-    if problem := downloading.mismatch(path, checksum):
-      project = package.replace("_", "-")
+    problem = "it is gone"
+    if path.is_file():
+      problem = downloading.mismatch(path, checksum)
+    if problem:
       raise errors.RunError(
         f"{path} is damaged: {problem}; pip install --force-reinstall --no-deps "
-        f"{project}"
+        f"{package.replace('_', '-')}"
       )
   return path
 
