@@ -11,8 +11,9 @@ import skimage.data
 import skimage.transform
 import torch
 import torch_reference as reference
+from ml_collections import ConfigDict
 
-from fidelity_jax import errors, files, inference, port
+from fidelity_jax import assembly, errors, files, inference, models, port
 from fidelity_jax.models import efficientnet, layers
 from fidelity_jax.port import __main__ as command
 from fidelity_jax.port import published, recognizing
@@ -67,6 +68,20 @@ def test_the_file_is_a_file_like_any_other():
   assert (names[0], names[281], names[999]) == ("tench", "tabby", "toilet tissue")
   assert by_path.config["class_names"] is None
   assert port.content_digest(NAME) == files.sha256(place)
+
+
+def test_a_stage_starts_from_them():
+  model = {"name": NAME, "weights": NAME}
+  config = ConfigDict({"kind": "classifier", "model": model})
+  assert assembly.weights_of(config) == NAME
+  part = assembly.given_part(config)
+  module = models.create(part.config["model"], 3)
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+  merged = models.transfer(shapes, part.variables, new_head=True)
+  stem = merged["params"]["backbone"]["stem"]["conv"]["kernel"]
+  assert stem is part.variables["params"]["backbone"]["stem"]["conv"]["kernel"]
+  assert merged["params"]["head"]["logits"]["kernel"].shape == (1280, 3)
 
 
 def test_class_names_are_torchvisions():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ SMALL = {
   "googlenet": 83,
   "resnet18": 75,
   "resnet50": 75,
-  "efficientnet_lite0": 99,
+  "efficientnet_lite0": 75,
 }
 NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
@@ -154,7 +155,7 @@ def worst_error(ours, theirs) -> tuple[float, str]:
   What would be 0 if nothing were rounded, as the gradient of a batch norm's bias before
   another batch norm, is compared with the whole.
   """
-  whole = optax.global_norm(theirs)
+  whole = optax.tree.norm(theirs)
 
   def error(ours, theirs):
     if np.linalg.norm(theirs) < 1e-12 * whole:
@@ -217,8 +218,9 @@ def check_training(name, size, batch):
     if kinked:
       _, single, _ = torch_step(ours, images, labels, single=True)
       torch_worst.append(worst_error(single, their_gradients))
-  message = f"gradients differ on all images: {worst}, PyTorch's {torch_worst}"
-  assert kinked and min(worst)[0] < 3 * max(torch_worst)[0], message
+      if min(worst)[0] < 3 * max(torch_worst)[0]:
+        return
+  pytest.fail(f"gradients differ on all images: {worst}, PyTorch's {torch_worst}")
 
 
 def check_logits(name, size, batch, dtype, folded, tolerance):
@@ -246,8 +248,17 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", NETWORKS)
+# This one compiles for as long as all others of the network.
+_SLOW = ("efficientnet_lite0", "training")
+
+
+@pytest.mark.parametrize(
+  ("name", "check"),
+  [
+    pytest.param(*pair, marks=[pytest.mark.slow] if pair == _SLOW else [])
+    for pair in itertools.product(NETWORKS, CHECKS)
+  ],
+)
 def test_parity_at_a_small_odd_size(name, check):
   CHECKS[check](name, SMALL[name], 3)
 
