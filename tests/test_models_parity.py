@@ -28,6 +28,9 @@ SMALL = {
 }
 NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
+# Of logits in training mode. After EfficientNet's 49 batch norms in a row, many of few
+# values, PyTorch's own float32 is 1.2e-5 off.
+TRAINING = dict.fromkeys(NETWORKS, OUTPUT) | {"efficientnet_lite0": 3e-5}
 
 
 @dataclasses.dataclass
@@ -210,7 +213,7 @@ def check_training(name, size, batch):
     images = reference.images(batch, size, seed)
     logits, gradients, stats = step(images, labels)
     their_logits, their_gradients, their_stats = torch_step(ours, images, labels)
-    assert worst_error(logits, their_logits) < (OUTPUT,)
+    assert worst_error(logits, their_logits) < (TRAINING[name],)
     assert not their_stats or worst_error(stats, their_stats) < (OUTPUT,)
     worst.append(worst_error(gradients, their_gradients))
     if worst[-1] < (GRADIENT,):
