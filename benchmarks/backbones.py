@@ -1,7 +1,8 @@
-"""Backbones: frozen inference and a training step against torchvision, eager.
+"""Backbones: frozen inference and a training step against PyTorch, eager.
 
   python benchmarks/backbones.py [--nets=resnet50,vgg16] [--batch=4] [--json=out.json]
 
+PyTorch's side is torchvision, and efficientnet_lite_pytorch for EfficientNet-Lite0.
 Same batch, same machine, one run; the two sides alternate and medians are printed.
 "forward" is inference of the frozen network, batch norm folded on the JAX side, as the
 frozen stages run it. "train" is forward, backward and an SGD step in training mode,
@@ -15,12 +16,12 @@ import numpy as np
 import optax
 import side_by_side
 import torch
+import torch_reference
 from torch.nn import functional
-from torch_reference import torchvision
 
 from fidelity_jax import models, platform
 
-NETS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
+NETS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50", "efficientnet_lite0")
 CLASSES = 257
 # Weight of an auxiliary head's loss.
 AUXILIARY = 0.3
@@ -71,10 +72,9 @@ def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtyp
 
 
 def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
-  """Returns the same two functions for torchvision's network."""
+  """Returns the same two functions for its publisher's network."""
   options = {"init_weights": True} if name == "googlenet" else {}
-  network = getattr(torchvision().models, name)(num_classes=CLASSES, **options)
-  network = network.to(device)
+  network = torch_reference.make(name, CLASSES, **options).to(device)
   images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
   labels = torch.from_numpy(labels).long().to(device)
   optimizer = torch.optim.SGD(
@@ -127,7 +127,7 @@ def main() -> None:
       times = side_by_side.interleave(sides, args.repeats)
       row = results["times"][name][what] = side_by_side.with_ratios(times)
       print(
-        f"{name:10} {what:8} jax {row['jax']['seconds']:7.3f} "
+        f"{name:18} {what:8} jax {row['jax']['seconds']:7.3f} "
         f"torch {row['torch']['seconds']:7.3f} ratio {row['ratio']:5.2f} "
         f"(CPU time {row['cpu_ratio']:5.2f})",
         flush=True,

@@ -19,7 +19,7 @@ from fidelity_jax import cpu, models, platform
 from fidelity_jax.degradations import random_words
 from fidelity_jax.models import calibration, conv, dncnn, pooling
 
-CASES = ("network", "reflect", "bias", "max_pool", "remat", "words")
+CASES = ("network", "depthwise", "reflect", "bias", "max_pool", "remat", "words")
 
 
 def gradients(function):
@@ -38,6 +38,10 @@ def make(case: str, batch: int, size: int):
     variables = side_by_side.variables_of(module, image(3, shrink=4))
     apply = lambda variables, x: module.apply(variables, x)[0]
     return gradients(apply), (jnp.ones((batch, 257)), variables, image(3, shrink=4))
+  if case == "depthwise":
+    x, kernel = image(96, shrink=2), jax.random.normal(jax.random.key(0), (3, 3, 1, 96))
+    convolve = lambda x, kernel: conv.depthwise(x, kernel, (2, 2))
+    return gradients(convolve), (convolve(x, kernel), x, kernel)
   if case == "reflect":
     module = calibration.ConvStack()
     variables = side_by_side.variables_of(module, image(1))

@@ -173,9 +173,7 @@ def weights_of(config: ConfigDict) -> str | None:
       )
     return f"torchvision/{config.model.name}"
   # Not Path.exists, which raises for names that are too long.
-  if place is None or (
-    place.startswith("torchvision/") and not os.path.exists(files.expand(place))
-  ):
+  if place is None or (port.is_name(place) and not os.path.exists(files.expand(place))):
     return place
   return str(files.expand(place).absolute())
 

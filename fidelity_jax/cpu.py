@@ -157,14 +157,18 @@ def _is_small(kernel: jax.Array, strides: tuple[int, int]) -> bool:
   return math.prod(kernel.shape[:2]) <= 9 and strides == (1, 1)
 
 
-def _windows(x: jax.Array, size: tuple[int, int], pads: Pads) -> list[jax.Array]:
+def _windows(
+  x: jax.Array, size: tuple[int, int], pads: Pads, strides: tuple[int, int] = (1, 1)
+) -> list[jax.Array]:
   """Returns the pixels [N, h, w, ...] that each weight of a kernel sees, in order."""
   # Not jnp.pad, which cannot crop: pads may be negative.
   border = [(0, 0, 0), *((*pad, 0) for pad in pads), *[(0, 0, 0)] * (x.ndim - 3)]
   x = lax.pad(x, jnp.zeros((), x.dtype), border)
   rows, columns = x.shape[1] - size[0] + 1, x.shape[2] - size[1] + 1
+  dy, dx = strides
   return [
-    x[:, i : i + rows, j : j + columns] for i in range(size[0]) for j in range(size[1])
+    x[:, i : i + rows : dy, j : j + columns : dx]
+    for i, j in itertools.product(*map(range, size))
   ]
 
 
@@ -194,9 +198,8 @@ def _convolve_for_input(x, kernel, strides, pads) -> jax.Array:
 
 def _convolve_patches(x, kernel, strides, pads) -> jax.Array:
   """Returns the convolution as one product of all patches with the kernel."""
-  (kh, kw, channels, out), (dy, dx) = kernel.shape, strides
-  windows = _windows(x, (kh, kw), pads)
-  patches = jnp.concatenate([window[:, ::dy, ::dx] for window in windows], axis=-1)
+  kh, kw, channels, out = kernel.shape
+  patches = jnp.concatenate(_windows(x, (kh, kw), pads, strides), axis=-1)
   return patches @ kernel.reshape(kh * kw * channels, out)
 
 
@@ -249,6 +252,78 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
   if a.shape[-1] > b.shape[-1]:
     return _product(b, a).T
   return lax.dot_general(a, b, ((pixels, pixels), ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise(
+  x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
+) -> jax.Array:
+  """Returns what `models.conv.depthwise` does: a sum of shifted images times weights.
+
+  XLA's own visits one channel after the other. Here all of a pixel's channels are one
+  vector, in the gradients too.
+  """
+  windows = _windows(x, kernel.shape[:2], pads, strides)
+  return sum(map(jnp.multiply, windows, kernel.reshape(-1, kernel.shape[3])))
+
+
+def _depthwise_backward(strides, pads, residuals, g):
+  (x, kernel), (dy, dx) = residuals, strides
+  # A window starts in its own block of strides and reaches so many blocks further.
+  reach = [(k - 1) // step for k, step in zip(kernel.shape[:2], strides, strict=True)]
+
+  def gradient_at(row, column):
+    """Returns the gradient of the pixels at (row, column) of all blocks."""
+    seen = kernel[row::dy, column::dx][::-1, ::-1]
+    if not seen.size:  # No window reaches these.
+      count, height, width, channels = g.shape
+      return jnp.zeros((count, height + reach[0], width + reach[1], channels), g.dtype)
+    around = tuple((n - 1, far) for n, far in zip(seen.shape[:2], reach, strict=True))
+    return depthwise(g, seen, (1, 1), around)
+
+  to_input = _interleave(gradient_at, strides, pads, x.shape[1:3])
+  windows = _windows(x, kernel.shape[:2], pads, strides)
+  # All at once: XLA's loop over one sum reads memory for that sum alone.
+  sums = lax.reduce(
+    [window * g for window in windows],
+    [jnp.zeros((), g.dtype)] * len(windows),
+    lambda a, b: list(map(jnp.add, a, b)),
+    (0, 1),
+  )
+  return to_input, jnp.sum(jnp.stack(sums), axis=1).reshape(kernel.shape)
+
+
+depthwise.defvjp(lambda x, k, *o: (depthwise(x, k, *o), (x, k)), _depthwise_backward)
+
+
+def _interleave(
+  part: Callable[[int, int], jax.Array],
+  strides: tuple[int, int],
+  pads: Pads,
+  size: tuple[int, int],
+) -> jax.Array:
+  """Returns the image [N, *size, C] that has part(i, j) at pixel (i, j) of its blocks.
+
+  Args:
+    part: returns [N, h, w, C], a pixel of each block.
+    strides: size of a block.
+    pads: how far the first block begins before the image; and after it, which is not
+      needed.
+    size: of the image. What blocks have beyond is cut off, what they lack is 0.
+  """
+  # A row of pixels of one block after the other is contiguous memory.
+  rows = [
+    jnp.concatenate([part(i, j) for j in range(strides[1])], 3)
+    for i in range(strides[0])
+  ]
+  x = jnp.stack(rows, 2)
+  count, height, dy, width, _ = x.shape
+  x = x.reshape(count, height * dy, width * strides[1], -1)
+  edges = [
+    (-low, low + whole - reached, 0)
+    for (low, _), whole, reached in zip(pads, size, x.shape[1:3], strict=True)
+  ]
+  return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def conv2d_reflected(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -314,8 +389,7 @@ def _max_pool_forward(x, window, stride, pads):
 
 def _max_pool_backward(window, stride, pads, x, g):
   """Returns the gradient of the input, given that of the output, g [N, h, w, C]."""
-  (top, _), (left, _) = pads
-  (count, height, width, channels), (rows, columns) = g.shape, x.shape[1:3]
+  count, height, width, channels = g.shape
   winner = _argmax(x, (height, width), window, stride, pads)
   # In blocks of stride x stride pixels, a window starts at its own block's first pixel
   # and reaches so many blocks further; windows outside the image have no winner.
@@ -337,16 +411,7 @@ def _max_pool_backward(window, stride, pads, x, g):
         total += jnp.where(winner[there] == i * window + j, g[there], 0)
     return total
 
-  # A row of pixels of one block after the other is contiguous memory.
-  steps = range(stride)
-  dx = [jnp.concatenate([gradient_at(i, j) for j in steps], 3) for i in steps]
-  dx = jnp.stack(dx, 2).reshape(count, height * stride, width * stride, channels)
-  # Cut off the padding, and add pixels that no window reaches.
-  edges = [
-    (-low, low + size - reached, 0)
-    for low, size, reached in ((top, rows, dx.shape[1]), (left, columns, dx.shape[2]))
-  ]
-  return (lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *edges, (0, 0, 0)]),)
+  return (_interleave(gradient_at, (stride, stride), pads, x.shape[1:3]),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -44,7 +44,7 @@ def fetch(
           _verify_part(part, url, checksum)
           os.replace(part, path)
           return path
-    if problem := _mismatch(path, checksum):
+    if problem := mismatch(path, checksum):
       raise errors.RunError(
         f"{path} is damaged: {problem}; delete it and run again to fetch {url}"
       )
@@ -54,7 +54,7 @@ def fetch(
 
 
 def _verify_part(part: pathlib.Path, url: str, checksum: str) -> None:
-  if problem := _mismatch(part, checksum):
+  if problem := mismatch(part, checksum):
     # Resuming it cannot succeed.
     part.unlink()
     raise errors.RunError(
@@ -63,8 +63,16 @@ def _verify_part(part: pathlib.Path, url: str, checksum: str) -> None:
     )
 
 
-def _mismatch(path: pathlib.Path, checksum: str) -> str:
-  """Returns what is wrong with a file's checksum, "" if nothing is."""
+def mismatch(path: pathlib.Path, checksum: str) -> str:
+  """Returns what is wrong with a file's checksum, "" if nothing is.
+
+  Args:
+    path: of the file.
+    checksum: as for `fetch`.
+
+  Raises:
+    OSError: it cannot be read.
+  """
   algorithm, _, expected = checksum.partition(":")
   with open(path, "rb") as file:
     found = hashlib.file_digest(file, algorithm).hexdigest()

@@ -85,7 +85,8 @@ def find(
   Args:
     place: an experiment's directory ("runs/demo/oracle-1a2b3c4d", without the digest
       if only one is there, followed by "/NAME" for one of a study's experiments), a
-      checkpoint, a directory that `port` wrote, or a name like "torchvision/resnet50".
+      checkpoint, a directory that `port` wrote, or a name like "torchvision/resnet50"
+      or "efficientnet_lite0".
     map_name: of a checkpoint of the authors' code, which does not say it: "l1", "l2"
       or "cosine". None: what the file says, "l1" if nothing.
     estimator_input: likewise, "degraded" or "restored". None: "degraded" if the file

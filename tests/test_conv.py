@@ -221,3 +221,46 @@ def test_layer_computes_what_flax_computes(options):
   got, expected = mine.apply(variables, x), theirs.apply(variables, x)
   assert got.dtype == expected.dtype
   np.testing.assert_array_equal(got, expected)
+
+
+# (image, kernel, strides, padding) of depthwise convolutions.
+DEPTHWISE = {
+  "3x3": ((9, 7), (3, 3), (1, 1), "SAME"),
+  "5x5": ((9, 7), (5, 5), (1, 1), "SAME"),
+  "3x3_strided": ((9, 8), (3, 3), (2, 2), "SAME"),
+  "5x5_strided": ((9, 8), (5, 5), (2, 2), "SAME"),
+  "uneven": ((11, 8), (3, 5), (2, 1), ((0, 3), (2, 0))),
+  "not_padded": ((8, 9), (3, 3), (2, 2), "VALID"),
+  "not_reached": ((9, 9), (1, 1), (2, 2), "VALID"),
+  "sparse": ((9, 10), (2, 2), (3, 3), "VALID"),
+  "one_pixel": ((1, 1), (5, 5), (1, 1), "SAME"),
+}
+
+
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_depthwise_output_and_gradients_match_float64(case):
+  size, kernel, strides, padding = DEPTHWISE[case]
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  x, kernel = draw(3, *size, 6), draw(*kernel, 1, 6)
+
+  def xla(x, kernel, strides, padding):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+      x, kernel, strides, padding, dimension_numbers=dimensions, feature_group_count=6
+    )
+
+  g = draw(*jax.eval_shape(lambda x, k: xla(x, k, strides, padding), x, kernel).shape)
+  own = with_gradients(conv.depthwise, strides, padding)
+  got = own(x, kernel, g)
+  with jax.enable_x64(True):
+    wide = [a.astype(np.float64) for a in (x, kernel, g)]
+    expected = with_gradients(xla, strides, padding)(*wide)
+    also = with_gradients(conv.depthwise, strides, padding)(*wide)
+  for mine, mine_wide, theirs in zip(got, also, expected, strict=True):
+    assert mine.dtype == jnp.float32 and mine_wide.dtype == jnp.float64
+    assert relative(mine, theirs) < 2e-6
+    assert relative(mine_wide, theirs) < 1e-13
+  assert " convolution(" not in own.lower(x, kernel, g).compile().as_text()
+  text = jax.export.export(own, platforms=["tpu"])(x, kernel, g).mlir_module()
+  assert text.count("stablehlo.convolution") == 3

@@ -89,6 +89,7 @@ def operations(function, arguments, platform):
     ("resnet18 gradient", 60, 3),
     ("alexnet forward", 5, 5),
     ("alexnet gradient", 15, 12),
+    pytest.param("efficientnet_lite0 gradient", 147, 3, marks=pytest.mark.slow),
     ("stack forward", 3, 0),
     ("stack gradient", 9, 0),
     # 8 forward, 7 of them again (the last one's output is known), 16 gradients.

@@ -403,6 +403,7 @@ def drawn(name, size, **fields):
     ("googlenet", 64, {"map_name": "cosine"}),
     ("resnet18", 64, {"resize": "bicubic", "estimator_input": "restored"}),
     ("resnet50", 64, {}),
+    ("efficientnet_lite0", 64, {}),
   ],
 )
 def test_every_backbone_map_and_resizing_has_its_onnx_file(name, size, fields):

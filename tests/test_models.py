@@ -13,7 +13,7 @@ from flax import traverse_util
 from fidelity_jax import errors, models
 from fidelity_jax.models import layers, registry
 
-FIVE = ("alexnet", "googlenet", "resnet18", "resnet50", "vgg16")
+SIX = ("alexnet", "efficientnet_lite0", "googlenet", "resnet18", "resnet50", "vgg16")
 TINY = {"name": "resnet", "stage_sizes": (1, 2), "width": 8, "block": "bottleneck"}
 
 
@@ -30,6 +30,7 @@ def count(tree) -> int:
   "name, parameters, features, taps",
   [
     ("alexnet", 61_100_840, 9216, 5),
+    ("efficientnet_lite0", 4_652_008, 1280, 2),
     ("googlenet", 13_004_888, 1024, 6),
     ("resnet18", 11_689_512, 512, 3),
     ("resnet50", 25_557_032, 2048, 3),
@@ -37,7 +38,7 @@ def count(tree) -> int:
   ],
 )
 def test_published_sizes(name, parameters, features, taps):
-  """Torchvision's documented parameter counts (GoogLeNet: with auxiliary heads)."""
+  """The documented parameter counts (GoogLeNet: with auxiliary heads)."""
   module = models.create({"name": name}, 1000)
   variables = shapes(module)
   assert count(variables["params"]) == parameters
@@ -105,7 +106,7 @@ def test_widths_that_do_not_give_whole_numbers_of_channels_are_refused():
 
 
 @pytest.mark.parametrize("convs", [2, 3])
-@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.parametrize("name", SIX)
 def test_calibration_parameter_counts(name, convs):
   """Counted without making them: VGG-16's take 6.3 GB."""
   module = models.create({"name": name}, 257)
@@ -217,6 +218,7 @@ def test_unknown_names_suggest_near_ones():
   models.create({"name": "resnet50", "weights": "x", "transform_input": None}, 5)
   assert set(registry.NAMES) == {
     "alexnet",
+    "efficientnet_lite0",
     "googlenet",
     "resnet",
     "resnet18",
@@ -226,7 +228,14 @@ def test_unknown_names_suggest_near_ones():
 
 
 @pytest.mark.parametrize(
-  "name, size", [("alexnet", 63), ("googlenet", 15), ("vgg16", 32), ("resnet18", 1)]
+  "name, size",
+  [
+    ("alexnet", 63),
+    ("efficientnet_lite0", 1),
+    ("googlenet", 15),
+    ("vgg16", 32),
+    ("resnet18", 1),
+  ],
 )
 def test_smallest_images(name, size):
   """Torchvision's own limits, and one clear line below them."""
@@ -352,6 +361,8 @@ def test_normalize():
   x = np.array(layers.IMAGENET_MEAN, np.float32) + [[layers.IMAGENET_STD]]
   normalized = models.create(TINY, 5).normalize(x[None].astype("f4"))
   np.testing.assert_allclose(normalized, 1.0, rtol=1e-5)
+  normalized = models.create({"name": "efficientnet_lite0"}, 5).normalize(x[None])
+  np.testing.assert_allclose(normalized, (x[None] - 0.498) / 0.502, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)

@@ -1,7 +1,8 @@
-"""Every network against torchvision's, with random weights, in float64."""
+"""Every network against its publisher's, with random weights, in float64."""
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,15 +17,25 @@ from fidelity_jax.models.backbone import Table
 from fidelity_jax.port import layouts, parts
 
 CLASSES = 7
-NETWORKS = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50")
 # Sizes at which nothing divides evenly.
-SMALL = {"alexnet": 99, "vgg16": 67, "googlenet": 83, "resnet18": 75, "resnet50": 75}
+SMALL = {
+  "alexnet": 99,
+  "vgg16": 67,
+  "googlenet": 83,
+  "resnet18": 75,
+  "resnet50": 75,
+  "efficientnet_lite0": 75,
+}
+NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
+# Of logits in training mode. After EfficientNet's 49 batch norms in a row, many of few
+# values, PyTorch's own float32 is 1.2e-5 off.
+TRAINING = dict.fromkeys(NETWORKS, OUTPUT) | {"efficientnet_lite0": 3e-5}
 
 
 @dataclasses.dataclass
 class Network:
-  """A torchvision network in float64 and the same as our variables."""
+  """A publisher's network in float64 and the same as our variables."""
 
   name: str
   torch: Any
@@ -142,8 +153,19 @@ def our_step(ours: Network, dtype=jnp.float32):
 
 
 def worst_error(ours, theirs) -> tuple[float, str]:
-  errors = jax.tree.map(reference.relative_error, ours, theirs)
-  flat = jax.tree.leaves_with_path(errors)
+  """Returns the largest relative error of an array, and its place.
+
+  What would be 0 if nothing were rounded, as the gradient of a batch norm's bias before
+  another batch norm, is compared with the whole.
+  """
+  whole = optax.tree.norm(theirs)
+
+  def error(ours, theirs):
+    if np.linalg.norm(theirs) < 1e-12 * whole:
+      return float(np.linalg.norm(ours) / whole)
+    return reference.relative_error(ours, theirs)
+
+  flat = jax.tree.leaves_with_path(jax.tree.map(error, ours, theirs))
   return max(((error, jax.tree_util.keystr(path)) for path, error in flat))
 
 
@@ -172,33 +194,36 @@ def check_evaluation(name, size, batch):
   assert module.tap_sizes((size, size)) == tuple(tap.shape[1:3] for tap in taps)
 
 
-def check_training(name, size, batch, tries=6):
+def check_training(name, size, batch):
   """Outputs and statistics always; gradients on the first images without a kink.
 
   Where an activation lies within float32's rounding error of a ReLU's kink, or two
   within it of each other under a max pool, the gradient in float32 is another than in
   float64 by more than 1e-4: PyTorch's own float32 gradients show the same. How many do
   depends on the images, so a few are tried. A wrong gradient is wrong on all of them.
-  Large images of some networks all have kinks; there PyTorch's float32 is the measure.
+  Large images of some networks all have kinks, as have small ones of EfficientNet,
+  whose ReLUs have two; there PyTorch's float32 is the measure.
   """
   ours = network(name)
   step = our_step(ours)
   labels = np.arange(batch) % CLASSES
+  kinked = size >= 224 or name == "efficientnet_lite0"
   worst, torch_worst = [], []
-  for seed in range(tries):
+  for seed in range(3 if kinked else 6):
     images = reference.images(batch, size, seed)
     logits, gradients, stats = step(images, labels)
     their_logits, their_gradients, their_stats = torch_step(ours, images, labels)
-    assert worst_error(logits, their_logits) < (OUTPUT,)
+    assert worst_error(logits, their_logits) < (TRAINING[name],)
     assert not their_stats or worst_error(stats, their_stats) < (OUTPUT,)
     worst.append(worst_error(gradients, their_gradients))
     if worst[-1] < (GRADIENT,):
       return
-    if size >= 224:
+    if kinked:
       _, single, _ = torch_step(ours, images, labels, single=True)
       torch_worst.append(worst_error(single, their_gradients))
-  message = f"gradients differ on all images: {worst}, PyTorch's {torch_worst}"
-  assert size >= 224 and min(worst)[0] < 3 * max(torch_worst)[0], message
+      if min(worst)[0] < 3 * max(torch_worst)[0]:
+        return
+  pytest.fail(f"gradients differ on all images: {worst}, PyTorch's {torch_worst}")
 
 
 def check_logits(name, size, batch, dtype, folded, tolerance):
@@ -226,8 +251,17 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", NETWORKS)
+# This one compiles for as long as all others of the network.
+_SLOW = ("efficientnet_lite0", "training")
+
+
+@pytest.mark.parametrize(
+  ("name", "check"),
+  [
+    pytest.param(*pair, marks=[pytest.mark.slow] if pair == _SLOW else [])
+    for pair in itertools.product(NETWORKS, CHECKS)
+  ],
+)
 def test_parity_at_a_small_odd_size(name, check):
   CHECKS[check](name, SMALL[name], 3)
 
@@ -255,5 +289,4 @@ def test_parity_at_224(name, check):
       check_logits, dtype=jnp.bfloat16, folded=True, tolerance=BFLOAT16
     ),
   }
-  options = {"tries": 3} if check == "training" else {}
-  checks[check](name, 224, 2, **options)
+  checks[check](name, 224, 2)

@@ -42,7 +42,9 @@ def test_without_a_network_tells_what_to_put_where(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", published.FILES)
+@pytest.mark.parametrize(
+  "name", [name for name, place in published.FILES.items() if "https" in place]
+)
 def test_a_file_of_another_content(name, tmp_path, monkeypatch):
   """It is refused by the digits in its name."""
   monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path))

@@ -1,4 +1,6 @@
-"""The reference that parity tests compare with: torchvision, beside a CPU-only torch.
+"""The references that parity tests compare with, beside a CPU-only torch.
+
+Networks are torchvision's, or efficientnet_lite_pytorch's.
 
 torchvision's wheels bring operators built for CUDA. Where those cannot be loaded, its
 networks and transforms can be imported all the same once the two operators exist by
@@ -54,18 +56,32 @@ def randomize(network, seed: int = 0) -> None:
       tensor.copy_(torch.from_numpy(np.asarray(value, np.float32)))
 
 
+def make(name: str, num_classes: int, **kwargs):
+  """Returns a network of its publisher's, as he initializes it.
+
+  EfficientNet-Lite0 pads for any size of images, and keeps all blocks in training.
+  """
+  if name == "efficientnet_lite0":
+    import pytest
+
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    options = {"image_size": None, "drop_connect_rate": 0.0, **kwargs}
+    name = name.replace("_", "-")
+    return package.EfficientNet.from_name(name, num_classes=num_classes, **options)
+  return getattr(torchvision().models, name)(num_classes=num_classes, **kwargs)
+
+
 def build(name: str, num_classes: int, seed: int = 0, **kwargs):
-  """Returns a torchvision network in float64 with random weights, in training mode.
+  """Returns such a network in float64 with random weights, in training mode.
 
   Every weight is a float32 value. Dropout is off.
   """
   import torch
 
-  make = getattr(torchvision().models, name)
   if name == "googlenet":
     kwargs = {"init_weights": False, "aux_logits": True, **kwargs}
   with torch.device("meta"):
-    network = make(num_classes=num_classes, **kwargs)
+    network = make(name, num_classes, **kwargs)
   network = network.to_empty(device="cpu")
   randomize(network, seed)
   for key, tensor in network.state_dict(keep_vars=True).items():

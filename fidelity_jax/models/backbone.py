@@ -102,8 +102,10 @@ class Family:
       gives none. A value that is a function is called with what the config gives.
     build: called as build(num_classes, dtype, **fields).
     layouts: of weights from elsewhere; the first that recognizes tensors reads them.
-    published: URLs of weights by name, "PUBLISHER/NAME". A file's name ends in "-" and
-      the first hexadecimal digits of its SHA-256.
+    published: where weights are, by name, "PUBLISHER/NAME": a URL, or
+      "package:PACKAGE/PATH" for a file of an installed package, whose name does without
+      a publisher. A file's name ends in "-" and the first hexadecimal digits of its
+      SHA-256.
     fields: of all variants, by name.
     steering_fields: fields that change nothing unless the network is steered.
   """

@@ -53,16 +53,30 @@ def conv2d(
     _check_reflected(x, kernel, strides)
     convolve = cpu.choose(plain_reflected, cpu.conv2d_reflected, x.dtype)
   else:
-    if isinstance(padding, str):
-      padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+    pads = _pads(x, kernel, strides, padding)
     options = {"strides": tuple(strides), "pads": pads}
     convolve = cpu.choose(plain_convolve, cpu.conv2d, x.dtype, **options)
   return convolve(x, kernel)
 
 
+def _pads(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, int],
+  padding: str | Sequence[tuple[int, int]],
+) -> cpu.Pads:
+  """Returns padding in numbers."""
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+  return tuple((int(low), int(high)) for low, high in padding)
+
+
 def plain_convolve(
-  x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: cpu.Pads
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, int],
+  pads: cpu.Pads,
+  groups: int = 1,
 ) -> jax.Array:
   """Returns `conv2d`, padding in numbers, as platforms other than CPUs have it."""
   return lax.conv_general_dilated(
@@ -71,6 +85,7 @@ def plain_convolve(
     strides,
     pads,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
     precision=product_precision(x.dtype),
   )
 
@@ -90,6 +105,37 @@ def _check_reflected(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
     )
 
 
+def depthwise(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, int] = (1, 1),
+  padding: str | Sequence[tuple[int, int]] = "SAME",
+) -> jax.Array:
+  """Returns the cross-correlation of each channel with its own kernel.
+
+  As `conv2d`, but for "REFLECT", which it has not.
+
+  Args:
+    x: [N, H, W, C].
+    kernel: [kh, kw, 1, C], of the same dtype.
+    strides: steps of the window, in pixels.
+    padding: "SAME", "VALID" or ((top, bottom), (left, right)), all with zeros.
+
+  Returns:
+    [N, h, w, C], dtype as given.
+  """
+  pads = _pads(x, kernel, strides, padding)
+  options = {"strides": tuple(strides), "pads": pads}
+  return cpu.choose(plain_depthwise, cpu.depthwise, x.dtype, **options)(x, kernel)
+
+
+def plain_depthwise(
+  x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: cpu.Pads
+) -> jax.Array:
+  """Returns `depthwise`, padding in numbers, as other platforms than CPUs have it."""
+  return plain_convolve(x, kernel, strides, pads, x.shape[3])
+
+
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
   """Returns features [..., C] plus a bias [C].
 
@@ -104,7 +150,8 @@ class Conv(nn.Module):
   """`nn.Conv` of images through `conv2d` and `add_bias`: [N, H, W, in] in and out.
 
   The fields below, parameters ("kernel" [kh, kw, in, out], "bias" [out], both
-  float32) and results are those of `nn.Conv`.
+  float32) and results are those of `nn.Conv`. A depthwise one has a kernel
+  [kh, kw, 1, out].
 
   Attributes:
     features: output channels.
@@ -112,6 +159,7 @@ class Conv(nn.Module):
     strides: steps of the window, in pixels.
     padding: as `conv2d`'s; `nn.Conv` has no "REFLECT".
     use_bias: add a bias.
+    depthwise: a kernel for each channel of the input, of which there are `features`.
     kernel_init: of the kernel.
     bias_init: of the bias.
     dtype: compute dtype.
@@ -122,6 +170,7 @@ class Conv(nn.Module):
   strides: tuple[int, int] = (1, 1)
   padding: str | Sequence[tuple[int, int]] = "SAME"
   use_bias: bool = True
+  depthwise: bool = False
   kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
   bias_init: Callable[..., jax.Array] = nn.initializers.zeros
   dtype: Any = jnp.float32
@@ -129,10 +178,12 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns [N, h, w, features]."""
-    shape = (*self.kernel_size, x.shape[-1], self.features)
+    seen = 1 if self.depthwise else x.shape[-1]
+    shape = (*self.kernel_size, seen, self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    x = conv2d(x, kernel, self.strides, self.padding)
+    convolve = depthwise if self.depthwise else conv2d
+    x = convolve(x, kernel, self.strides, self.padding)
     if self.use_bias:
       bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
       x = add_bias(x, bias.astype(self.dtype))

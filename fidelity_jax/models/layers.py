@@ -92,6 +92,18 @@ def flatten_chw(x: jax.Array) -> jax.Array:
   return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
 
 
+@jax.custom_jvp
+def relu6(x: jax.Array) -> jax.Array:
+  """Returns x within 0 and 6; PyTorch's gradient, which is 0 at both."""
+  return jnp.clip(x, 0, 6)
+
+
+@relu6.defjvp
+def _relu6_jvp(primals, tangents):
+  (x,), (tangent,) = primals, tangents
+  return relu6(x), jnp.where((x > 0) & (x < 6), tangent, 0)
+
+
 class BatchNorm(nn.Module):
   """PyTorch's batch norm over [N, H, W, C], statistics per channel.
 
@@ -140,10 +152,13 @@ class ConvNorm(nn.Module):
     features: output channels.
     kernel: side of the kernel.
     stride: step, in pixels.
-    pad: zero padding on every side.
+    pad: zero padding on every side, or "SAME", as `conv2d` has it.
     norm: batch norm after a convolution without bias; off: a convolution with bias,
       which is also what a folded network uses.
+    depthwise: a kernel for each channel, which sees no other; `features` is then the
+      number of channels of the input.
     epsilon: batch norm's.
+    momentum: likewise.
     kernel_init: of the convolution.
     dtype: compute dtype.
   """
@@ -151,27 +166,31 @@ class ConvNorm(nn.Module):
   features: int
   kernel: int
   stride: int = 1
-  pad: int = 0
+  pad: int | str = 0
   norm: bool = True
+  depthwise: bool = False
   epsilon: float = 1e-5
+  momentum: float = 0.9
   kernel_init: Callable[..., jax.Array] = he_normal_fan_out
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns [N, h, w, features]; no activation."""
+    pad = self.pad
     x = Conv(
       self.features,
       (self.kernel, self.kernel),
       strides=(self.stride, self.stride),
-      padding=((self.pad, self.pad), (self.pad, self.pad)),
+      padding=pad if isinstance(pad, str) else ((pad, pad), (pad, pad)),
+      depthwise=self.depthwise,
       use_bias=not self.norm,
       kernel_init=self.kernel_init,
       dtype=self.dtype,
       name="conv",
     )(x)
     if self.norm:
-      x = BatchNorm(self.epsilon, dtype=self.dtype, name="bn")(x, train)
+      x = BatchNorm(self.epsilon, self.momentum, self.dtype, name="bn")(x, train)
     return x
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from fidelity_jax import errors
-from fidelity_jax.models import alexnet, googlenet, resnet, vgg
+from fidelity_jax.models import alexnet, efficientnet, googlenet, resnet, vgg
 from fidelity_jax.models.backbone import Family, Field, Layout, State
 from fidelity_jax.models.classifier import Classifier
 
 FAMILIES: tuple[Family, ...] = (
   alexnet.FAMILY,
+  efficientnet.FAMILY,
   googlenet.FAMILY,
   resnet.FAMILY,
   vgg.FAMILY,

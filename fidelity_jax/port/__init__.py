@@ -41,8 +41,10 @@ def load(
 
   Args:
     checkpoint: a .pth or .safetensors file, a directory written by `save`, or a name
-      such as `torchvision/resnet50`, which is downloaded once.
+      such as `torchvision/resnet50`, which is downloaded once, or `efficientnet_lite0`,
+      which is in an installed package.
     class_names: a text file with one class name a line, in the order of the logits.
+      None: what a directory says; ImageNet's for published weights.
     transform_input: whether a GoogLeNet in a file expects its input re-scaled (networks
       fine-tuned from torchvision's ImageNet weights do; the file does not tell). A
       directory tells.
@@ -53,8 +55,8 @@ def load(
   Raises:
     errors.UsageError: nothing there, not recognized, not fitting, numbers that are not
       finite, or `transform_input=False` for a directory.
-    errors.Missing: a download failed.
-    errors.RunError: a downloaded or ported file is damaged.
+    errors.Missing: a download failed, or a package is not installed.
+    errors.RunError: a downloaded, packaged or ported file is damaged.
   """
   path = _find(checkpoint)
   if path.is_dir():
@@ -76,6 +78,8 @@ def load(
         )
   if class_names:
     name_classes(parts, files.expand(class_names), path)
+  elif _is_published(checkpoint):
+    published.name_classes(parts)
   return parts
 
 
@@ -107,7 +111,7 @@ def content_digest(checkpoint: str | pathlib.Path) -> str:
 
   Raises:
     errors.UsageError: nothing there.
-    errors.Missing: a download failed.
+    errors.Missing: a download failed, or a package is not installed.
     errors.RunError: it cannot be read, or is damaged.
   """
   path = _find(checkpoint)
@@ -115,6 +119,12 @@ def content_digest(checkpoint: str | pathlib.Path) -> str:
     return storing.content_digest(path)
   with errors.while_doing(f"reading {path}"):
     return files.sha256(path)
+
+
+def _is_published(checkpoint: str | pathlib.Path) -> bool:
+  """Returns whether it is a name of published weights; what lies there comes first."""
+  found = os.path.exists(files.expand(checkpoint))
+  return not found and published.is_name(str(checkpoint))
 
 
 def _find(checkpoint: str | pathlib.Path) -> pathlib.Path:
@@ -126,7 +136,7 @@ def _find(checkpoint: str | pathlib.Path) -> pathlib.Path:
         f"{path} is a directory without port.json: name a file in it, or a directory "
         "that `python -m fidelity_jax.port` wrote"
       )
-  elif not os.path.exists(path) and published.is_name(str(checkpoint)):
+  elif _is_published(checkpoint):
     return published.find(str(checkpoint))
   elif not os.path.isfile(path):
     raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")

@@ -14,7 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     "checkpoint",
     metavar="CHECKPOINT",
-    help="a .pth or .safetensors file, or a name such as torchvision/resnet50",
+    help="a .pth or .safetensors file, or a name: torchvision/resnet50, "
+    "efficientnet_lite0 ...",
   )
   parser.add_argument("--to", required=True, metavar="DIR", help="directory to write")
   parser.add_argument(
