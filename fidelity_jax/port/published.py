@@ -4,9 +4,9 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Mapping
-from importlib import resources
 
 from fidelity_jax import downloading, errors, files
+from fidelity_jax.data import classes
 from fidelity_jax.models import registry
 from fidelity_jax.port.parts import Part
 
@@ -69,7 +69,7 @@ def _installed(name: str, place: str, checksum: str) -> pathlib.Path:
 
 def name_classes(parts: Mapping[str, Part]) -> None:
   """Gives ImageNet's names to the classes of a classifier that has as many."""
-  names = (resources.files(__package__) / "imagenet.txt").read_text().splitlines()
+  names = list(classes.imagenet().values())
   classifier = parts.get("classifier")
   if classifier is not None and classifier.config["num_classes"] == len(names):
     classifier.config["class_names"] = names
