@@ -173,9 +173,7 @@ def weights_of(config: ConfigDict) -> str | None:
       )
     return f"torchvision/{config.model.name}"
   # Not Path.exists, which raises for names that are too long.
-  if place is None or (
-    place.startswith("torchvision/") and not os.path.exists(files.expand(place))
-  ):
+  if place is None or (port.is_name(place) and not os.path.exists(files.expand(place))):
     return place
   return str(files.expand(place).absolute())
 
@@ -194,7 +192,7 @@ def given_part(config: ConfigDict) -> port.Part | None:
   place = weights_of(config)
   if place is None:
     return None
-  return port.load_part(place, config.kind)
+  return port.load_part(place, config.kind, config.model)
 
 
 def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, experiment, flip, one_line
 from test_export import expected, pictures
 
-from fidelity_jax import errors, export, exported, hub, pull, push, runs
+from fidelity_jax import errors, export, exported, hub, huggingface, pull, push, runs
 
 pytest.importorskip("huggingface_hub")
 
@@ -21,11 +21,11 @@ COMMANDS = """
 import contextlib, io, json, sys
 if sys.argv[1] == "hide":
   sys.modules["huggingface_hub"] = None
-from fidelity_jax import pull, push
+from fidelity_jax import cli
 for name, *arguments in json.loads(sys.argv[2]):
   out, error = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-    status = {"push": push, "pull": pull}[name].main(arguments)
+    status = cli.main([name, *arguments])
   told = [l for l in error.getvalue().splitlines() if l.startswith("fidelity_jax: ")]
   print(json.dumps([status, out.getvalue(), "\\n".join(told)]))
 """
@@ -209,17 +209,17 @@ def test_a_card_goes_along_when_it_is_pushed_again(server, run, files, tmp_path)
 
 def test_what_the_library_says_is_passed_on():
   """Of its errors, those of connections alone mean the network."""
-  library = hub._library()
+  library = huggingface.library()
   from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
   for error in (OfflineModeIsEnabled("off"), HTTPError("reset"), TimeoutError()):
     with (
       pytest.raises(errors.RunError, match="not reached"),
-      hub._speaking(library, "hf:me/toy"),
+      huggingface.speaking(library, "hf:me/toy"),
     ):
       raise error
   with (
     pytest.raises(errors.RunError, match=r"fails: ValueError: too many\.$"),
-    hub._speaking(library, "hf:me/toy"),
+    huggingface.speaking(library, "hf:me/toy"),
   ):
     raise ValueError("too many")
