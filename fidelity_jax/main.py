@@ -151,7 +151,9 @@ def _with_own_fields(
     if isinstance(held, ConfigDict):
       if "new_head" in held:
         models.append(held)
-      waiting += held.values()
+      # A study's experiments follow what it has itself.
+      names = sorted(held, key=lambda name: name == "experiments")
+      waiting += [held[name] for name in names]
   names = [model.get("name") for model in models]
   names += [v for k, v in settings.items() if re.fullmatch(r"(.+\.)?model\.name", k)]
   for name in dict.fromkeys(names):
