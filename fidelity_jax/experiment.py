@@ -53,7 +53,7 @@ def run(
   """
   work = study.read(config)
   for experiment in work.experiments:
-    plan.resolve_precision(experiment)
+    plan.resolve(experiment)
   place, datasets = files.expand(workdir), Datasets()
   if dry_run:
     stages.check_workdir(place)

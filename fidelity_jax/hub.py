@@ -1,18 +1,15 @@
 """Runs and exported files on Hugging Face's hub: `fidelity_jax push` and `pull`."""
 
-import contextlib
 import os
 import pathlib
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from types import ModuleType
 
-from fidelity_jax import cards, errors, export, exported, files, port
+from fidelity_jax import cards, errors, export, exported, files, huggingface, port
 from fidelity_jax.port import storing
 
-_ADDRESS = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# What `push` uploads. Code that lies beside it is not downloaded.
+_OURS = ("*.json", "*.safetensors", "*.jax", "*.onnx", "*.md", "LICENSE*")
 
 
 def push(
@@ -40,8 +37,8 @@ def push(
       public where `private` is asked for, or a licence is given for an export.
     RunError: what is to be uploaded is damaged, or the hub refuses or is not reached.
   """
-  repo, revision = _parsed(address)
-  hub, path = _library(), files.expand(place)
+  repo, _, revision = huggingface.parsed(address, file=False)
+  hub, path = huggingface.library(), files.expand(place)
   is_file = path.suffix in exported.SUFFIXES and not path.is_dir()
   if licence != cards.UNKNOWN and (is_file or port.is_ported(path)):
     raise errors.UsageError(
@@ -57,7 +54,7 @@ def push(
         export.export(place, path, licence)
       port.load(path)
       uploads = {one.name: one for one in storing.contents(path)}
-    with _speaking(hub, address):
+    with huggingface.speaking(hub, address):
       api = hub.HfApi()
       api.create_repo(repo, private=private, exist_ok=True)
       if private and not api.repo_info(repo).private:
@@ -104,8 +101,8 @@ def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
     RunError: there is no such repository, nothing of this package in it, it is damaged,
       or the hub is not reached.
   """
-  repo, revision = _parsed(address)
-  hub = _library()
+  repo, _, revision = huggingface.parsed(address, file=False)
+  hub = huggingface.library()
   path = pathlib.Path(os.path.abspath(files.expand(to)))
   if os.path.lexists(path):
     raise errors.UsageError(f"--to={to} exists: name a directory that does not.")
@@ -114,8 +111,10 @@ def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
   files.check_directory(path.parent, write=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with _speaking(hub, address), errors.while_doing(f"writing {path}"):
-      hub.snapshot_download(repo, revision=revision, local_dir=temporary)
+    with huggingface.speaking(hub, address), errors.while_doing(f"writing {path}"):
+      hub.snapshot_download(
+        repo, revision=revision, local_dir=temporary, allow_patterns=list(_OURS)
+      )
     # Where huggingface_hub notes what it has downloaded.
     shutil.rmtree(temporary / ".cache", ignore_errors=True)
     found = _checked(temporary, address)
@@ -124,15 +123,6 @@ def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return [path / one.relative_to(temporary) for one in found]
-
-
-def _parsed(address: str) -> tuple[str, str | None]:
-  match = _ADDRESS.fullmatch(address)
-  if match is None:
-    raise errors.UsageError(
-      f"{address!r} is no address: write hf:OWNER/NAME, or hf:OWNER/NAME@REVISION."
-    )
-  return match["repo"], match["revision"]
 
 
 def _checked(directory: pathlib.Path, address: str) -> list[pathlib.Path]:
@@ -151,65 +141,3 @@ def _checked(directory: pathlib.Path, address: str) -> list[pathlib.Path]:
   if not found:
     raise errors.RunError(f"{address} has nothing in it that fidelity_jax exported.")
   return found
-
-
-def _library() -> ModuleType:
-  try:
-    import huggingface_hub
-
-    # Which it does not import itself until something needs them.
-    import huggingface_hub.constants
-    import huggingface_hub.errors
-  except ImportError as error:
-    raise errors.RunError(
-      "huggingface_hub, which speaks to the hub, is not installed: pip install "
-      "'fidelity_jax[hub]'."
-    ) from error
-  return huggingface_hub
-
-
-@contextlib.contextmanager
-def _speaking(hub: ModuleType, address: str) -> Iterator[None]:
-  """Turns what the hub or the way there objects to into one line."""
-  try:
-    yield
-  except hub.errors.GatedRepoError as error:
-    raise errors.RunError(
-      f"{address} asks for its owner's permission first: see its page, then set "
-      "HF_TOKEN."
-    ) from error
-  except hub.errors.RepositoryNotFoundError as error:
-    raise errors.RunError(
-      f"{address}: the hub has no such repository, or shows it to others only: check "
-      "the name, and set HF_TOKEN to a token that may use it."
-    ) from error
-  except hub.errors.RevisionNotFoundError as error:
-    raise errors.RunError(f"{address}: the repository has no such revision.") from error
-  except hub.errors.LocalTokenNotFoundError as error:
-    raise errors.RunError(
-      f"{address}: no token: set HF_TOKEN to one that may write there "
-      "(huggingface.co/settings/tokens)."
-    ) from error
-  except hub.errors.HfHubHTTPError as error:
-    status = error.response.status_code if error.response is not None else None
-    reason = str(error).strip().splitlines()[0]
-    if status in (401, 403):
-      reason = f"the hub refuses (HTTP {status}): set HF_TOKEN to one that may do so"
-    raise errors.RunError(f"{address}: {reason:.200}.") from error
-  except hub.errors.HFValidationError as error:
-    raise errors.UsageError(f"{address} is no address of the hub: {error}.") from error
-  except (errors.RunError, errors.UsageError):
-    raise
-  except Exception as error:
-    if errors.circumstance(error):
-      raise
-    # The latter is what its HTTP library's errors have in common.
-    if isinstance(error, OSError | hub.errors.HTTPError):
-      raise errors.RunError(
-        f"{address}: the hub at {hub.constants.ENDPOINT} is not reached "
-        f"({error!s:.100}): check the network and run the same command again."
-      ) from error
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise errors.RunError(
-      f"{address}: huggingface_hub fails: {reason:.200}."
-    ) from error

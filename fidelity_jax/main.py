@@ -69,6 +69,10 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
   config_flags.DEFINE_config_file(
     "config", None, "experiment's config", flag_values=values, sys_argv=arguments
   )
+  # Fields of a network of the user's own have to be there before they are set.
+  parser = values["config"].parser
+  load = parser.parse
+  parser.parse = lambda path: _with_own_fields(load(path), file, settings)
   flags.DEFINE_string("workdir", None, "directory to work in", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "only print the plan", flag_values=values)
   try:
@@ -121,6 +125,47 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
         f'config.{path} = {value}: write values in brackets, as "({shown})".'
       )
   return config, values["workdir"].value, values["dry_run"].value
+
+
+def _with_own_fields(
+  config: "ConfigDict", file: str, settings: dict[str, str | None]
+) -> "ConfigDict":
+  """Adds the fields of networks of the user's own to the classifiers of a config.
+
+  Args:
+    config: as its file gives it.
+    file: that file, beside which the networks may be, too.
+    settings: fields that the command line sets.
+
+  Raises:
+    UsageError: there is no such network.
+  """
+  from ml_collections import ConfigDict, config_dict
+
+  from fidelity_jax.models import own, registry
+
+  own.PLACES[:] = [os.path.dirname(os.path.abspath(file))]
+  waiting, models = [config], []
+  while waiting:
+    held = waiting.pop(0)
+    if isinstance(held, ConfigDict):
+      if "new_head" in held:
+        models.append(held)
+      # A study's experiments follow what it has itself.
+      names = sorted(held, key=lambda name: name == "experiments")
+      waiting += [held[name] for name in names]
+  names = [model.get("name") for model in models]
+  names += [v for k, v in settings.items() if re.fullmatch(r"(.+\.)?model\.name", k)]
+  for name in dict.fromkeys(names):
+    for field, (kind, _) in registry.own_fields(name).items():
+      # All follow the first, as a study's experiments do.
+      value = config_dict.placeholder(kind)
+      for model in models:
+        with model.unlocked():
+          if field not in model:
+            model[field] = value
+          value = model.get_oneway_ref(field)
+  return config
 
 
 def _find_config(arguments: list[str]) -> tuple[list[str], str]:

@@ -21,6 +21,7 @@ from fidelity_jax import (
   tasks,
 )
 from fidelity_jax.datasets import Datasets, selection
+from fidelity_jax.models import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +165,19 @@ class _Contents:
       raise
 
 
-def resolve_precision(config: ConfigDict) -> None:
-  """Replaces "auto" by what it means here, in all parents that there are."""
+def resolve(config: ConfigDict) -> None:
+  """Replaces what depends on where a config is by what that is here.
+
+  In all parents that there are, "auto" by a precision, and the name of a network of the
+  user's own by that and the digest of its file.
+  """
   if "precision" in config:
     config.precision = platform.precision(config.precision)
+  if config.kind == "classifier" and (code := registry.code(config.model.name)):
+    with config.unlocked():
+      config.model.code = code
   for parent in config.get("parents", {}).values():
-    resolve_precision(parent)
+    resolve(parent)
 
 
 def warn_of_leaks(

@@ -84,9 +84,8 @@ def find(
 
   Args:
     place: an experiment's directory ("runs/demo/oracle-1a2b3c4d", without the digest
-      if only one is there, followed by "/NAME" for one of a study's experiments), a
-      checkpoint, a directory that `port` wrote, or a name like "torchvision/resnet50"
-      or "efficientnet_lite0".
+      if only one is there, followed by "/NAME" for one of a study's experiments), or a
+      checkpoint, a directory or a name that `port.load` takes.
     map_name: of a checkpoint of the authors' code, which does not say it: "l1", "l2"
       or "cosine". None: what the file says, "l1" if nothing.
     estimator_input: likewise, "degraded" or "restored". None: "degraded" if the file
@@ -99,13 +98,13 @@ def find(
   path = files.expand(place)
   if directory := _experiment_directory(path):
     return _of_experiments(directory, None)
-  given = path.is_file() or port.is_ported(path)
+  given = path.is_file() or (path.is_dir() and port.holds_weights(path))
   if not given and (directory := _experiment_directory(path.parent)):
     return _of_experiments(directory, path.name)
-  if path.is_dir() and not port.is_ported(path):
+  if path.is_dir() and not given:
     raise errors.UsageError(
       f"{path} is neither an experiment's directory, which has {_RECORD}, nor one that "
-      f"`fidelity_jax port` wrote{_nearby(path)}"
+      f"`fidelity_jax port` wrote, and has no weights in it{_nearby(path)}"
     )
   if not path.exists() and not port.is_name(str(place)):
     raise errors.UsageError(

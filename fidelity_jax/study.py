@@ -29,6 +29,8 @@ from fidelity_jax import errors, models, rules, schema
 
 # What a report can begin with.
 SECTIONS = ("tables", "curves", "claims", "activations", "histories")
+# What the values of axes have that names may not.
+_IN_NAMES = str.maketrans({"+": "_", ":": "."})
 _AXES = ("seeds", "backbones", "degradations")
 _SHARD = rules.Rule(
   'None or "i/n", process i of n, from 1 on',
@@ -40,9 +42,7 @@ _FIELDS: rules.Table = {
   "experiments": rules.ANYTHING,
   "order": rules.several(rules.NAME, 1, 1000),
   "seeds": rules.optional(rules.several(rules.whole(0, 2**32 - 1), 1, 1000)),
-  "backbones": rules.optional(
-    rules.several(rules.choice(*models.registry.NAMES), 1, 100)
-  ),
+  "backbones": rules.optional(rules.several(models.registry.NAME, 1, 100)),
   "degradations": rules.optional(rules.several(rules.NAME, 1, 100)),
   "one_backbone": rules.several(rules.NAME, 0, 100),
   "sections": rules.several(rules.choice(*SECTIONS), 0, 10),
@@ -168,7 +168,7 @@ def _name(config: ConfigDict, name: str, values: dict, follows: bool) -> str:
   ]
   if values["seeds"] is not None and len(config.seeds) > 1:
     shown[0] = f"seed{shown[0]}"
-  return "-".join([name, *shown]).replace("+", "_")
+  return "-".join([name, *shown]).translate(_IN_NAMES)
 
 
 def _chosen(experiments: list[ConfigDict], only: str) -> list[ConfigDict]:

@@ -17,7 +17,8 @@ class Hub:
   """Repositories in memory; files of 1 kB and more travel by LFS.
 
   Attributes:
-    repos: by name, whether it is private and its files by name, of each branch.
+    repos: by name, whether it is private, or asks for permission ("gated"), and its
+      files by name, of each branch.
     requests: lines such as "POST /api/repos/create".
   """
 
@@ -93,6 +94,8 @@ class Hub:
     if repo is None or (repo["private"] and not allowed):
       code = {"X-Error-Code": "RepoNotFound"}
       return 404, code, {"error": "Repository not found"}
+    if repo.get("gated"):
+      return 403, {"X-Error-Code": "GatedRepo"}, {"error": "Access is restricted"}
     if rest[:1] == ["branch"]:
       repo["branches"].setdefault("/".join(rest[1:]), {})
       return 200, {}, {}

@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import importlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -17,14 +18,15 @@ import urllib.request
 
 import hub_server
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
-from conftest import ROOT, TOY, TOY_ESTIMATOR, overrides
+from conftest import ROOT, TOY, TOY_ESTIMATOR, one_line, overrides
 from jax.experimental.compilation_cache import compilation_cache as compiler
 from PIL import Image
 
-from fidelity_jax import cli, data
+from fidelity_jax import cli, data, files, runs
 
 # What the classifier's page trains, small. The classifier itself is what it is.
 _SMALL = {
@@ -39,6 +41,9 @@ _SMALL = {
   "parents.classifier.warmup_epochs": 0,
 }
 del _SMALL["dataset.per_class"]
+
+# What that of one's own does, but for the classifier's fields.
+_OWN = {k: v for k, v in TOY.items() if "classifier.model" not in k}
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +134,16 @@ def _restore(root):
   _save(root / "bsd68" / "1.png", _photograph(40, 50)[..., 0])
 
 
+def _own(root):
+  """Makes what docs/own_backbone.md names."""
+  import torch
+  from test_own_backbone import mynet
+
+  _save(root / "clean" / "a.png", _photograph(60, 64))
+  _save(root / "noisy" / "a.png", _noisy(_photograph(60, 64)))
+  torch.save(mynet().state_dict(), root / "mynet.pth")
+
+
 def _blocks(page):
   """Yields the kind of each block of code in a page, and its text."""
   text = (ROOT / "docs" / page).read_text()
@@ -149,7 +164,7 @@ def _commands(block):
       yield from ((line, []) for line in lines if not line.startswith("#"))
 
 
-def _typed(line, monkeypatch, apart):
+def _typed(line, monkeypatch, apart, small):
   """Runs a command in this process, or in one of its own; returns its exit status."""
   before, piped, line = line.rpartition("|")
   if piped:
@@ -165,14 +180,24 @@ def _typed(line, monkeypatch, apart):
   package, _, name = words[2].partition(".")
   assert package == "fidelity_jax", line
   if name == "main":
-    return apart(*words[3:], *overrides(_SMALL))
+    # What the page sets comes last, and holds.
+    return apart(words[3], *overrides(small), *words[4:])
   if name == "port":
     name = "port.__main__"
   module = importlib.import_module(f"fidelity_jax.{name or 'cli'}")
   return module.main(words[3:])
 
 
-def _follow(page, root, monkeypatch, command, dry_run=False, before=None, env=None):
+def _follow(
+  page,
+  root,
+  monkeypatch,
+  command,
+  dry_run=False,
+  small=_SMALL,
+  before=None,
+  env=None,
+):
   """Runs everything in a page, from top to bottom, in a directory.
 
   Args:
@@ -182,6 +207,7 @@ def _follow(page, root, monkeypatch, command, dry_run=False, before=None, env=No
     command: the fixture; training is a process of its own, at toy size, and so is what
       speaks to the hub.
     dry_run: stop at the training, which is only planned.
+    small: the fields that make training small.
     before: stop before the first command that has this in it.
     env: for those processes.
 
@@ -198,6 +224,9 @@ def _follow(page, root, monkeypatch, command, dry_run=False, before=None, env=No
 
   done = []
   for kind, block in _blocks(page):
+    if file := re.match(r"# (\w+\.py)\n", block):
+      (root / file[1]).write_text(block)
+      continue
     if kind == "python":
       printed = io.StringIO()
       with contextlib.redirect_stdout(printed):
@@ -214,7 +243,7 @@ def _follow(page, root, monkeypatch, command, dry_run=False, before=None, env=No
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(problems),
       ):
-        status = _typed(line, monkeypatch, apart)
+        status = _typed(line, monkeypatch, apart, small)
       assert status == 0, f"{page}: {line}\n{problems.getvalue()}"
       assert not shown or printed.getvalue().split("\n")[:-1] == shown, line
       done.append((line, printed.getvalue()))
@@ -357,3 +386,65 @@ def test_export(toy_estimated, tmp_path, monkeypatch, command):
   pulled = tmp_path / "pulled" / "pretrained.jax"
   assert pulled.read_bytes() == (tmp_path / "pretrained.jax").read_bytes()
   assert done[-1][1].strip() == str(pulled)
+
+
+def test_a_backbone_of_ones_own_up_to_the_training(tmp_path, monkeypatch, command):
+  _own(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  page = "own_backbone.md"
+  done = _follow(page, tmp_path, monkeypatch, command, dry_run=True, small=_OWN)
+  assert len(done) == 1 and "classifier-my_module.MyNet-clean-" in done[0][1]
+
+
+@pytest.mark.slow
+def test_a_backbone_of_ones_own(tmp_path, monkeypatch, command):
+  import torch
+  from test_own_backbone import mynet
+
+  _own(tmp_path)
+  done = _follow("own_backbone.md", tmp_path, monkeypatch, command, small=_OWN)
+  assert len(done) == 8
+  of_run, of_file, of_directory = (done[i][1] for i in (1, 3, 5))
+  assert of_run == of_directory and "noisy/a.png" in of_run
+  # A file does not say what the classifier alone answers.
+  name, share, answer = of_file.splitlines()[1].split()[:3]
+  assert of_run.splitlines()[1].split()[:3] == [name, share, answer]
+  # Everything that the demo's networks get.
+  (marker,) = (tmp_path / "runs" / "own").glob("oracle-*/results.json")
+  rows = json.loads(marker.read_text())["rows"]
+  assert {row["backbone"] for row in rows} == {None, "my_module:MyNet"}
+  assert any(row["method"] == "oracle" and row["ensemble"] for row in rows)
+  assert "my_module:MyNet" in (marker.parent / "report.html").read_text()
+  begun = {
+    p.parent.name: p.read_text() for p in marker.parents[1].glob("*/config.json")
+  }
+  (classifier,) = [text for name, text in begun.items() if "classifier-" in name]
+  code = files.sha256(tmp_path / "my_module.py")
+  made_of = json.loads(classifier)["made_of"]["model"]
+  assert (made_of["code"], made_of["width"]) == (code, 24)
+  # The network that was ported is PyTorch's.
+  run = runs.find(tmp_path / "ported")
+  images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+  network = run.method.classifier
+  x = network.normalize(jnp.asarray(images))
+  found, _ = network.apply(run.variables["classifier"], x)
+  with torch.no_grad():
+    want = mynet()(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2))
+  np.testing.assert_allclose(found, want, atol=1e-4)
+  # Edited, it is another network.
+  with open(tmp_path / "my_module.py", "a") as file:
+    file.write("# Edited.\n")
+  first, *rest = shlex.split(done[0][0])[3:]
+  flags = [first, *overrides(_OWN), *rest, "--dry_run"]
+  again = command(*flags, cwd=tmp_path, check=0).stdout
+  states = {line.split("-")[0]: line.split()[1] for line in again.splitlines()[1:5]}
+  assert states == {
+    "classifier": "to",
+    "restorer": "finished,",
+    "calibration": "to",
+    "ensemble": "to",
+  }
+  arguments = ["predict", "runs/own/oracle", "noisy", "--clean=clean"]
+  refused = command(*arguments, program=("-m", "fidelity_jax"), cwd=tmp_path)
+  assert refused.returncode == 2
+  assert "is not the file that 'my_module:MyNet'" in one_line(refused.stderr)

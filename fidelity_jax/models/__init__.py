@@ -1,6 +1,7 @@
 """Networks as pure Linen modules: backbones with taps, heads, DnCNN, calibration."""
 
 from fidelity_jax.models import dncnn, layers, registry, restorers
+from fidelity_jax.models.backbone import Backbone, Family, Layout
 from fidelity_jax.models.calibration import Calibration, Ensemble
 from fidelity_jax.models.classifier import Classifier
 from fidelity_jax.models.dncnn import DnCNN
@@ -10,10 +11,13 @@ from fidelity_jax.models.restorer import Restorer
 from fidelity_jax.models.transfer import transfer
 
 __all__ = [
+  "Backbone",
   "Calibration",
   "Classifier",
   "DnCNN",
   "Ensemble",
+  "Family",
+  "Layout",
   "Restorer",
   "create",
   "dncnn",

@@ -1,12 +1,12 @@
 """Classifiers by name, and by their tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from fidelity_jax import errors
-from fidelity_jax.models import alexnet, efficientnet, googlenet, resnet, vgg
+from fidelity_jax import errors, rules
+from fidelity_jax.models import alexnet, efficientnet, googlenet, own, resnet, vgg
 from fidelity_jax.models.backbone import Family, Field, Layout, State
 from fidelity_jax.models.classifier import Classifier
 
@@ -24,8 +24,53 @@ NAMES = tuple(_BY_NAME)
 # Fields of all networks; each network has some of them.
 FIELDS: dict[str, Field] = {k: v for f in FAMILIES for k, v in f.fields.items()}
 
+# What `model.name` may be.
+NAME = rules.Rule(
+  f"one of {', '.join(map(repr, NAMES))}, or 'my_module:MyNet' for one of your own",
+  lambda v: isinstance(v, str) and (v in NAMES or own.is_name(v)),
+  NAMES,
+)
+
 # What a model's config says beside the network: how it is initialized.
 _INITIALIZATION = ("weights", "new_head")
+
+
+def _family(name: Any) -> Family:
+  """Returns the family of a network, built in or of the user's own.
+
+  Raises:
+    errors.UsageError: there is none.
+  """
+  if own.is_name(name):
+    return own.find(name).family
+  if name not in _BY_NAME:
+    raise errors.UsageError(
+      f"model.name: there is no network {name!r}; {errors.near(name, NAMES)}"
+    )
+  return _BY_NAME[name]
+
+
+def own_fields(name: Any) -> Mapping[str, Field]:
+  """Returns the fields of a network of the user's own, none of another.
+
+  Raises:
+    errors.UsageError: it cannot be imported.
+  """
+  return _family(name).fields if own.is_name(name) else {}
+
+
+def code(name: Any) -> str | None:
+  """Returns the SHA-256 of the file of a network of the user's own, or None.
+
+  Raises:
+    errors.UsageError: it cannot be imported.
+  """
+  return own.find(name).code if own.is_name(name) else None
+
+
+def layouts(name: str) -> Sequence[Layout]:
+  """Returns the layouts of a network's weights from elsewhere."""
+  return _family(name).layouts
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,23 +83,28 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
   Returns:
     `name` and the network's fields, with the values that `create` uses; sequences are
-    tuples. `weights` and `new_head` are left out.
+    tuples. Of a network of the user's own, also `code`, the SHA-256 of its file.
+    `weights` and `new_head` are left out.
 
   Raises:
-    errors.UsageError: unknown network, or a field that the network does not have.
+    errors.UsageError: unknown network, a field that the network does not have, or
+      another `code` than its file has now.
   """
   name = config.get("name")
-  if name not in _BY_NAME:
-    raise errors.UsageError(
-      f"model.name: there is no network {name!r}; {errors.near(name, NAMES)}"
-    )
-  fields = _BY_NAME[name].variants[name]
+  fields = _family(name).variants[name]
   given = {key: value for key, value in config.items() if value is not None}
+  made_by, now = given.pop("code", None), code(name)
+  if made_by not in (None, now):
+    raise errors.UsageError(
+      f"model.name: {own.find(name).file if now else name} is not the file that "
+      f"{name!r} was trained from (its SHA-256 begins {(now or 'none')[:8]}, not "
+      f"{made_by[:8]}): bring that one back, or train again."
+    )
   for key in given.keys() - fields.keys() - {"name", *_INITIALIZATION}:
     raise errors.UsageError(
       f"model.{key}: network {name!r} has no such field; {errors.near(key, fields)}"
     )
-  result = {"name": name}
+  result = {"name": name} | ({"code": now} if now else {})
   for key, default in fields.items():
     value = given.get(key, default)
     value = value(given) if callable(value) else value
@@ -68,8 +118,9 @@ def create(
   """Returns the classifier that a config names.
 
   Args:
-    config: a mapping or ConfigDict with `name`, one of `NAMES`, and any of that
-      network's fields; a field that is absent or None takes torchvision's value.
+    config: a mapping or ConfigDict with `name`, one of `NAMES` or "my_module:MyNet"
+      (see `own.find`), and any of that network's fields; a field that is absent or None
+      takes torchvision's value, or the class's own.
       `weights` may be there too: as in torchvision, a GoogLeNet that starts from
       weights has `transform_input` unless the config says otherwise.
     num_classes: length of the logits.
@@ -79,7 +130,8 @@ def create(
     errors.UsageError: unknown network, or a field that the network does not have.
   """
   fields = complete(config)
-  build = _BY_NAME[fields.pop("name")].build
+  fields.pop("code", None)
+  build = _family(fields.pop("name")).build
   return build(num_classes, dtype, **fields)
 
 
@@ -87,9 +139,24 @@ def steering_fields(name: str) -> tuple[str, ...]:
   """Returns the fields that change nothing unless the network is steered.
 
   Args:
-    name: one of `NAMES`.
+    name: the network's.
   """
-  return tuple(_BY_NAME[name].steering_fields)
+  return tuple(_family(name).steering_fields)
+
+
+def check(config: Mapping[str, Any], side: int) -> None:
+  """Checks that there is such a network, and that one of the user's own works.
+
+  Args:
+    config: as for `create`.
+    side: of the images, pixels.
+
+  Raises:
+    errors.UsageError: see `create` and `own.check`.
+  """
+  network = create(config, 2)
+  if own.is_name(config["name"]):
+    own.check(config["name"], network, side)
 
 
 def recognize(state: State) -> tuple[dict[str, Any], Layout] | None:

@@ -4,8 +4,9 @@ From the shell, `python -m fidelity_jax.port CHECKPOINT --to=DIR`; docs/weights.
 what is read.
 """
 
-import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -17,6 +18,7 @@ from fidelity_jax.port.parts import Part, name_classes
 __all__ = [
   "Part",
   "content_digest",
+  "holds_weights",
   "is_name",
   "is_ported",
   "load",
@@ -27,6 +29,7 @@ __all__ = [
 save = storing.save
 is_ported = storing.is_ported
 is_name = published.is_name
+holds_weights = published.holds_weights
 
 # A denoiser alone does not say what it is for.
 _SUBSTITUTES = {"restorer": "dncnn", "estimator": "dncnn"}
@@ -36,18 +39,22 @@ def load(
   checkpoint: str | pathlib.Path,
   class_names: str | pathlib.Path | None = None,
   transform_input: bool = True,
+  model: Mapping[str, Any] | None = None,
 ) -> dict[str, Part]:
   """Returns every network of a checkpoint, by part name.
 
   Args:
-    checkpoint: a .pth or .safetensors file, a directory written by `save`, or a name
-      such as `torchvision/resnet50`, which is downloaded once, or `efficientnet_lite0`,
-      which is in an installed package.
+    checkpoint: a .pth or .safetensors file, a directory written by `save` or with one
+      such file in it (of several, model.safetensors), or a name that is downloaded
+      once: `torchvision/resnet50`, or `hf:OWNER/NAME[/FILE][@REVISION]` on Hugging
+      Face's hub; or `efficientnet_lite0`, which is in an installed package.
     class_names: a text file with one class name a line, in the order of the logits.
       None: what a directory says; ImageNet's for published weights.
     transform_input: whether a GoogLeNet in a file expects its input re-scaled (networks
       fine-tuned from torchvision's ImageNet weights do; the file does not tell). A
       directory tells.
+    model: the network that is expected; matters where it is one of the user's own,
+      "my_module:MyNet", which tensors do not tell.
 
   Returns:
     See `recognizing.recognize`.
@@ -58,7 +65,7 @@ def load(
     errors.Missing: a download failed, or a package is not installed.
     errors.RunError: a downloaded, packaged or ported file is damaged.
   """
-  path = _find(checkpoint)
+  path = published.find(checkpoint)
   if path.is_dir():
     if not transform_input:
       raise errors.UsageError(
@@ -68,7 +75,7 @@ def load(
     parts = storing.read(path)
   else:
     state = reading.read_state(path)
-    parts = recognizing.recognize(state, str(path), transform_input)
+    parts = recognizing.recognize(state, str(path), transform_input, model)
   for name, part in parts.items():
     for place, leaf in traverse_util.flatten_dict(part.variables, sep="/").items():
       if not np.isfinite(leaf).all():
@@ -78,23 +85,26 @@ def load(
         )
   if class_names:
     name_classes(parts, files.expand(class_names), path)
-  elif _is_published(checkpoint):
-    published.name_classes(parts)
+  else:
+    published.name_classes(checkpoint, parts)
   return parts
 
 
-def load_part(checkpoint: str | pathlib.Path, part: str) -> Part:
+def load_part(
+  checkpoint: str | pathlib.Path, part: str, model: Mapping[str, Any] | None = None
+) -> Part:
   """Returns one network of a checkpoint.
 
   Args:
     checkpoint: as for `load`.
     part: "classifier", "backbone", "head", "restorer", "estimator", "calibration" or
       "ensemble". A DnCNN that stands alone in its file serves as restorer or estimator.
+    model: as for `load`.
 
   Raises:
     errors.UsageError: the checkpoint does not hold that part; otherwise as `load`.
   """
-  parts = load(checkpoint)
+  parts = load(checkpoint, model=model)
   for name in (part, _SUBSTITUTES.get(part)):
     if name in parts:
       return parts[name]
@@ -114,30 +124,8 @@ def content_digest(checkpoint: str | pathlib.Path) -> str:
     errors.Missing: a download failed, or a package is not installed.
     errors.RunError: it cannot be read, or is damaged.
   """
-  path = _find(checkpoint)
+  path = published.find(checkpoint)
   if path.is_dir():
     return storing.content_digest(path)
   with errors.while_doing(f"reading {path}"):
     return files.sha256(path)
-
-
-def _is_published(checkpoint: str | pathlib.Path) -> bool:
-  """Returns whether it is a name of published weights; what lies there comes first."""
-  found = os.path.exists(files.expand(checkpoint))
-  return not found and published.is_name(str(checkpoint))
-
-
-def _find(checkpoint: str | pathlib.Path) -> pathlib.Path:
-  """Returns the file or ported directory of a checkpoint, downloaded if need be."""
-  path = files.expand(checkpoint)
-  if os.path.isdir(path):
-    if not storing.is_ported(path):
-      raise errors.UsageError(
-        f"{path} is a directory without port.json: name a file in it, or a directory "
-        "that `python -m fidelity_jax.port` wrote"
-      )
-  elif _is_published(checkpoint):
-    return published.find(str(checkpoint))
-  elif not os.path.isfile(path):
-    raise errors.UsageError(f"there is no file {str(path)!r} to read weights from")
-  return path

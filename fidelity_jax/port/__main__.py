@@ -14,8 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     "checkpoint",
     metavar="CHECKPOINT",
-    help="a .pth or .safetensors file, or a name: torchvision/resnet50, "
-    "efficientnet_lite0 ...",
+    help="a .pth or .safetensors file, a name (torchvision/resnet50, "
+    "efficientnet_lite0, ...), or hf:OWNER/NAME[/FILE][@REVISION] on Hugging Face's "
+    "hub",
   )
   parser.add_argument("--to", required=True, metavar="DIR", help="directory to write")
   parser.add_argument(
@@ -27,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     default="true",
     help="whether a GoogLeNet re-scales its input, as torchvision's weights expect",
   )
+  parser.add_argument(
+    "--network",
+    metavar="MODULE:CLASS",
+    help="a network of your own that the weights are for, see docs/own_backbone.md",
+  )
   return boundary.run(lambda: _port(parser.parse_args(arguments)))
 
 
@@ -37,7 +43,12 @@ def _port(args: argparse.Namespace) -> None:
   from fidelity_jax import files, port, signals
 
   signals.interrupt("while it ported", "what was there is as it was")
-  parts = port.load(args.checkpoint, args.class_names, args.transform_input == "true")
+  parts = port.load(
+    args.checkpoint,
+    args.class_names,
+    args.transform_input == "true",
+    {"name": args.network} if args.network else None,
+  )
   port.save(parts, files.expand(args.to), args.checkpoint)
   for name, part in parts.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))

@@ -1,5 +1,10 @@
 """From tensors by name to the networks that they make up."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
 from fidelity_jax import errors
 from fidelity_jax.models import registry
 from fidelity_jax.models.backbone import State
@@ -18,7 +23,10 @@ _FGNIC = (
 
 
 def recognize(
-  state: State, where: str, transform_input: bool = True
+  state: State,
+  where: str,
+  transform_input: bool = True,
+  model: Mapping[str, Any] | None = None,
 ) -> dict[str, Part]:
   """Returns the networks that a checkpoint's tensors make up.
 
@@ -27,6 +35,7 @@ def recognize(
     where: where they came from, for errors.
     transform_input: whether a GoogLeNet expects its input re-scaled, as torchvision's
       ImageNet weights and all networks fine-tuned from them do. Tensors do not tell.
+    model: the network that is expected, see `port.load`.
 
   Returns:
     Parts by name: "classifier" (or "backbone" or "head", where there is only that),
@@ -42,6 +51,8 @@ def recognize(
     raise errors.UsageError(
       f"{where} does not fit: {layouts.listing('without numbers are', empty)}"
     )
+  if model is not None and registry.code(model.get("name")):
+    return {"classifier": _own(state, where, transform_input, model)}
   if any(name.startswith(_FGNIC) for name in state) or set(state) == {
     "classifier.weight",
     "classifier.bias",
@@ -67,6 +78,31 @@ def recognize(
   config, layout = found
   what = f"{where}, which looks like {config['name']},"
   return parts.network(state, config, layout, transform_input, what)
+
+
+def _own(
+  state: State, where: str, transform_input: bool, model: Mapping[str, Any]
+) -> Part:
+  """Returns a network of the user's own, from tensors in our names or its publisher's.
+
+  Raises:
+    errors.UsageError: they are in neither, or do not fit.
+  """
+  config, name = registry.complete(model), model["name"]
+  if all(path.startswith(("params/", "batch_stats/")) for path in state):
+    # `models.transfer` says what does not fit.
+    return Part(traverse_util.unflatten_dict(dict(state), sep="/"), {"model": config})
+  what = f"{where}, as weights of {name},"
+  for layout in registry.layouts(name):
+    known = layout.recognize(state)
+    if known is not None:
+      found = parts.network(state, config | known, layout, transform_input, what)
+      return next(iter(found.values()))
+  raise errors.UsageError(
+    f"{what} holds tensors {layouts.listing('such as', sorted(state), 4)}, which the "
+    "network does not know: give its class a table of these names, or name a directory "
+    "that `fidelity_jax export` wrote."
+  )
 
 
 def _below(prefix: str, state: State) -> State:

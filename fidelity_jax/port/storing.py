@@ -16,7 +16,7 @@ from flax import traverse_util
 from fidelity_jax import errors, files
 from fidelity_jax.port.parts import Part
 
-_INDEX = "port.json"
+INDEX = "port.json"
 _AGAIN = "port its checkpoint again."
 
 
@@ -88,7 +88,7 @@ def _write(
     safetensors.numpy.save_file(flat, temporary / file_name)
     digest = files.sha256(temporary / file_name)
     index.parts[name] = _Entry(file_name, digest, part.config)
-  files.write_record(temporary / _INDEX, index)
+  files.write_record(temporary / INDEX, index)
   # At each moment one of the two exists or is restored.
   aside = temporary.with_suffix(".old")
   if directory.exists():
@@ -104,7 +104,7 @@ def _write(
 
 def is_ported(directory: pathlib.Path) -> bool:
   """Returns whether a directory is one that `save` wrote."""
-  return (directory / _INDEX).is_file()
+  return (directory / INDEX).is_file()
 
 
 def contents(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -116,7 +116,7 @@ def contents(directory: pathlib.Path) -> list[pathlib.Path]:
     errors.RunError: the index is damaged or cannot be read.
   """
   parts = [entry.file for entry in _read_index(directory).parts.values()]
-  paths = [directory / name for name in (_INDEX, *parts, "README.md")]
+  paths = [directory / name for name in (INDEX, *parts, "README.md")]
   return [path for path in paths if path.is_file()]
 
 
@@ -132,7 +132,7 @@ def foreign(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_index(directory: pathlib.Path) -> _Index:
-  path = directory / _INDEX
+  path = directory / INDEX
   index = files.read_record(path, _Index, _AGAIN)
   for entry in index.parts.values():
     # It may come from anywhere, and is not to name files of others.

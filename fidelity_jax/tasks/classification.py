@@ -83,17 +83,29 @@ class ClassificationTask(base.Task):
     return jnp.mean(losses), (model_state, metrics)
 
 
-_FIELDS: rules.Table = {
-  "source": rules.choice("clean", "degraded", "restored"),
-  "label_smoothing": rules.SMOOTHING,
-  "head_epochs": rules.whole(0, 1_000_000),
-  "model": {
-    "name": rules.choice(*registry.NAMES),
-    **{name: rules.optional(f.rule) for name, f in registry.FIELDS.items()},
-    "weights": base.WEIGHTS,
-    "new_head": rules.FLAG,
-  },
-}
+_UNSET = rules.Rule("None, as the network has no such field", lambda v: v is None)
+
+
+def _fields(config) -> rules.Table:
+  model = config.get("model")
+  given = model if isinstance(model, base.ConfigDict) else {}
+  # Of another network, in a study of several.
+  unset = {name: _UNSET for name in given if given[name] is None}
+  known = {**registry.FIELDS, **registry.own_fields(given.get("name"))}
+  return {
+    "source": rules.choice("clean", "degraded", "restored"),
+    "label_smoothing": rules.SMOOTHING,
+    "head_epochs": rules.whole(0, 1_000_000),
+    "model": {
+      "name": registry.NAME,
+      **unset,
+      **{name: rules.optional(field.rule) for name, field in known.items()},
+      # Set when a run begins.
+      **({"code": rules.TEXT} if "code" in given else {}),
+      "weights": base.WEIGHTS,
+      "new_head": rules.FLAG,
+    },
+  }
 
 
 def _make(config, parents, num_classes, inputs):
@@ -123,7 +135,7 @@ def _material(config) -> dict[str, Any]:
 
 
 def _check(config, where: str) -> None:
-  models.create(config.model, 2)
+  registry.check(config.model, config.dataset.image_size)
   held = config.get("head_epochs", 0)
   if held > config.epochs:
     raise rules.refusal(
@@ -141,9 +153,9 @@ def _check(config, where: str) -> None:
 
 KIND = base.Kind(
   name="classifier",
-  fields=lambda config: _FIELDS,
+  fields=_fields,
   make=_make,
-  label=lambda config: f"{config.model.name}-{config.source}",
+  label=lambda config: f"{config.model.name.replace(':', '.')}-{config.source}",
   trained_from=lambda config: ("restorer",) if config.source == "restored" else (),
   evaluated_with=("restorer",),
   material=_material,
