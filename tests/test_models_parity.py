@@ -29,7 +29,7 @@ SMALL = {
 NETWORKS = tuple(SMALL)
 OUTPUT, GRADIENT, BFLOAT16 = 1e-5, 1e-4, 2e-2
 # Of logits in training mode. After EfficientNet's 49 batch norms in a row, many of few
-# values, PyTorch's own float32 is 1.2e-5 off.
+# values, PyTorch's own float32 is 1e-5 off.
 TRAINING = dict.fromkeys(NETWORKS, OUTPUT) | {"efficientnet_lite0": 3e-5}
 
 
