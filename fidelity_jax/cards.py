@@ -6,13 +6,22 @@ weights do not tell is in the YAML, too, from which the card of a copy is made.
 
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import yaml
 
-from fidelity_jax import degradations, environment, errors, exported, files, titles
+from fidelity_jax import (
+  degradations,
+  environment,
+  errors,
+  exported,
+  files,
+  given,
+  titles,
+)
 from fidelity_jax.rows import Row, read
 from fidelity_jax.runs import Run
 
@@ -63,94 +72,93 @@ _NEEDS = {
   ".onnx": "It needs `pip install onnxruntime`.",
   "": "It needs fidelity_jax.",
 }
-# What a card calls a metric, what its values are multiplied by, and their digits.
+# What a card calls a metric, and the digits of its values.
 _SHOWN = {
-  "accuracy": ("accuracy, %", 100, 2),
-  "psnr": ("PSNR, dB", 1, 2),
-  "mae": ("error of the map", 1, 4),
+  "accuracy": ("accuracy, %", 2),
+  "psnr": ("PSNR, dB", 2),
+  "mae": ("error of the map", 4),
 }
 
 
-class _Arguments(msgspec.Struct):
-  """A value's 95 % interval, the number of test images, and of draws of noise."""
+class Result(msgspec.Struct):
+  """What was measured under one condition.
 
+  Attributes:
+    condition: its name.
+    metric: of `_SHOWN`.
+    value: accuracy in percent, PSNR in dB, or the map's mean error.
+    low: lower end of the 95 % interval.
+    high: upper end.
+    images: number of test images.
+    rounds: draws of noise.
+  """
+
+  condition: str
+  metric: str
+  value: float
   low: float
   high: float
   images: int
   rounds: int
 
 
-class _Metric(msgspec.Struct, omit_defaults=True):
-  """A measured value; an accuracy is of 1. Cards of others have no such arguments."""
-
-  type: str
-  value: float
-  name: str = ""
-  args: _Arguments | None = None
-
-
-class _Measured(msgspec.Struct):
-  """What was measured under one condition, `dataset["config"]`."""
-
-  task: dict[str, str]
-  dataset: dict[str, str]
-  metrics: list[_Metric]
-
-
-class _Index(msgspec.Struct):
-  """All that was measured of networks of one name."""
-
-  name: str
-  results: list[_Measured]
-
-
-class _Known(msgspec.Struct):
-  """What else a card says of networks that their weights do not.
+class Known(msgspec.Struct):
+  """What is known of networks that their weights do not tell, "fidelity_jax" in YAML.
 
   Attributes:
     name: the experiment's, or the checkpoint's.
     training: what they were trained for, in sentences.
+    dataset: name of the images that they were measured on; "" for none.
     measured: what the use of them that was measured is called; "" for none.
+    results: what it gave.
     stages: role, name, and digest of what it gave, of each stage.
+    about: for whoever measures them again; None for a checkpoint.
   """
 
   name: str
   training: str
-  measured: str
-  stages: list[tuple[str, str, str]]
+  dataset: str = ""
+  measured: str = ""
+  results: list[Result] = []
+  stages: list[tuple[str, str, str]] = []
+  about: exported.About | None = None
 
 
-class _Front(msgspec.Struct, rename={"index": "model-index"}):
-  """A card's YAML: Hugging Face's fields, and what else we have to say."""
-
-  license: str = UNKNOWN
-  library_name: str = ""
-  pipeline_tag: str = ""
-  tags: list[str] = []
-  index: list[_Index] = []
-  fidelity_jax: _Known | None = None
+def licence_of(front: Mapping[str, Any]) -> str:
+  """Returns the licence that a card's YAML has, "unknown" if none."""
+  found = front.get("license", UNKNOWN)
+  return found if isinstance(found, str) else ", ".join(map(str, found))
 
 
-def metadata(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the YAML of a card; nothing if there is no card.
+def kept(path: pathlib.Path) -> tuple[dict[str, Any], Known | None]:
+  """Returns what a copy of a card says, too.
+
+  Args:
+    path: the card's; there need not be any.
+
+  Returns:
+    (its YAML, whoever wrote it, and the part of that which an export wrote, if any).
 
   Raises:
-    RunError: it cannot be read, or is not as an export writes it.
+    RunError: it cannot be read, or its YAML is none.
   """
   if not path.is_file():
-    return {}
+    return {}, None
   try:
     with errors.while_doing(f"reading {path}"):
-      # The first of two documents; the other is no YAML, and is not looked at.
-      found = next(yaml.safe_load_all(files.read_bytes(path)), None)
-    msgspec.convert(found, _Front)
+      text = files.read_bytes(path).decode("utf-8-sig")
+    head = re.match(r"(?ms)---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text)
+    if head is None:
+      return {}, None
+    front = msgspec.convert(yaml.safe_load(head[1]) or {}, dict[str, Any])
+    known = front.get("fidelity_jax")
+    return front, msgspec.convert(known, Known) if known else None
   except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
     reason = " ".join(str(error).split())
     raise errors.RunError(
       f"{path} is not as an export writes it ({reason:.200}): mend the YAML at its "
       "top, or move it away, and licence and results with it."
     ) from error
-  return found
 
 
 def card(
@@ -158,8 +166,9 @@ def card(
   file: str,
   licence: str,
   source: str | None,
+  known: Known,
   record: exported.Record | None = None,
-  kept: Mapping[str, Any] | None = None,
+  front: Mapping[str, Any] | None = None,
 ) -> str:
   """Returns the card of an export.
 
@@ -168,23 +177,18 @@ def card(
     file: name of the file, or of the directory.
     licence: of the weights.
     source: digest of the checkpoint that the run came from, None for an experiment.
+    known: what the weights do not tell.
     record: of the file; None for a directory.
-    kept: what that checkpoint's card says, see `metadata`. What its weights do not tell
-      is taken from there.
+    front: YAML of that checkpoint's card, which goes along.
   """
-  suffix, kept = os.path.splitext(file)[1] if record else "", dict(kept or {})
-  if licence != kept.get("license"):
+  suffix = os.path.splitext(file)[1] if record else ""
+  found = dict(front or {})
+  if licence != found.get("license"):
     # Of a licence without a name of Hugging Face's.
-    kept = {k: v for k, v in kept.items() if not k.startswith("license_")}
-  front = _front(run, suffix, licence, msgspec.convert(kept, _Front))
-  known = front.fidelity_jax
-  measured = [one for index in front.index for one in index.results]
-  found = kept | {k: v for k, v in msgspec.to_builtins(front).items() if v}
-  if "model-index" in kept:
-    # As it is: others say more in it.
-    found["model-index"] = kept["model-index"]
+    found = {k: v for k, v in found.items() if not k.startswith("license_")}
+  found |= _front(run, suffix, known, found) | {"license": licence}
   sections = [
-    f"---\n{yaml.safe_dump(found, sort_keys=False)}---",
+    f"---\n{yaml.safe_dump(found)}---",
     f"# {known.name}",
     _introduction(run),
     "## Input and output",
@@ -194,9 +198,9 @@ def card(
     "## Classes",
     _classes(run),
     "## Trained for",
-    _training(known, measured),
+    _training(known),
     "## Results",
-    _results(known, measured),
+    _results(known, "model-index" in found),
     "## Licence",
     f"Of the weights: {licence}. Of the images that they were trained on: {UNKNOWN}. "
     f"Of weights that training started from: {UNKNOWN}. Unknown means that nobody told "
@@ -240,54 +244,74 @@ def _of(row: Row, run: Run) -> bool:
   return row.method == kind and restored
 
 
-def _front(run: Run, suffix: str, licence: str, kept: _Front) -> _Front:
-  """Returns what stands in the card's YAML."""
+def known_of(run: Run) -> Known:
+  """Returns what is known of a run."""
+  rows = results(run)
+  return Known(
+    name=run.name,
+    training=_trained(run),
+    dataset=rows[0].dataset if rows else "",
+    measured=titles.title(rows[0]) if rows else "",
+    results=[_result(row) for row in rows],
+    stages=[
+      (role, stage.name, stage.finished().product) for role, stage in run.stages.items()
+    ],
+    about=given.about(run),
+  )
+
+
+def _result(row: Row) -> Result:
+  metric = "accuracy" if row.accuracy is not None else "mae"
+  metric = "psnr" if row.psnr is not None else metric
+  measured = row.value, row.low, row.high, row.images, row.rounds
+  return Result(row.condition.name, metric, *measured)
+
+
+def _front(
+  run: Run, suffix: str, known: Known, others: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what is ours of the card's YAML.
+
+  Args:
+    run: what was exported.
+    suffix: of the file, "" for a directory.
+    known: what the weights do not tell.
+    others: YAML that goes along.
+  """
   classifies = run.method.classifier is not None
   task = "image-classification" if classifies else "image-to-image"
   tags = ["jax", _KINDS[suffix], "degraded-images"]
   tags += ["image-restoration"] if run.method.restorer is not None else []
   tags += ["fidelity-map"] if run.method.calibration is not None else []
-  others = [tag for tag in kept.tags if tag not in _KINDS.values()]
-  rows = results(run)
-  measured = [
-    _Measured(
-      {"type": task},
-      {
-        "name": f"{row.dataset}, {row.condition.name}",
-        "type": row.dataset,
-        "config": row.condition.name,
-        "split": "test",
-      },
-      [_metric(row)],
-    )
-    for row in rows
-  ]
-  known = _Known(
-    name=run.name,
-    training=_trained(run),
-    measured=titles.title(rows[0]) if rows else "",
-    stages=[
-      (k, stage.name, stage.finished().product) for k, stage in run.stages.items()
-    ],
-  )
-  return _Front(
-    license=licence,
-    library_name="fidelity_jax",
-    pipeline_tag=task,
-    tags=list(dict.fromkeys([*tags, *others])),
-    index=[_Index(run.name, measured)] if measured else kept.index,
-    fidelity_jax=kept.fidelity_jax or known,
-  )
+  more = others.get("tags") or []
+  more = [more] if isinstance(more, str) else more
+  tags += [tag for tag in more if tag not in _KINDS.values()]
+  found = {
+    "library_name": "fidelity_jax",
+    "pipeline_tag": task,
+    "tags": list(dict.fromkeys(tags)),
+    "fidelity_jax": msgspec.to_builtins(known),
+  }
+  if known.results:
+    measured = [_measured(one, task, known) for one in known.results]
+    found["model-index"] = [{"name": known.name, "results": measured}]
+  return found
 
 
-def _metric(row: Row) -> _Metric:
-  kind, name, scale = "mae", "error of the map", 1
-  if row.accuracy is not None:
-    kind, name, scale = "accuracy", "accuracy", 100
-  elif row.psnr is not None:
-    kind, name = "psnr", "PSNR, dB"
-  args = _Arguments(row.low / scale, row.high / scale, row.images, row.rounds)
-  return _Metric(kind, row.value / scale, name, args)
+def _measured(result: Result, task: str, known: Known) -> dict[str, Any]:
+  """Returns a result as Hugging Face has it: an accuracy is of 1."""
+  scale = 100 if result.metric == "accuracy" else 1
+  metric = {"type": result.metric, "value": result.value / scale}
+  return {
+    "task": {"type": task},
+    "dataset": {
+      "name": f"{known.dataset}, {result.condition}",
+      "type": known.dataset,
+      "config": result.condition,
+      "split": "test",
+    },
+    "metrics": [metric | {"name": _SHOWN[result.metric][0]}],
+  }
 
 
 def _introduction(run: Run) -> str:
@@ -372,39 +396,32 @@ def _trained(run: Run) -> str:
   return found
 
 
-def _training(known: _Known, measured: Sequence[_Measured]) -> str:
-  if not measured:
-    return f"{known.training} Nothing was measured."
-  names = dict.fromkeys(one.dataset.get("config", UNKNOWN) for one in measured)
-  return (
-    f"{known.training} Measured on {', '.join(names)} images of it, and on no others."
-  )
+def _training(known: Known) -> str:
+  if not known.results:
+    return f"{known.training} Nothing was measured here."
+  names = ", ".join(dict.fromkeys(one.condition for one in known.results))
+  return f"{known.training} Measured on {names} images of it, and on no others."
 
 
-def _results(known: _Known, measured: Sequence[_Measured]) -> str:
-  found = [(one.dataset, metric) for one in measured for metric in one.metrics]
-  if not found:
-    return "Not evaluated."
-  kind = found[0][1].type
-  header, scale, digits = _SHOWN.get(kind, (kind, 1, 4))
-  shown = lambda value: f"{round(scale * value, 9):.{digits}f}"
-  cells = []
-  for dataset, metric in found:
-    if metric.type == kind:
-      row, args = [dataset.get("config", UNKNOWN), shown(metric.value)], metric.args
-      told = [UNKNOWN, UNKNOWN]
-      if args is not None:
-        told = [
-          f"{shown(args.low)} to {shown(args.high)}",
-          f"{args.images} x {args.rounds}",
-        ]
-      cells.append(row + told)
-  header = ("condition", header, "95 % interval", "test images x draws of noise")
-  title = f"{known.measured}:\n\n" if known.measured else ""
-  return title + _table(header, cells)
+def _results(known: Known, others: bool) -> str:
+  """Returns a table of what was measured; `others` may have measured more."""
+  if not known.results:
+    return "Others' are in this card's `model-index`." if others else "Not evaluated."
+  name, digits = _SHOWN[known.results[0].metric]
+  cells = [
+    (
+      one.condition,
+      f"{one.value:.{digits}f}",
+      f"{one.low:.{digits}f} to {one.high:.{digits}f}",
+      f"{one.images} x {one.rounds}",
+    )
+    for one in known.results
+  ]
+  header = ("condition", name, "95 % interval", "test images x draws of noise")
+  return f"{known.measured}:\n\n{_table(header, cells)}"
 
 
-def _origin(known: _Known, source: str | None, record: exported.Record | None) -> str:
+def _origin(known: Known, source: str | None, record: exported.Record | None) -> str:
   versions = record.versions if record else environment.versions()
   rows = [(role, f"`{stage}`", f"`{product}`") for role, stage, product in known.stages]
   lines = [_table(("network", "stage", "digest of what it gave"), rows)] if rows else []

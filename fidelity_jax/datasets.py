@@ -43,7 +43,13 @@ class Datasets:
     config.cache = None
     return self.load(config, split)
 
-  def fingerprint(self, config: ConfigDict) -> str:
-    """Returns the fingerprint of what a stage is trained and selected on."""
+  def fingerprint(self, config: ConfigDict, labelled: bool = True) -> str:
+    """Returns the fingerprint of what a stage is trained and selected on.
+
+    Args:
+      config: the dataset's.
+      labelled: whether the stage looks at labels.
+    """
     splits = [self.encoded(config, split) for split in ("train", "validation")]
-    return "-".join(dataset.fingerprint[:32] for dataset in splits)
+    of = lambda d: d.fingerprint if labelled else d.images_fingerprint
+    return "-".join(of(dataset)[:32] for dataset in splits)

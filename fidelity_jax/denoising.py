@@ -21,7 +21,7 @@ import numpy as np
 import skimage.metrics
 from flax import linen as nn
 
-from fidelity_jax import exported, files, platform, runs, tiling
+from fidelity_jax import exported, platform, runs, tiling
 from fidelity_jax.errors import UsageError
 
 PyTree = Any
@@ -59,7 +59,7 @@ def load(place: str | Path) -> Denoiser:
     UsageError, Missing, RunError: see `runs.find` and `exported.load`; UsageError also
       if there is no denoiser of grey or RGB images.
   """
-  if files.expand(place).suffix in exported.SUFFIXES:
+  if exported.is_file(place):
     made = exported.load(place)
     made.check_whole()
     whole = lambda image: made.whole(["restored"], image)["restored"]

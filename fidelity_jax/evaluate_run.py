@@ -17,13 +17,11 @@ counts, and what needs the clean images is left out.
 import argparse
 import dataclasses
 import pathlib
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
@@ -40,12 +38,14 @@ from fidelity_jax import (
   progress,
   report,
   results,
+  runs,
   schema,
   signals,
   stages,
   study,
   subjects,
 )
+from fidelity_jax.data import classes
 
 # What is measured against clean images, or steered by them.
 _NEED_CLEAN = ("restoration", "estimation", "oracle")
@@ -143,12 +143,12 @@ def _planned(
     dataset.max_pixels = config.dataset.max_pixels
     config.dataset = dataset
   else:
-    config = given.config(model, dataset)
+    config = given.config_for(model, dataset)
   if as_is or degradation:
     # It may be a list.
     del config.degradation
     config.degradation = ConfigDict({"kind": "clean" if as_is else degradation})
-  elif not own and not (model.record and model.record.degradation):
+  elif not own and model.about is None:
     progress.say(
       f"{model.name} does not say what degradation it is for: {given.DEGRADATION} is "
       "taken; --degradation=KIND names another."
@@ -197,38 +197,27 @@ def _with_classes(
     UsageError: it has others.
   """
   known, names = list(model.class_names), list(dataset.class_names)
-  trained_here = model.run.planned if model.run else model.record.stages
-  numbered = not trained_here and known == [str(i) for i in range(len(known))]
   others = [name for name in names if name not in known]
-  if others and numbered and len(names) == len(known):
-    # As people count: 2 comes before 10.
-    known = sorted(names, key=_natural)
+  if others and not model.classes_named and len(names) == len(known):
+    # As torchvision's ImageFolder and this package count them.
+    known = sorted(names)
+    shown = ", ".join(f"{i} is {name!r}" for i, name in enumerate(known[:12]))
     progress.say(
-      f"nobody named the classes of {model.name}: its {len(known)} are the sub-folders "
-      f"in their order, 0 is {known[0]!r}, {len(known) - 1} is {known[-1]!r}."
+      f"nobody named the {len(known)} classes of {model.name}: the sub-folders, sorted "
+      f"as text, are taken for them: {shown}{', ...' if len(known) > 12 else ''}."
     )
-  elif others and numbered:
+  elif not model.classes_named and not others:
+    progress.say(
+      f"nobody named the classes of {model.name}: the sub-folders' names are taken for "
+      f"their numbers, 0 to {len(known) - 1}."
+    )
+  elif others and not model.classes_named:
     raise errors.UsageError(
       f"nobody named the {len(known)} classes of {model.name}, and {folder} has "
       f"{len(names)} sub-folders: name them by numbers, 0 to {len(known) - 1}, or have "
       "one for each class, in the classes' order."
     )
-  elif others:
-    raise errors.UsageError(
-      f"{others[0]!r} is no class of this run ({errors.near(others[0], known)}): name "
-      f"the sub-folders as its classes, which are {', '.join(known[:8])}"
-      f"{', ...' if len(known) > 8 else ''}."
-    )
-  numbers = np.array([known.index(name) for name in names])
-  labels = numbers[np.asarray(dataset.labels)].astype(dataset.labels.dtype)
-  return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-  """Returns what sorts names with numbers in them by these, numbers first."""
-  parts = re.findall(r"[0-9]+|[^0-9]+", name)
-  numbers = [int(part) if part.isdecimal() else -1 for part in parts]
-  return [(n < 0, n, part) for n, part in zip(numbers, parts, strict=True)]
+  return classes.relabelled(dataset, known, model.name)
 
 
 def _tables(report_md: str) -> str:
@@ -260,6 +249,7 @@ def parser() -> boundary.Parser:
     "joined by + (what the run was made for; awgn if it does not say)",
   )
   made.add_argument("--rounds", type=int, help="draws of noise per image")
+  runs.add_wiring(made)
   return made
 
 
@@ -278,6 +268,7 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   stages.check_workdir(out)
   command = shlex.join(["fidelity_jax", "evaluate", *arguments])
   how = args.as_is, args.rounds, args.degradation
-  evaluate(inference.load(args.run), args.folder, out, *how, command)
+  model = inference.load(args.run, **runs.wiring_of(args))
+  evaluate(model, args.folder, out, *how, command)
   print(_tables(files.read_bytes(out / "report.md").decode()))
   print(f"report.html, tables and pictures: in {out}.")

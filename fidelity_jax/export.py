@@ -35,13 +35,11 @@ from fidelity_jax import (
   errors,
   exported,
   files,
-  given,
   models,
   platform,
   port,
   runs,
   signals,
-  stages,
 )
 from fidelity_jax.models import conv, pooling
 from fidelity_jax.port import storing
@@ -79,21 +77,29 @@ def export(
   if suffix == ".onnx":
     _jax2onnx()
   named = files.expand(place)
-  if named.suffix in exported.SUFFIXES and named.is_file():
+  if exported.is_file(named) and named.exists():
     raise errors.UsageError(
       f"{place} is a program with its weights inside, of which no other export can be "
       "made: name the run, the checkpoint or the exported directory that it came from."
     )
   run = runs.find(place)
   source = None if run.stages else port.content_digest(place)
-  kept = cards.metadata(named / "README.md") if port.is_ported(named) else {}
+  front, known = {}, None
+  if port.is_ported(named):
+    front, known = cards.kept(named / "README.md")
   if licence == cards.UNKNOWN:
-    licence = kept.get("license", licence)
+    licence = cards.licence_of(front)
+  known = known or cards.known_of(run)
   if not suffix:
     parts = _parts(run) if run.stages else port.load(place)
-    card = cards.card(run, path.name, licence, source, kept=kept)
+    card = cards.card(run, path.name, licence, source, known, front=front)
     port.save(parts, path, str(place), {"README.md": card})
     return
+  if getattr(run.method.restorer, "channels", 3) != 3:
+    raise errors.UsageError(
+      f"{place} takes grey images, and programs in exported files take colours: "
+      "export a directory, or restore by the checkpoint itself."
+    )
   program = Program(run, precision="float32" if suffix == ".onnx" else None)
   if program.size > LIMIT:
     raise errors.UsageError(
@@ -117,10 +123,10 @@ def export(
     source=source,
     licence=licence,
     versions=environment.versions(),
-    degradation=stages.as_json(run.planned.config.degradation) if run.planned else None,
-    facts=given.facts(run),
+    about=known.about,
+    classes_named=run.classes_named,
   )
-  card = cards.card(run, path.name, licence, source, record, kept)
+  card = cards.card(run, path.name, licence, source, known, record, front)
   # The record comes first: by it the others are known to be ours, also where writing
   # them stops. Beside another file, or none, it loads nothing.
   files.write_record(exported.record_path(path), record)

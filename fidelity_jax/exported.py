@@ -22,6 +22,22 @@ SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
 
 
+class About(msgspec.Struct, kw_only=True):
+  """What an experiment is about, which its networks do not tell.
+
+  Attributes:
+    degradation: that of its config, as `stages.as_json` has it.
+    rounds: draws of noise per test image.
+    seed: of that noise.
+    facts: what is known of the networks together; None without a classifier.
+  """
+
+  degradation: Any
+  rounds: int
+  seed: int
+  facts: rows.Facts | None
+
+
 class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   """What the JSON file beside an exported file holds.
 
@@ -43,10 +59,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: digest of the checkpoint that the networks came from, None for stages.
     licence: of the weights, "unknown" if nobody said.
     versions: of the libraries that exported it.
-    degradation: what the experiment is about, `degradation` of its config as
-      `stages.as_json` has it; None for a checkpoint, and where it was not noted.
-    facts: what is known of the networks together; None without a classifier, and where
-      it was not noted.
+    about: for whoever measures them; None where nobody knows.
+    classes_named: False if the names of the classes are only their numbers.
     format: version of this record.
   """
 
@@ -64,9 +78,9 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
   source: str | None
   licence: str
   versions: dict[str, str]
-  degradation: Any = None
-  facts: rows.Facts | None = None
+  about: About | None = None
   radius: dict[str, int] | None = None
+  classes_named: bool = True
   format: int = 1
 
 
@@ -197,6 +211,12 @@ class Exported:
     channels = [self.record.outputs[name][-1] for name in outputs]
     parts = np.split(joined, np.cumsum(channels)[:-1], -1)
     return dict(zip(outputs, parts, strict=True))
+
+
+def is_file(place: str | os.PathLike) -> bool:
+  """Returns whether a path is written as an exported file's, and no directory's."""
+  path = files.expand(place)
+  return path.suffix in SUFFIXES and not os.path.isdir(path)
 
 
 def record_path(path: pathlib.Path) -> pathlib.Path:

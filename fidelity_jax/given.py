@@ -19,7 +19,7 @@ from fidelity_jax.subjects import Given, Subject
 DEGRADATION = "awgn"
 
 
-def whole(method: Method, source: str | None) -> Compared:
+def together(method: Method, source: str | None) -> Compared:
   """Returns what all networks of a method that classifies do together.
 
   Args:
@@ -38,11 +38,24 @@ def facts(run: runs.Run) -> Facts | None:
     return None
   if planned is None:
     known = _of_checkpoint(run)
-    return known.of(whole(method, known.source))
+    return known.of(together(method, known.source))
   found = subjects.of_experiment(planned.config, planned.last, planned.further)
   source = next((s.facts.source for s in found if s.compared.steered), None)
-  together = whole(method, source)
-  return next(s.facts for s in found if s.compared == together)
+  compared = together(method, source)
+  return next(s.facts for s in found if s.compared == compared)
+
+
+def about(run: runs.Run) -> exported.About | None:
+  """Returns what a run's experiment is about; None for a checkpoint."""
+  if run.planned is None or "evaluation" not in run.planned.config:
+    return None
+  config = run.planned.config
+  return exported.About(
+    degradation=stages.as_json(config.degradation),
+    rounds=config.evaluation.rounds,
+    seed=config.evaluation.seed,
+    facts=facts(run),
+  )
 
 
 def _of_checkpoint(run: runs.Run) -> Facts:
@@ -66,9 +79,9 @@ def _of_checkpoint(run: runs.Run) -> Facts:
 
 def _of_file(record: exported.Record) -> Facts:
   """Returns what is known of an exported file's networks."""
-  if record.facts is not None:
-    return msgspec.structs.replace(record.facts, precision=record.precision)
-  # An earlier version noted nothing of them.
+  if record.about is not None and record.about.facts is not None:
+    return msgspec.structs.replace(record.about.facts, precision=record.precision)
+  # Of a checkpoint's, and of those of earlier versions, nothing is noted.
   source = "oracle" if "clean" in record.inputs else "estimated"
   mapped = "fidelity_map" in record.outputs
   return Facts(
@@ -86,7 +99,7 @@ def _of_file(record: exported.Record) -> Facts:
   )
 
 
-def config(model: inference.Model, dataset: ConfigDict) -> ConfigDict:
+def config_for(model: inference.Model, dataset: ConfigDict) -> ConfigDict:
   """Returns an experiment's config for networks that come without one.
 
   Args:
@@ -94,15 +107,18 @@ def config(model: inference.Model, dataset: ConfigDict) -> ConfigDict:
     dataset: the config of the images that they are to be measured on.
   """
   # It names files.
-  name = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII)[:100]
+  name = re.sub(r"[^\w.-]+", "-", model.name)[:100]
   made = common.experiment(name, "calibration", "")
   common.evaluation(made, "")
   made.evaluation.batch_size = inference.BATCH
   made.dataset = dataset
-  noted = model.record and model.record.degradation
   # It may be a list.
   del made.degradation
-  made.degradation = stages.from_json(noted or {"kind": DEGRADATION})
+  made.degradation = ConfigDict({"kind": DEGRADATION})
+  if model.about is not None:
+    made.degradation = stages.from_json(model.about.degradation)
+    made.evaluation.rounds = model.about.rounds
+    made.evaluation.seed = model.about.seed
   made.fidelity = ConfigDict({"map": model.map_name})
   if model.run is not None:
     made.fidelity.source = _of_checkpoint(model.run).source
@@ -115,7 +131,7 @@ def of_model(model: inference.Model, config: ConfigDict) -> list[Subject]:
 
   Args:
     model: the networks, of a checkpoint or an exported file; they classify.
-    config: see `config`.
+    config: see `config_for`.
   """
   if model.run is not None:
     method, known = model.run.method, _of_checkpoint(model.run)

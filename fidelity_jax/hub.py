@@ -39,7 +39,7 @@ def push(
   """
   repo, _, revision = huggingface.parsed(address, file=False)
   hub, path = huggingface.library(), files.expand(place)
-  is_file = path.suffix in exported.SUFFIXES and not path.is_dir()
+  is_file = exported.is_file(path)
   if licence != cards.UNKNOWN and (is_file or port.is_ported(path)):
     raise errors.UsageError(
       f"{path} is exported already, its card has a licence: export it again with "

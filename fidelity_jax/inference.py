@@ -11,7 +11,6 @@ import functools
 import itertools
 import operator
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -149,6 +148,8 @@ class _Read(NamedTuple):
 class Model:
   """Networks that take images of any size.
 
+  Attributes are as `__init__` takes them.
+
   Calls from several threads at a time are safe. A program is compiled once for each
   size of batch, of which there are six (`BATCH`).
   """
@@ -163,6 +164,7 @@ class Model:
     needs_clean: bool,
     map_name: str,
     digest: str,
+    classes_named: bool = True,
     run: runs.Run | None = None,
     file: exported.Exported | None = None,
   ):
@@ -176,6 +178,7 @@ class Model:
       needs_clean: whether the map is made from clean images.
       map_name: "l1", "l2" or "cosine".
       digest: tells whether two models are the same.
+      classes_named: False if their names are only their numbers.
       run: where the networks came from; None for an exported file.
       file: the exported file; None for a run.
     """
@@ -183,11 +186,17 @@ class Model:
     self.name, self.image_size, self.run = name, image_size, run
     self.class_names, self.needs_clean = tuple(class_names), needs_clean
     self.map_name, self.digest = map_name, digest
+    self.classes_named = classes_named
 
   @property
   def record(self) -> exported.Record | None:
     """What is noted of the exported file; None for a run."""
     return self.file and self.file.record
+
+  @property
+  def about(self) -> exported.About | None:
+    """What an exported file notes of the experiment that it came from, if any."""
+    return self.record and self.record.about
 
   def __call__(
     self,
@@ -390,7 +399,11 @@ def load(place: str | os.PathLike, **wiring: str) -> Model:
     UsageError: there is nothing of the kind.
     RunError: it is not finished, or damaged.
   """
-  if pathlib.PurePath(place).suffix in exported.SUFFIXES:
+  if exported.is_file(place):
+    if wiring:
+      raise errors.UsageError(
+        f"{place} knows how its map is made: leave {' and '.join(wiring)} out."
+      )
     made = exported.load(place)
     return Model(
       made,
@@ -400,6 +413,7 @@ def load(place: str | os.PathLike, **wiring: str) -> Model:
       needs_clean="clean" in made.record.inputs,
       map_name=made.record.map_name,
       digest=made.record.digest,
+      classes_named=made.record.classes_named,
       file=made,
     )
   run = runs.find(place, **wiring)
@@ -412,6 +426,7 @@ def load(place: str | os.PathLike, **wiring: str) -> Model:
     needs_clean=run.needs_clean,
     map_name=run.method.map_name,
     digest=run.digest,
+    classes_named=run.classes_named,
     run=run,
   )
 

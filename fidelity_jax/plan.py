@@ -146,7 +146,8 @@ class _Contents:
   def __call__(self, config: ConfigDict) -> stages.Content:
     images = weights = ""
     with self._noting():
-      images = self._datasets.fingerprint(config.dataset)
+      labelled = tasks.KINDS[config.kind].labelled
+      images = self._datasets.fingerprint(config.dataset, labelled)
     given = assembly.weights_of(config)
     with self._noting():
       weights = self._digest(given)
@@ -213,6 +214,17 @@ def check(plan: list[stages.Stage], datasets: Datasets) -> None:
       mesh = sharding.make_mesh(stage.config.batch_size)
       sharding.check_batch(mesh, stage.config.batch_size, stage.kind.name)
       assembly.check(stage, classes, given)
+      _check_names(stage, datasets, given)
+
+
+def _check_names(
+  stage: stages.Stage, datasets: Datasets, given: port.Part | None
+) -> None:
+  """Raises UsageError if labels do not count a given classifier's classes."""
+  named = given.config.get("class_names") if given else None
+  if named and not stage.config.model.get("new_head", True):
+    dataset = datasets.encoded(stage.config.dataset, "train")
+    data.check_classes(dataset, named)
 
 
 def _check_data(stage: stages.Stage, datasets: Datasets) -> int:

@@ -32,6 +32,7 @@ from fidelity_jax import (
   photos,
   platform,
   progress,
+  runs,
   signals,
   streams,
 )
@@ -310,6 +311,7 @@ def parser() -> boundary.Parser:
     metavar="DIR",
     help="clean images of the same names, for runs on the true fidelity map",
   )
+  runs.add_wiring(made)
   return made
 
 
@@ -328,10 +330,11 @@ def _predict(args: argparse.Namespace) -> None:
     raise errors.UsageError("--full draws whole images: say where with --out=DIR.")
   out = None if args.out is None else files.expand(args.out).resolve()
   chosen = find(args.images, out)
-  model = inference.load(args.run)
+  wiring = runs.wiring_of(args)
+  model = inference.load(args.run, **wiring)
   _check(model, args)
   writes = {"jsonl": _as_json, "csv": _as_csv(args.top), "table": _as_table(chosen)}
-  of = [model.digest, args.top, args.clean is not None, args.full]
+  of = [model.digest, wiring, args.top, args.clean is not None, args.full]
   with contextlib.nullcontext() if out is None else _Kept(out, of) as kept:
     try:
       problems = _tell(

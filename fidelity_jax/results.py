@@ -12,6 +12,7 @@ from fidelity_jax import (
   claims,
   data,
   environment,
+  errors,
   evaluate,
   examples,
   files,
@@ -169,6 +170,11 @@ def check_class(
   """Raises UsageError if a study is to show a class that its images have not."""
   if "activations" in work.sections:
     for one in filter(_classifies, planned.experiments):
+      if tasks.base.own_labels(one.config):
+        raise errors.UsageError(
+          "config.labels=self: images of one class are shown, and they have no labels: "
+          "leave it, or config.sections' activations, out."
+        )
       examples.of_class(tests[one.name], work.class_name)
 
 

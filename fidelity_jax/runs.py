@@ -5,6 +5,7 @@ of the authors' code, or a classifier or denoiser alone. `inference.load` makes
 something of it that takes images.
 """
 
+import argparse
 import dataclasses
 import glob
 import os
@@ -16,10 +17,12 @@ import jax
 from fidelity_jax import (
   assembly,
   errors,
+  fidelity,
   files,
   models,
   plan,
   port,
+  progress,
   stages,
   tasks,
   workdirs,
@@ -55,6 +58,7 @@ class Run:
     planned: the experiment, its stages finished; None for a checkpoint.
     stages: the stages of the networks, by role; none for a checkpoint.
     backbone: name of a checkpoint's classifier's network, None without one.
+    classes_named: whether somebody named the classes.
   """
 
   name: str
@@ -67,6 +71,7 @@ class Run:
   planned: plan.Planned | None = None
   stages: "dict[str, stages.Stage]" = dataclasses.field(default_factory=dict)
   backbone: str | None = None
+  classes_named: bool = True
 
   @property
   def needs_clean(self) -> bool:
@@ -95,12 +100,20 @@ def find(
     UsageError: there is nothing of the kind, or several.
     RunError: it is not finished, or damaged.
   """
+  asked = {"map_name": map_name, "estimator_input": estimator_input}
+  asked = {k: v for k, v in asked.items() if v is not None}
   path = files.expand(place)
-  if directory := _experiment_directory(path):
-    return _of_experiments(directory, None)
+  directory, name = _experiment_directory(path), None
   given = path.is_file() or (path.is_dir() and port.holds_weights(path))
-  if not given and (directory := _experiment_directory(path.parent)):
-    return _of_experiments(directory, path.name)
+  if directory is None and not given:
+    directory, name = _experiment_directory(path.parent), path.name
+  if directory is not None:
+    if asked:
+      raise errors.UsageError(
+        f"{place} is an experiment, which knows how its map is made: leave "
+        f"{' and '.join(asked)} out."
+      )
+    return _of_experiments(directory, name)
   if path.is_dir() and not given:
     raise errors.UsageError(
       f"{path} is neither an experiment's directory, which has {_RECORD}, nor one that "
@@ -108,11 +121,10 @@ def find(
     )
   if not path.exists() and not port.is_name(str(place)):
     raise errors.UsageError(
-      f"there is no {path}: name an experiment's directory in a workdir, a checkpoint "
-      f"or an exported file{_nearby(path.parent)}"
+      f"there is no {path}: name an experiment's directory in a workdir, or a "
+      f"checkpoint{_nearby(path.parent)}"
     )
-  asked = {"map_name": map_name, "estimator_input": estimator_input}
-  return _of_checkpoint(place, {k: v for k, v in asked.items() if v is not None})
+  return _of_checkpoint(place, asked)
 
 
 def _experiment_directory(path: pathlib.Path) -> pathlib.Path | None:
@@ -202,6 +214,7 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
   if "dncnn" in parts:
     parts["restorer"] = parts.pop("dncnn")
   loaded, names, image_size, described, backbone = {}, (), IMAGE_SIZE, {}, None
+  named = True
   for role, part in parts.items():
     config = {k: v for k, v in part.config.items() if k not in WIRING}
     described |= {k: v for k, v in part.config.items() if k in WIRING}
@@ -211,7 +224,8 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
       classes = config["num_classes"]
       module = models.create(config["model"], classes)
       loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
-      names = config["class_names"] or map(str, range(classes))
+      named = config["class_names"] is not None
+      names = config["class_names"] if named else map(str, range(classes))
       image_size = config.get("image_size", IMAGE_SIZE)
       backbone = config["model"]["name"]
   classifier = loaded["classifier"].network if "classifier" in loaded else None
@@ -242,6 +256,10 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
     )
   networks = {"classifier": None, "restorer": None, **_networks(loaded)}
   method = Method(**networks, **wiring | asked)
+  unsaid = _unsaid(method, described | asked)
+  if unsaid:
+    taken = " and ".join(f"--{name}={getattr(method, name)}" for name in unsaid)
+    progress.say(f"{place} does not say how its map is made: {taken} is taken.")
   variables = {role: frozen.variables for role, frozen in loaded.items()}
   return Run(
     name=pathlib.PurePath(place).stem,
@@ -251,4 +269,33 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
     class_names=tuple(names),
     digest=port.content_digest(place),
     backbone=backbone,
+    classes_named=named,
   )
+
+
+def _unsaid(method: Method, said: dict[str, str]) -> list[str]:
+  """Returns which of `WIRING` matters to a method and was not said."""
+  matters = []
+  if method.calibration is not None or method.estimator is not None:
+    matters.append("map_name")
+  if method.estimator is not None:
+    matters.append("estimator_input")
+  return [name for name in matters if name not in said]
+
+
+def add_wiring(parser: argparse.ArgumentParser) -> None:
+  """Adds the options for what `find` is told of a checkpoint."""
+  unsaid = "of a checkpoint that does not say it:"
+  parser.add_argument(
+    "--map_name", choices=fidelity.MAPS, help=f"{unsaid} how the fidelity map is made"
+  )
+  parser.add_argument(
+    "--estimator_input",
+    choices=("degraded", "restored"),
+    help=f"{unsaid} the images that the map is estimated from",
+  )
+
+
+def wiring_of(args: argparse.Namespace) -> dict[str, str]:
+  """Returns what these options say, for `find`."""
+  return {name: value for name in WIRING if (value := getattr(args, name)) is not None}

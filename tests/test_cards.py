@@ -93,7 +93,8 @@ def test_a_checkpoint_is_said_to_be_unknown(exports, tmp_path):
   part = port.load(exports / "weights")["restorer"]
   port.save({"restorer": part}, tmp_path / "restorer", "toy")
   run = runs.find(tmp_path / "restorer")
-  metadata, body = parts(cards.card(run, "x.onnx", "unknown", "0" * 64))
+  known = cards.known_of(run)
+  metadata, body = parts(cards.card(run, "x.onnx", "unknown", "0" * 64, known))
   assert metadata["pipeline_tag"] == "image-to-image"
   assert "model-index" not in metadata
   assert "Dataset and degradation: unknown" in body
@@ -138,34 +139,45 @@ def test_a_card_goes_along_from_a_directory(exports, toy_run, tmp_path):
 
 
 def test_what_others_add_to_a_card(exports, tmp_path):
-  """Fields that no export writes go along, and results of another form."""
+  """Fields that no export writes go along, whatever Hugging Face allows in them."""
   place = tmp_path / "restorer"
   port.save({"restorer": port.load_part(exports / "weights", "restorer")}, place, "toy")
   card = place / "README.md"
   result = {
     "task": {"type": "image-to-image"},
-    "dataset": {"name": "Set12", "type": "set12"},
-    "metrics": [{"type": "psnr", "value": 30.5}],
+    "dataset": {"name": "BSD68", "type": "bsd68", "args": {"sigma": 25}},
+    "metrics": [{"type": "psnr", "value": "29.2", "args": {"max_val": 1}}],
     "source": {"name": "theirs", "url": "https://example.org"},
   }
   told = {
     "license": "other",
     "license_name": "ours",
     "language": ["en"],
+    "tags": "denoising",
     "model-index": [{"name": "dncnn", "results": [result]}],
   }
-  card.write_text(f"---\n{yaml.safe_dump(told)}---\n# About: {{[`it`\n")
+  card.write_text(f"---\n{yaml.safe_dump(told)}---\n# About: {{[`it`\f\n")
   export.export(place, tmp_path / "copy")
   metadata, body = parts((tmp_path / "copy" / "README.md").read_text())
+  assert "denoising" in metadata["tags"] and "safetensors" in metadata["tags"]
+  del told["tags"]
   assert {name: metadata[name] for name in told} == told
-  assert "| unknown | 30.50 | unknown | unknown |" in body
+  # What they measured is theirs to say.
+  assert "Others' are in this card's `model-index`" in body and "29.2" not in body
+  assert "Nothing was measured here." in body
   export.export(place, tmp_path / "copy", licence="mit")
   metadata, _ = parts((tmp_path / "copy" / "README.md").read_text())
   assert metadata["license"] == "mit" and "license_name" not in metadata
+  # A page that is no card says nothing that is kept.
+  for text in ("", "# My denoiser\n\nTrained on my photos: it works.\n", "---\n---\n"):
+    card.write_text(text)
+    export.export(place, tmp_path / "copy")
+    metadata, _ = parts((tmp_path / "copy" / "README.md").read_text())
+    assert metadata["license"] == "unknown" and "Trained on my photos" not in metadata
   for text in (
-    "# No YAML: {[\n",
-    "---\nlicense: [mit, x]\n---\n",
-    "---\nmodel-index: 1\n---",
+    "---\nlicense: [mit\n---\n",
+    "---\nfidelity_jax: 1\n---",
+    "---\n1\n---\n",
   ):
     card.write_text(text)
     with pytest.raises(errors.RunError, match="mend the YAML at its top"):
@@ -176,7 +188,8 @@ def test_what_others_add_to_a_card(exports, tmp_path):
 def test_names_of_classes_are_no_markdown(exports):
   run = runs.find(exports / "weights")
   names = ("a|b", "*c*", "[d](e)", "line\nline", "é")
-  text = cards.card(dataclasses.replace(run, class_names=names), "x", "unknown", "0")
+  run, known = dataclasses.replace(run, class_names=names), cards.known_of(run)
+  text = cards.card(run, "x", "unknown", "0", known)
   assert r"a\|b, \*c\*, \[d\](e), line?line, é" in text
 
 

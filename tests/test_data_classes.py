@@ -8,6 +8,7 @@ from test_data_sources import config, load_all
 
 from fidelity_jax import data
 from fidelity_jax.data import classes
+from fidelity_jax.data import dataset as datasets
 from fidelity_jax.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
@@ -51,10 +52,36 @@ def test_a_file_of_names(folder, tmp_path):
   ]
 
 
+def test_every_class_is_found_by_its_own_name():
+  """Also where two differ in letter case alone; then no other spelling will do."""
+  names = list(classes.imagenet().values())
+  own = _of_names(names)
+  np.testing.assert_array_equal(classes.relabelled(own, names, "x").labels, range(1000))
+  spelled = _of_names([name.upper().replace(" ", "_") for name in names])
+  with pytest.raises(UsageError, match=r"'CARDIGAN' is no class of x; did you mean"):
+    classes.relabelled(spelled, names, "x")
+  others = [i for i, name in enumerate(names) if name.lower() != "cardigan"]
+  found = classes.relabelled(spelled.select(others), names, "x")
+  np.testing.assert_array_equal(found.labels, others)
+  known = _of_names(list(classes.imagenet()))
+  np.testing.assert_array_equal(
+    classes.relabelled(known, names, "x").labels, range(1000)
+  )
+
+
+def _of_names(names):
+  """Returns a dataset of one image of each class."""
+  keys = tuple(map(str, range(len(names))))
+  records = datasets.MemoryRecords((b"",) * len(names))
+  labels = np.arange(len(names), dtype=np.int32)
+  return datasets.Dataset("x", "train", records, keys, labels, tuple(names))
+
+
 @pytest.mark.parametrize(
   ("names", "words"),
   [
     (None, "cannot read"),
+    ("Cat\ncat\nCAT\n", "'dog' is no class"),
     ("dog\n", "two classes or more"),
     ("dog\ndog\ncat\n", "none twice"),
     ("dog\ncats\n", "did you mean 'cats'?"),
@@ -94,6 +121,13 @@ def test_their_splits(folder):
   parts = load_all(config(folder, classes="imagenet", labels="self"))
   assert [len(part) for part in parts.values()] == [5, 3, 2]
   assert all(key.startswith("test/") for key in parts["test"].keys)
+
+
+def test_splits_without_train_are_refused(folder):
+  (folder / "cat").rename(folder / "val")
+  (folder / "dog").rename(folder / "test")
+  with pytest.raises(UsageError, match="'train' is missing"):
+    load_all(config(folder, classes="imagenet", labels="self"))
 
 
 def test_labels_are_dropped_and_the_splits_stay(folder):

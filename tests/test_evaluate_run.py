@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -23,7 +24,6 @@ from fidelity_jax import (
   files,
   given,
   runs,
-  stages,
 )
 
 _PROGRAM = ("-m", "fidelity_jax", "evaluate")
@@ -202,18 +202,30 @@ def _noted(exports, to, without=(), **changed):
 def test_an_exported_file_notes_what_it_is_for(toy_estimated, exports, tmp_path):
   run = runs.find(toy_estimated / "pretrained")
   record = exported.read_record(exports / "pretrained.jax")
-  assert record.degradation == stages.as_json(run.planned.config.degradation)
+  evaluation = run.planned.config.evaluation
+  assert (record.about.rounds, record.about.seed) == (evaluation.rounds, 0)
   blur = {"kind": "motion_blur", "level": {"tuple": [1, 5]}}
-  model = fidelity_jax.load(_noted(exports, tmp_path / "o.jax", degradation=blur))
-  config = given.config(model, data.default_config("folder"))
+  about = msgspec.to_builtins(record.about) | {"degradation": blur, "seed": 7}
+  model = fidelity_jax.load(_noted(exports, tmp_path / "o.jax", about=about))
+  config = given.config_for(model, data.default_config("folder"))
+  assert (config.evaluation.rounds, config.evaluation.seed) == (evaluation.rounds, 7)
   whole, *_ = given.of_model(model, config)
   names = ["clean", "motion_blur-5", "motion_blur-1d", "motion_blur-2d"]
   assert [condition.name for condition in whole.conditions] == names
-  assert whole.facts == record.facts == given.facts(run)
+  # What is known of them is what the experiment's own rows say.
+  path = experiment(toy_estimated, "pretrained") / "results.json"
+  rows = json.loads(path.read_text())["rows"]
+  own = next(r for r in rows if r["method"] == "pretrained" and r["ensemble"])
+  told = msgspec.to_builtins(whole.facts)
+  assert told == {name: own[name] for name in told} and len(told) == 11
+  # By way of a directory, whose card knows it.
+  export.export(toy_estimated / "pretrained", tmp_path / "weights")
+  export.export(tmp_path / "weights", tmp_path / "again.jax")
+  assert exported.read_record(tmp_path / "again.jax").about == record.about
   # Of an earlier version.
-  old = _noted(exports, tmp_path / "old.jax", ["facts", "degradation"])
+  old = _noted(exports, tmp_path / "old.jax", ["about"])
   model = fidelity_jax.load(old)
-  config = given.config(model, data.default_config("folder"))
+  config = given.config_for(model, data.default_config("folder"))
   found = given.of_model(model, config)
   methods = ["estimated", "restoration", "restoration", "estimation"]
   assert [subject.compared.method for subject in found] == methods
@@ -222,7 +234,7 @@ def test_an_exported_file_notes_what_it_is_for(toy_estimated, exports, tmp_path)
 
 @pytest.mark.slow
 def test_an_earlier_versions_file_is_taken_as_it_is(exports, tiles, tmp_path, capsys):
-  path = _noted(exports, tmp_path / "old.jax", ["facts", "degradation"])
+  path = _noted(exports, tmp_path / "old.jax", ["about"])
   out = tmp_path / "out"
   arguments = [path, tiles, f"--out={out}", "--as_is"]
   assert evaluate_run.main(list(map(str, arguments))) == 0
@@ -259,7 +271,7 @@ def checkpoint(theirs, tmp_path_factory):
 def numbered(tmp_path_factory):
   """As many folders; images of 1, 2 and 3 in those of class 0, 1 and 2."""
   root = tmp_path_factory.mktemp("numbered")
-  for number, name in enumerate(("2.cat", "10.dog", "b")):
+  for number, name in enumerate(("10.dog", "2.cat", "b")):
     (root / name).mkdir()
     for i in range(number + 1):
       pixels = photograph(224, 224, seed=10 * number + i)
@@ -278,10 +290,12 @@ def test_an_authors_checkpoint_is_evaluated(
   arguments = [checkpoint, numbered, f"--out={out}", f"--degradation={kind}"]
   assert evaluate_run.main(list(map(str, arguments))) == 0
   captured = capsys.readouterr()
-  assert "its 3 are the sub-folders in their order, 0 is '2.cat', 2" in captured.err
+  # The order is that of torchvision's ImageFolder.
+  assert "0 is '10.dog', 1 is '2.cat', 2 is 'b'." in captured.err
+  assert "--map_name=l1 and --estimator_input=degraded is taken" in captured.err
   assert "does not say what degradation" not in captured.err
   results = json.loads((out / "results.json").read_text())
-  assert results["class_names"] == ["2.cat", "10.dog", "b"]
+  assert results["class_names"] == ["10.dog", "2.cat", "b"]
   rows = results["rows"]
   assert {row["degradation"] for row in rows} == {kind}
   assert {(row["seed"], row["paper"]) for row in rows} == {(None, None)}
@@ -310,7 +324,7 @@ def test_an_experiment_is_asked_of_another_degradation(toy_estimated, tiles):
 
 
 def test_what_does_not_classify_or_fit_is_refused(
-  checkpoint, exports, numbered, tiles, tmp_path, refused
+  toy_estimated, checkpoint, exports, numbered, tiles, tmp_path, refused
 ):
   out = f"--out={tmp_path / 'out'}"
   two = tmp_path / "two"
@@ -325,7 +339,9 @@ def test_what_does_not_classify_or_fit_is_refused(
     ([checkpoint, numbered, out, "--degradation="], "unknown kind"),
     ([checkpoint, numbered, out, "--degradation=awgn", "--as_is"], "not allowed with"),
     ([checkpoint, two, out], "nobody named the 3 classes of given"),
-    ([exports / "pretrained.jax", numbered, out], "is no class of this run"),
+    ([exports / "pretrained.jax", numbered, out], "is no class of pretrained"),
+    ([exports / "pretrained.jax", tiles, out, "--map_name=l2"], "leave map_name out"),
+    ([toy_estimated / "oracle", tiles, out, "--map_name=l2"], "knows how its map"),
     ([exports / "oracle.jax", tiles, out, "--as_is"], clean),
     ([exports / "none.jax", tiles, out], "there is no exported file"),
   ):

@@ -309,6 +309,23 @@ def test_the_head_trains_first(networks, epochs):
   jax.tree.map(close, grads["head"], plain["head"])
 
 
+def test_a_classifier_agrees_with_itself(networks):
+  classifier, *_ = networks
+  task = tasks.ClassificationTask(
+    classifier=classifier,
+    inputs=_inputs(),
+    source="clean",
+    image_size=SIZE,
+    own_labels=True,
+  )
+  params, state = _jit(task.init)(jax.random.key(5), None)
+  wrong = _batch() | {"label": jnp.full(4, 7, jnp.int32)}
+  _, (_, metrics) = task.loss(
+    params, state, (), wrong, train=False, key=jax.random.key(0)
+  )
+  np.testing.assert_array_equal(metrics["accuracy"], 1)
+
+
 def test_restoration_and_estimation_work_on_patches(networks):
   _, method, variables = networks
   inputs = _inputs(patch_size=20, patch_stride=10)

@@ -4,6 +4,7 @@ A classifier that nobody trained further knows the classes that it was trained o
 an order of theirs, whatever images it is shown.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def imagenet() -> dict[str, str]:
   """Returns the names of ImageNet's 1000 classes by WordNet identifier.
 
   In the order of the logits of all networks that were trained on them. Names are
-  torchvision's, which has no two alike.
+  torchvision's, of which two differ in letter case alone: cardigan and Cardigan.
   """
   place = resources.files("fidelity_jax.data") / "lists" / "imagenet.txt"
   lines = place.read_text("utf-8").splitlines()
@@ -59,32 +60,34 @@ def names(given: str) -> tuple[str, ...]:
   return found
 
 
-def relabelled(dataset: Dataset, given: str) -> Dataset:
+def relabelled(dataset: Dataset, known: Sequence[str], of: str) -> Dataset:
   """Returns a dataset whose labels count given classes.
 
   Args:
-    dataset: its own classes are named as some of the given ones are, letter case and
-      underscores aside; ImageNet's by WordNet identifier, too.
-    given: see `names`.
+    dataset: its own classes are named as some of the given ones are; where that is
+      unique, letter case and underscores aside; ImageNet's by WordNet identifier, too.
+    known: names in the order of the logits.
+    of: whose classes these are, for messages.
 
   Raises:
     UsageError: it has others.
   """
-  known = names(given)
-  numbers = {_plain(name): number for number, name in enumerate(known)}
-  if given == IMAGENET:
-    numbers |= {identifier: number for number, identifier in enumerate(imagenet())}
-  present = np.bincount(dataset.labels, minlength=dataset.num_classes)
-  for name, count in zip(dataset.class_names, present, strict=True):
-    if count and _plain(name) not in numbers:
+  plain = collections.Counter(map(_plain, known))
+  numbers = {_plain(n): i for i, n in enumerate(known) if plain[_plain(n)] == 1}
+  if tuple(known) == names(IMAGENET):
+    numbers |= {identifier: i for i, identifier in enumerate(imagenet())}
+  numbers |= {name: i for i, name in enumerate(known)}
+  find = lambda name: numbers.get(name, numbers.get(_plain(name)))
+  own = [find(name) for name in dataset.class_names]
+  for label in np.unique(dataset.labels):
+    if own[label] is None:
+      name = dataset.class_names[label]
       near = errors.near(name, known)
-      raise errors.UsageError(
-        f"dataset.classes: '{name}' of dataset '{dataset.name}' is no class of {given}"
-        f"; {near if near.startswith('did') else 'rename it, or move it away'}"
-      )
-  own = [numbers.get(_plain(name), 0) for name in dataset.class_names]
-  labels = np.asarray(own, np.int32)[dataset.labels]
-  return dataclasses.replace(dataset, labels=labels, class_names=known)
+      if not near.startswith("did"):
+        near = f"these are {', '.join(known[:8])}{', ...' * (len(known) > 8)}"
+      raise errors.UsageError(f"{name!r} is no class of {of}; {near}")
+  labels = np.asarray([number or 0 for number in own], np.int32)[dataset.labels]
+  return dataclasses.replace(dataset, labels=labels, class_names=tuple(known))
 
 
 def unlabelled(dataset: Dataset, known: Sequence[str]) -> Dataset:

@@ -176,7 +176,7 @@ class Dataset:
     records: the encoded images.
     keys: a stable, unique name per record, e.g. "demo/astronaut/r03c05".
     labels: int32 [len], class numbers in [0, num_classes).
-    class_names: sorted names; the label is the position in this tuple.
+    class_names: the label is the position in this tuple.
     skipped: records that could not be used and are not part of the dataset.
     digests: of the content of each record, see `digest`; () before they are read.
     max_pixels: the largest image that is decoded, in pixels.
@@ -207,9 +207,17 @@ class Dataset:
     Two datasets with the same fingerprint train the same; a file that is added,
     removed, renamed, relabelled or changed changes it.
     """
+    return self._hash("\n".join(self.class_names), self.labels)
+
+  @functools.cached_property
+  def images_fingerprint(self) -> str:
+    """The same for what does without labels: over keys and content alone."""
+    return self._hash("", [""] * len(self))
+
+  def _hash(self, head: str, labels: Sequence) -> str:
     digests = self.digests or [digest(record) for record in self.records]
-    whole = hashlib.sha256("\n".join(self.class_names).encode())
-    for key, label, content in zip(self.keys, self.labels, digests, strict=True):
+    whole = hashlib.sha256(head.encode())
+    for key, label, content in zip(self.keys, labels, digests, strict=True):
       line = f"\0{key}\t{label}\t{content}"
       # File names need not be UTF-8.
       whole.update(line.encode("utf-8", "surrogateescape"))
@@ -272,5 +280,6 @@ def check_classes(dataset: Dataset, known: Sequence[str]) -> None:
   raise UsageError(
     f"dataset '{dataset.name}' has {dataset.num_classes} classes "
     f"({', '.join(dataset.class_names[:3])}, ...), but the classifier was trained on "
-    f"{first}: name one dataset for both"
+    f"{first}: name one dataset for both, or count the classifier's classes by "
+    "dataset.classes"
   )

@@ -63,7 +63,7 @@ def _from_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
   for part in parts or ("",):
     in_part = _class_images(root, part, skipped)
     if not any(in_part.values()):
-      hint = ""
+      hint = "; images without labels need --config.labels=self and dataset.classes"
       if part:
         hint = (
           f"; sort its images into class folders, or move '{part}' away: a missing val "
@@ -97,7 +97,13 @@ def _from_any_folder(root: Path) -> tuple[Dataset, splits.Chosen]:
     raise UsageError(f"dataset.path: {root} has no images")
   parts = [splits.NAMES.get(name.casefold()) for name in below]
   own = {}
-  if not loose and "train" in parts and None not in parts and len(parts) > 1:
+  divided = not loose and None not in parts
+  if divided and "train" not in parts:
+    raise UsageError(
+      f"dataset.path: {root} is divided into splits ({' and '.join(below)}), but "
+      "'train' is missing; add it, or give one of these"
+    )
+  if divided and len(parts) > 1:
     if len(set(parts)) < len(parts):
       raise UsageError(
         f"dataset.path: of {' and '.join(below)} in {root}, two mean the same split; "

@@ -127,7 +127,8 @@ def load(
     known = classes.names(config.classes) if config.classes else dataset.class_names
     dataset = classes.unlabelled(dataset, known)
   elif config.classes:
-    dataset = classes.relabelled(dataset, config.classes)
+    known, of = classes.names(config.classes), f"dataset.classes={config.classes}"
+    dataset = classes.relabelled(dataset, known, of)
   if config.cache is not None:
     return caches.decoded(dataset, config.cache, cache_dir)
   return dataset

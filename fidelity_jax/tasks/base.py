@@ -177,6 +177,7 @@ class Kind:
     label: config -> what tells stages of the kind apart at a glance.
     trained_from: config -> roles of the parents that it is trained from.
     evaluated_with: roles of further parents, which serve its evaluation alone.
+    labelled: whether it learns from labels.
     whole: whether its network is the whole method, with its parents' networks in it.
     evaluated: whether an experiment that ends in it is evaluated on test images.
     material: config -> fields that stand for others in the stage's identity; None for
@@ -190,6 +191,7 @@ class Kind:
   label: Callable[[ConfigDict], str]
   trained_from: Callable[[ConfigDict], tuple[str, ...]] = lambda config: ()
   evaluated_with: tuple[str, ...] = ()
+  labelled: bool = True
   whole: bool = False
   evaluated: bool = True
   material: Callable[[ConfigDict], dict[str, Any]] = lambda config: {}

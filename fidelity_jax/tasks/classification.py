@@ -22,6 +22,7 @@ class ClassificationTask(base.Task):
     image_size: side of the images, pixels.
     label_smoothing: see `base.smoothed_cross_entropy`.
     head_epochs: epochs in which the head trains alone; then all of it does.
+    own_labels: labels are what it says itself of the clean images; then nothing trains.
     initial: variables to start from, or None for random ones.
     new_head: start the last layers fresh even if `initial` has them.
     restorer: the frozen restorer; "restored" only.
@@ -34,6 +35,7 @@ class ClassificationTask(base.Task):
   image_size: int
   label_smoothing: float = 0.1
   head_epochs: int = 0
+  own_labels: bool = False
   initial: Any = None
   new_head: bool = True
   restorer: models.Restorer | None = None
@@ -52,8 +54,8 @@ class ClassificationTask(base.Task):
       if not self.new_head and given != self.classifier.num_classes:
         raise errors.UsageError(
           f"the head of the weights has {given} classes, and the dataset "
-          f"{self.classifier.num_classes}: name the dataset that it was trained on, or "
-          "set model.new_head=True"
+          f"{self.classifier.num_classes}: name the dataset that it was trained on, "
+          "count its classes by dataset.classes, or set model.new_head=True"
         )
       variables = models.transfer(variables, initial, self.new_head)
     return variables["params"], variables.get("batch_stats", {})
@@ -74,12 +76,17 @@ class ClassificationTask(base.Task):
     (logits, aux_logits), model_state = base.apply_trained(
       self.classifier, params, model_state, images, train, key
     )
-    entropy = lambda x: base.smoothed_cross_entropy(
-      x, batch["label"], self.label_smoothing
-    )
+    label = batch["label"]
+    if self.own_labels:
+      clean = self.classifier.normalize(clean)
+      (said, _), _ = base.apply_trained(
+        self.classifier, params, model_state, clean, False, key
+      )
+      label = jnp.argmax(said, -1)
+    entropy = lambda x: base.smoothed_cross_entropy(x, label, self.label_smoothing)
     # GoogLeNet's auxiliary heads count 0.3 each (docs/method.md, section 2).
     losses = entropy(logits) + sum(0.3 * entropy(aux) for aux in aux_logits)
-    metrics = {"loss": losses, "accuracy": base.correct(logits, batch["label"])}
+    metrics = {"loss": losses, "accuracy": base.correct(logits, label)}
     return jnp.mean(losses), (model_state, metrics)
 
 
@@ -117,6 +124,7 @@ def _make(config, parents, num_classes, inputs):
     image_size=config.dataset.image_size,
     label_smoothing=config.label_smoothing,
     head_epochs=config.get("head_epochs", 0),
+    own_labels=base.own_labels(config),
     new_head=config.model.new_head,
     restorer=parents.get("restorer"),
   )

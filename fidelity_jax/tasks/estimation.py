@@ -89,4 +89,5 @@ KIND = base.Kind(
   trained_from=lambda config: ("restorer",),
   evaluated=False,
   check=base.check_norm,
+  labelled=False,
 )

@@ -75,4 +75,5 @@ KIND = base.Kind(
   make=_make,
   label=lambda config: f"{config.model.name}{config.model.get('depth', '')}",
   check=base.check_norm,
+  labelled=False,
 )
