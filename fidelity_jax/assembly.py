@@ -192,7 +192,8 @@ def given_part(config: ConfigDict) -> port.Part | None:
   place = weights_of(config)
   if place is None:
     return None
-  return port.load_part(place, config.kind, config.model)
+  side = config.dataset.image_size
+  return port.load_part(place, config.kind, config.model, side)
 
 
 def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> None:

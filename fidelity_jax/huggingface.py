@@ -38,7 +38,7 @@ def parsed(address: str, file: bool = True) -> tuple[str, str | None, str | None
 
 
 def fetch(
-  address: str, choose: Callable[[Sequence[str]], Sequence[str]]
+  address: str, choose: Callable[[Sequence[str], bool], Sequence[str]]
 ) -> pathlib.Path:
   """Returns a file, or a directory of several, downloaded into the library's cache.
 
@@ -47,8 +47,9 @@ def fetch(
 
   Args:
     address: "hf:OWNER/NAME[/FILE][@REVISION]".
-    choose: returns the files to take of those that a repository has; of the address of
-      a file it is not asked.
+    choose: returns the files to take of those that a repository has, and is told
+      whether these are all, or, without a network, those of the cache; of the address
+      of a file it is not asked.
 
   Raises:
     UsageError: the address is none.
@@ -57,7 +58,7 @@ def fetch(
   repo, file, revision = parsed(address)
   hub = library()
   with speaking(hub, address):
-    names = [file] if file else choose(_names(hub, repo, revision))
+    names = [file] if file else choose(*_names(hub, repo, revision))
     if len(names) == 1:
       path = hub.hf_hub_download(repo, names[0], revision=revision)
     else:
@@ -65,10 +66,13 @@ def fetch(
   return pathlib.Path(path)
 
 
-def _names(hub: ModuleType, repo: str, revision: str | None) -> list[str]:
-  """Returns the files of a repository; without a network, those in the cache."""
+def _names(hub: ModuleType, repo: str, revision: str | None) -> tuple[list[str], bool]:
+  """Returns the files of a repository, and whether these are all.
+
+  Without a network they are those in the cache.
+  """
   try:
-    return hub.HfApi().list_repo_files(repo, revision=revision)
+    return hub.HfApi().list_repo_files(repo, revision=revision), True
   except (OSError, hub.errors.HTTPError) as error:
     response = getattr(error, "response", None)
     if response is not None and response.status_code < 500:
@@ -81,7 +85,8 @@ def _names(hub: ModuleType, repo: str, revision: str | None) -> list[str]:
     except hub.errors.LocalEntryNotFoundError:
       raise error from None
   root = pathlib.Path(place)
-  return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+  there = (path for path in root.rglob("*") if path.is_file())
+  return [str(path.relative_to(root)) for path in there], False
 
 
 def library() -> ModuleType:

@@ -27,6 +27,8 @@ from fidelity_jax import boundary, errors, signals
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
+_CONFIGS = os.path.join(os.path.dirname(__file__), "configs")
+
 
 def main(arguments: list[str]) -> int:
   """Runs the experiment that a command line names; returns the exit status.
@@ -144,7 +146,10 @@ def _with_own_fields(
 
   from fidelity_jax.models import own, registry
 
-  own.PLACES[:] = [os.path.dirname(os.path.abspath(file))]
+  place = os.path.dirname(os.path.abspath(file))
+  # The package's configs are no modules of users.
+  packaged = os.path.realpath(place) == os.path.realpath(_CONFIGS)
+  own.PLACES[:] = [] if packaged else [place]
   waiting, models = [config], []
   while waiting:
     held = waiting.pop(0)
@@ -197,7 +202,7 @@ def _existing(path: str) -> str:
     UsageError: nowhere.
   """
   folder, _, name = path.rpartition("/")
-  installed = os.path.join(os.path.dirname(__file__), "configs", name)
+  installed = os.path.join(_CONFIGS, name)
   if folder in ("", "configs") and not os.path.exists(path):
     path = installed if os.path.isfile(installed) else path
   if "\0" in path or not os.path.exists(path):

@@ -30,15 +30,15 @@ FLAG = Rule("True or False", lambda v: isinstance(v, bool))
 ANYTHING = Rule("anything", lambda v: True)
 TEXT = Rule("a text", lambda v: isinstance(v, str))
 NAME = Rule("a text that is not empty", lambda v: isinstance(v, str) and v != "")
-SHARE = Rule("a number from 0 to 1", lambda v: _is(v, numbers.Real) and 0 <= v <= 1)
-SMOOTHING = Rule("a number in [0, 1)", lambda v: _is(v, numbers.Real) and 0 <= v < 1)
+SHARE = Rule("a number from 0 to 1", lambda v: is_a(v, numbers.Real) and 0 <= v <= 1)
+SMOOTHING = Rule("a number in [0, 1)", lambda v: is_a(v, numbers.Real) and 0 <= v < 1)
 
 
 def whole(least: int, most: int) -> Rule:
   """A whole number from `least` to `most`."""
   return Rule(
     f"a whole number from {least} to {most}",
-    lambda v: _is(v, numbers.Integral) and least <= v <= most,
+    lambda v: is_a(v, numbers.Integral) and least <= v <= most,
   )
 
 
@@ -46,7 +46,7 @@ def number(above: float, most: float) -> Rule:
   """A number above `above` and up to `most`."""
   return Rule(
     f"a number above {above:g}, at most {most:g}",
-    lambda v: _is(v, numbers.Real) and above < v <= most,
+    lambda v: is_a(v, numbers.Real) and above < v <= most,
   )
 
 
@@ -85,7 +85,8 @@ def span(most: float) -> Rule:
   )
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: type) -> bool:
+  """Returns whether a value is of a kind of number; True and False are of none."""
   return isinstance(value, kind) and not isinstance(value, bool)
 
 

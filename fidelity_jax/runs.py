@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from fidelity_jax import (
   assembly,
@@ -164,6 +165,7 @@ def _of_experiments(directory: pathlib.Path, name: str | None) -> Run:
 
 def _of_experiment(directory: pathlib.Path, chosen: workdirs.Experiment) -> Run:
   config, workdir = stages.from_json(chosen.config), directory.parent
+  _check_code(config)
   last = tasks.calibration.last_config(config)
   last = stages.reopen(last, workdir / chosen.last)
   further = {
@@ -205,6 +207,14 @@ def _of_experiment(directory: pathlib.Path, chosen: workdirs.Experiment) -> Run:
   )
 
 
+def _check_code(config: ConfigDict) -> None:
+  """Refuses code that is not what the networks of a config were trained with."""
+  if config.kind == "classifier":
+    models.registry.check_code(config.model)
+  for parent in config.get("parents", {}).values():
+    _check_code(parent)
+
+
 def _networks(loaded: dict[str, assembly.Frozen]) -> dict[str, Any]:
   return {role: frozen.network for role, frozen in loaded.items()}
 
@@ -222,6 +232,7 @@ def _of_checkpoint(place: str | os.PathLike, asked: dict[str, str]) -> Run:
       loaded[role] = assembly.Frozen(models.DnCNN(**config), part.variables)
     elif role == "classifier":
       classes = config["num_classes"]
+      models.registry.check_code(config["model"])
       module = models.create(config["model"], classes)
       loaded[role] = assembly.Frozen(*models.fold(module, part.variables))
       named = config["class_names"] is not None

@@ -197,6 +197,8 @@ def _variables(place):
 def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   held = {path.name: path.read_bytes() for path in classifier.iterdir()}
   server.repos["timm/r18"] = {"private": False, "branches": {"main": held}}
+  two = {"a.pth": b"none", "model.safetensors": held["model.safetensors"]}
+  server.repos["me/two"] = {"private": False, "branches": {"main": two}}
   plan = ["train", "--config=configs/clean.py:demo", f"--workdir={tmp_path}/w"]
   plan += ["--dry_run", "--config.model.name=resnet18"]
   weights = "--config.model.weights="
@@ -205,8 +207,9 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
     ("port", "hf:timm/r18/model.safetensors@main", f"--to={tmp_path}/b"),
     (*plan, f"{weights}hf:timm/r18"),
     (*plan, f"{weights}{classifier}"),
+    ("port", "hf:me/two/a.pth", f"--to={tmp_path}/e"),
   )
-  assert [status for status, *_ in results] == [0] * 4, results
+  assert [status for status, *_ in results] == [0] * 4 + [2], results
   # Once, and nothing else.
   fetched = [line for line in server.requests if line.startswith("GET /timm/r18/")]
   assert len(fetched) == 1 and fetched[0].endswith("/model.safetensors")
@@ -215,6 +218,7 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
     (*plan, f"{weights}hf:timm/r18"),
     ("port", "hf:timm/r18", f"--to={tmp_path}/c"),
     ("port", "hf:timm/other", f"--to={tmp_path}/d"),
+    ("port", "hf:me/two", f"--to={tmp_path}/e"),
     url="http://127.0.0.1:9",
     HF_HUB_OFFLINE="1",
   )
@@ -222,6 +226,8 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   assert results[2][1] == results[3][1] == offline[0][1]
   assert offline[1][0] == 0
   assert offline[2][0] == 1 and "is not reached" in one_line(offline[2][2])
+  # What is there of a repository is not all that it has.
+  assert offline[3][0] == 1 and "hf:OWNER/NAME/FILE" in one_line(offline[3][2])
   # The numbers are the file's, and a directory of such a file is weights, too.
   want = _variables(classifier)
   for place in "abc":

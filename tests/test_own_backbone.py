@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import os
 import re
 import sys
 
@@ -13,9 +14,23 @@ import safetensors.numpy
 import torch_reference
 from conftest import ROOT
 from flax import traverse_util
+from ml_collections import ConfigDict
 
-from fidelity_jax import errors, main, models, port, schema, study
+from fidelity_jax import (
+  errors,
+  files,
+  main,
+  models,
+  port,
+  runs,
+  schema,
+  stages,
+  study,
+  workdirs,
+)
 from fidelity_jax.models import own, registry
+from fidelity_jax.port import __main__ as port_main
+from fidelity_jax.port import layouts, parts
 
 torch = pytest.importorskip("torch")
 PAGE = (ROOT / "docs" / "own_backbone.md").read_text()
@@ -57,6 +72,7 @@ def mynet():
 
 
 FOLDED = "  def folded(self):\n    return self.clone(norm=False)\n"
+DICT = "nn.module.dataclasses.field(default_factory=dict)"
 PROPERTY = "  @property\n  def feature_size(self):\n    return 4 * self.width\n"
 
 
@@ -80,6 +96,14 @@ PROPERTY = "  @property\n  def feature_size(self):\n    return 4 * self.width\n"
     ("class MyNet(", "class MyNet((", "their_module.py, line 10: SyntaxError"),
     ("jax.numpy", "jax.nunpy", "line 4: ModuleNotFoundError: No module named"),
     ("width: int = 16", "width: int", "missing 1 required positional argument"),
+    ("4 * self.width", "4 * self.widht", "AttributeError"),
+    ("self.norm, dtype", "self.norm, epsilon=0.1, dtype", "epsilon 0.1, and the class"),
+    (
+      "return x.mean",
+      'x = layers.BatchNorm(name="bn")(x)\n    return x.mean',
+      "ConvNorm",
+    ),
+    ("width: int = 16", f"width: int = 16\n  more: Any = {DICT}", "cannot be hashed"),
   ],
 )
 def test_what_is_wrong_is_one_line(refused, written, tmp_path, old, new, words):
@@ -196,6 +220,139 @@ def test_its_weights(written, tmp_path):
     port.load_part(tmp_path / "net.pth", "classifier")
 
 
+SPY = f"import pathlib\npathlib.Path(__file__ + '.ran').touch()\n{CODE}"
+
+
+def test_code_runs_only_if_it_is_what_a_directory_says(written, tmp_path, monkeypatch):
+  written(SPY)
+  (tmp_path / "box").mkdir()
+  for name in ("__init__", "inner"):
+    (tmp_path / "box" / f"{name}.py").write_text(SPY)
+  code = files.sha256(tmp_path / "their_module.py")
+  there = tmp_path / "ported"
+  for name in ("their_module:MyNet", "box.inner:MyNet"):
+    for said, words in (
+      ({}, "is without the SHA-256"),
+      ({"code": "0" * 64}, "not 0000"),
+    ):
+      model = {"name": name, **said}
+      described = {"model": model, "num_classes": 2, "class_names": None}
+      variables = {"params": {"x": np.zeros(1, "f4")}}
+      port.save({"classifier": port.Part(variables, described)}, there, "x")
+      with pytest.raises(errors.UsageError, match=words):
+        runs.find(there)
+      experiment = {"kind": "toy", "experiment": "toy"}
+      parents = {"classifier": {"kind": "classifier", "model": model}}
+      config = stages.as_json(ConfigDict(experiment | {"parents": parents}))
+      record = workdirs.Experiment(config, [], "toy", {}, ["a", "b"])
+      (tmp_path / "toy").mkdir(exist_ok=True)
+      path = tmp_path / "toy" / "experiment.json"
+      files.write_record(path, workdirs.Experiments([record]))
+      with pytest.raises(errors.UsageError, match=words):
+        runs.find(tmp_path / "toy")
+    registry.check_code({"name": name, "code": code})
+  with pytest.raises(errors.UsageError, match=r"no module 'box\.other'"):
+    registry.check_code({"name": "box.other:MyNet", "code": code})
+  assert not list(tmp_path.rglob("*.ran"))
+  registry.complete({"name": "their_module:MyNet", "code": code})
+  assert [path.name for path in tmp_path.rglob("*.ran")] == ["their_module.py.ran"]
+
+
+def test_the_code_that_runs_is_the_file_s(written, tmp_path, monkeypatch):
+  name = written()
+  (tmp_path / "their_front.py").write_text("from their_module import MyNet\n")
+  with pytest.raises(errors.UsageError, match=f"write '{name}'"):
+    own.find("their_front:MyNet")
+  # Imported before, as in a notebook, and edited since, or perhaps not.
+  name = written(f"{CODE}OTHER = MyNet\n", "their_notebook")
+  file = tmp_path / "their_notebook.py"
+  importlib.import_module("their_notebook")
+  with pytest.raises(errors.UsageError, match="start Python again"):
+    own.find(name)
+  os.utime(file, (1e9, 1e9))
+  code = files.sha256(file)
+  assert own.find(name).code == code
+  # Edited while it runs: what runs is as it was, and nothing is taken for what it is.
+  file.write_text("")
+  with pytest.raises(errors.UsageError, match="start Python again"):
+    own.find("their_notebook:OTHER")
+  assert registry.complete({"name": name, "code": code})["code"] == code
+
+
+def test_where_modules_are_looked_for(written, tmp_path, monkeypatch):
+  name = written()
+  beside = tmp_path / "beside"
+  beside.mkdir()
+  for module in ("their_module", "their_other"):
+    (beside / f"{module}.py").write_text(CODE)
+  monkeypatch.setattr(own, "PLACES", [])
+  (beside / "config.py").write_text((ROOT / "configs" / "oracle.py").read_text())
+  monkeypatch.chdir(ROOT)
+  _parsed(f"--config={beside}/config.py:demo")
+  assert own.PLACES == [str(beside)]
+  assert own.find(name).file == tmp_path / "their_module.py"
+  assert own.find("their_other:MyNet").file == beside / "their_other.py"
+  _parsed("--config=oracle.py:demo")
+  assert own.PLACES == []
+
+
+TABLE = re.search(r"  table = .*\n", CODE)[0]
+FLAT = ("x.mean((1, 2))", "nn.Dense(self.feature_size)(x.reshape(len(x), -1))")
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "flags", "words"),
+  [
+    ("(conv|bn)", "(conv)", [], ["table has no PyTorch name", "backbone/layer0/bn"]),
+    ("(conv|bn)", "(conv|bn", [], ["table has", "missing ), unterminated", "layer0"]),
+    ("\\2\\1", "\\3", [], ["table has", "invalid group reference"]),
+    (', ("head/logits", "fc")', ",", [], "table lacks the head"),
+    (
+      "x = layers.apply_tap(tap, 0",
+      "len(x, 0)\n    x = layers.apply_tap(tap, 0",
+      [],
+      ["their_module.py, line 27", "TypeError"],
+    ),
+    *(
+      (*FLAT, flags, ["Dense_0", words])
+      for flags, words in (([], r"table has no PyTorch name"),)
+    ),
+    ("16", "16", ["--image_size=0"], "--image_size is a number of pixels"),
+  ],
+)
+def test_what_is_wrong_with_porting_is_one_line(
+  refused, written, tmp_path, old, new, flags, words
+):
+  assert CODE.count(old) >= 1
+  name = written(CODE.replace(old, new, 1))
+  torch.save(mynet().state_dict(), tmp_path / "net.pth")
+  command = [tmp_path / "net.pth", f"--to={tmp_path}/to", f"--network={name}", *flags]
+  refused(command, 2, words, port_main.main)
+  assert not (tmp_path / "to").exists()
+
+
+def test_weights_in_our_names(refused, written, tmp_path, capsys):
+  # Its variables depend on the size of its images, and it takes no others.
+  name = written(CODE.replace(*FLAT))
+  module = models.create({"name": name}, 3)
+  shapes = layouts.variable_shapes(module, parts.image(32))
+  variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, "f4"), shapes)
+  flat = traverse_util.flatten_dict(variables, sep="/")
+  path = tmp_path / "ours.safetensors"
+  safetensors.numpy.save_file(flat, path)
+  (tmp_path / "names.txt").write_text("a\nb\nc\n")
+  command = [path, f"--to={tmp_path}/to", f"--network={name}"]
+  refused(command, 2, ["misshapen", "Dense_0/kernel (1024, 64)"], port_main.main)
+  command += ["--image_size=32", f"--class_names={tmp_path}/names.txt"]
+  assert port_main.main(list(map(str, command))) == 0, capsys.readouterr().err
+  run = runs.find(tmp_path / "to")
+  assert (run.image_size, run.class_names) == (32, ("a", "b", "c"))
+  part = port.load_part(path, "classifier", {"name": name}, 32)
+  assert (part.config["num_classes"], part.config["class_names"]) == (3, None)
+  safetensors.numpy.save_file({k: v for k, v in flat.items() if "head" not in k}, path)
+  refused(command, 2, "is no classifier: it has no head", port_main.main)
+
+
 FAMILY = """
 from fidelity_jax.models import Classifier, Family
 
@@ -216,3 +373,9 @@ def test_a_family_of_ones_own(written):
   module = models.create({"name": name}, 5, jnp.bfloat16)
   assert (module.backbone.width, module.head.hidden) == (4, (7,))
   assert registry.complete({"name": name})["width"] == 4
+  # It may have auxiliary heads, or go without those that the backbone is for.
+  code = CODE.replace("x.mean((1, 2)), ()", "x.mean((1, 2)), (x,)")
+  written(f"from fidelity_jax.models.backbone import WIDTH\n{code}{FAMILY}")
+  registry.check({"name": name}, 32)
+  with pytest.raises(errors.UsageError, match="nothing for auxiliary heads"):
+    registry.check({"name": name.replace("FAMILY", "MyNet")}, 32)

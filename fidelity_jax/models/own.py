@@ -7,13 +7,15 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import numbers
 import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 import types
 import typing
@@ -22,26 +24,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import traverse_util
 
 from fidelity_jax import errors, files, rules
 from fidelity_jax.models import folding, layers
 from fidelity_jax.models.backbone import Backbone, Family, Field, Layout
-from fidelity_jax.models.classifier import Classifier
+from fidelity_jax.models.classifier import AUXILIARY, Classifier
 
 _NAME = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*)")
-# Directories that modules are looked for in after the current one, and before those of
+# Directories that modules are looked for in after the current one and those of
 # `sys.path`: where the config is that the command was given.
 PLACES: list[str] = []
+# SHA-256 of the files of modules as `find` imported them.
+_CODES: dict[str, str] = {}
+# Networks import this module: what they are made of was read at about this time, or
+# later.
+_BEGUN = time.time()
 # What a config calls otherwise, and what all networks have.
 _NOT_FIELDS = ("parent", "name", "dtype")
 _TAKEN = ("weights", "new_head", "code")
-_IS = lambda kind: lambda v: isinstance(v, kind) and not isinstance(v, bool)
+_PACKAGE = __name__.partition(".")[0]
 # What a field of a class may hold, by its type.
 _FIELDS = {
   bool: Field(bool, rules.FLAG),
-  int: Field(int, rules.Rule("a whole number", _IS(numbers.Integral))),
-  float: Field(float, rules.Rule("a number", _IS(numbers.Real))),
+  int: Field(
+    int, rules.Rule("a whole number", lambda v: rules.is_a(v, numbers.Integral))
+  ),
+  float: Field(float, rules.Rule("a number", lambda v: rules.is_a(v, numbers.Real))),
   str: Field(str, rules.TEXT),
   tuple: Field(
     tuple, rules.Rule("values in brackets", lambda v: isinstance(v, tuple | list))
@@ -56,11 +66,13 @@ class Own(NamedTuple):
     family: it alone, as its one variant.
     file: where it is.
     code: SHA-256 of that file.
+    auxiliary: whether it may return inputs of auxiliary heads.
   """
 
   family: Family
   file: pathlib.Path
   code: str
+  auxiliary: bool
 
 
 def is_name(name: Any) -> bool:
@@ -74,13 +86,14 @@ def find(name: str) -> Own:
 
   Args:
     name: "my_module:MyNet", a subclass of `Backbone`, or a `Family` of one variant. The
-      module is looked for in the current directory, `PLACES` and `sys.path`.
+      module is looked for in the current directory, `sys.path` and `PLACES`.
 
   Raises:
-    errors.UsageError: there is no such module, it cannot be imported, or what it has is
-      no such network.
+    errors.UsageError: there is no such module, it cannot be imported, it was edited
+      after that, or what it has is no such network.
   """
   match = _NAME.fullmatch(name)
+  known = match["module"] in sys.modules
   module = _imported(name, match["module"])
   if getattr(module, "__file__", None) is None:
     raise errors.UsageError(
@@ -89,13 +102,28 @@ def find(name: str) -> Own:
     )
   file = pathlib.Path(module.__file__)
   with errors.while_doing(f"reading {file}"):
-    code = files.sha256(file)
+    code, late = files.sha256(file), file.stat().st_mtime > _BEGUN
+  imported = _CODES.get(match["module"], None if late else code)
+  if known and imported != code:
+    raise errors.UsageError(
+      f"model.name: {file} was written after this process began, and perhaps after it "
+      f"imported {match['module']}: start Python again."
+    )
+  _CODES[match["module"]] = code
   made = getattr(module, match["attribute"], None)
   if made is None:
     there = [k for k, v in vars(module).items() if _is_backbone(v) and v != Backbone]
     raise errors.UsageError(
       f"model.name: {file} has no {match['attribute']}; "
       f"{errors.near(match['attribute'], there)}"
+    )
+  defined = made.build if isinstance(made, Family) else made
+  home = getattr(defined, "__module__", match["module"])
+  # The package's own networks change with its version, like everything in it.
+  if home != match["module"] and not home.startswith(f"{_PACKAGE}."):
+    raise errors.UsageError(
+      f"model.name: {name!r} is defined in the module {home}, and not in {file}: write "
+      f"'{home}:{match['attribute']}'."
     )
   if isinstance(made, Family):
     if len(made.variants) != 1:
@@ -104,40 +132,102 @@ def find(name: str) -> Own:
         "of each, with one variant."
       )
     (fields,) = made.variants.values()
-    return Own(dataclasses.replace(made, variants={name: fields}), file, code)
+    return Own(dataclasses.replace(made, variants={name: fields}), file, code, True)
   if not _is_backbone(made):
     raise errors.UsageError(
       f"model.name: {name!r} is no Backbone: write class {match['attribute']}"
       "(fidelity_jax.models.Backbone)."
     )
-  return Own(_family(name, made, file), file, code)
+  return Own(_family(name, made, file), file, code, False)
 
 
 def _is_backbone(value: Any) -> bool:
   return inspect.isclass(value) and issubclass(value, Backbone)
 
 
-def _imported(name: str, module: str) -> types.ModuleType:
-  places = [os.getcwd(), *PLACES]
+def compare(name: str, code: str | None) -> None:
+  """Checks that a network's file is a certain one, before its module is imported.
+
+  Args:
+    name: as for `find`.
+    code: the SHA-256 that the file has to have; None, of a description that says none,
+      is refused.
+
+  Raises:
+    errors.UsageError: it is another file, or there is none.
+  """
+  module = _NAME.fullmatch(name)["module"]
+  if code is None:
+    raise errors.UsageError(
+      f"model.name: what describes {name!r} is without the SHA-256 of its file (code), "
+      "so that the file is not run: train, export or port it again."
+    )
+  if module in sys.modules:
+    file, now = find(name).file, find(name).code
+  else:
+    file = _located(module)
+    if file is None:
+      raise _absent(name, module)
+    with errors.while_doing(f"reading {file}"):
+      now = files.sha256(file)
+  if now != code:
+    raise errors.UsageError(
+      f"model.name: {file} is not the file that {name!r} was trained from (its SHA-256 "
+      f"begins {now[:8]}, not {code!s:.8}): bring that one back, or train again."
+    )
+
+
+@contextlib.contextmanager
+def _searching() -> Iterator[None]:
+  """Lets modules be found where those of users are."""
   before = list(sys.path)
-  sys.path[:0] = places
+  sys.path[:] = [os.getcwd(), *before, *PLACES]
   importlib.invalidate_caches()
   try:
-    return importlib.import_module(module)
+    yield
+  finally:
+    sys.path[:] = before
+
+
+def _located(module: str) -> pathlib.Path | None:
+  """Returns the file that importing a module would run, None if there is none.
+
+  Nothing is imported, nor are the packages that the module is in.
+  """
+  top, *further = module.split(".")
+  with _searching():
+    try:
+      spec = importlib.util.find_spec(top)
+      for part in further:
+        inside = spec and spec.submodule_search_locations
+        top = f"{top}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(top, inside) if inside else None
+    except (ImportError, ValueError):  # A module that says nothing of itself.
+      spec = None
+  return pathlib.Path(spec.origin) if spec and spec.has_location else None
+
+
+def _absent(name: str, module: str) -> errors.UsageError:
+  return errors.UsageError(
+    f"model.name: there is no module {module!r} for {name!r} in "
+    f"{', '.join(dict.fromkeys([os.getcwd(), *PLACES]))} or PYTHONPATH: run the "
+    f"command where {module.partition('.')[0]}.py is, or set PYTHONPATH to its "
+    "directory."
+  )
+
+
+def _imported(name: str, module: str) -> types.ModuleType:
+  try:
+    with _searching():
+      return importlib.import_module(module)
   except ModuleNotFoundError as error:
     if error.name and f"{module}.".startswith(f"{error.name}."):
-      raise errors.UsageError(
-        f"model.name: there is no module {error.name!r} for {name!r} in "
-        f"{', '.join(dict.fromkeys(places))} or PYTHONPATH: run the command where "
-        f"{module.partition('.')[0]}.py is, or set PYTHONPATH to its directory."
-      ) from error
+      raise _absent(name, error.name) from error
     raise _failed(name, error) from error
   except (Exception, SystemExit) as error:  # Modules are programs.
     if isinstance(error, Exception) and errors.circumstance(error):
       raise
     raise _failed(name, error) from error
-  finally:
-    sys.path[:] = before
 
 
 def _failed(
@@ -220,13 +310,17 @@ def _kind(hint: Any) -> type | None:
   return kind if len(options) == 1 and kind in _FIELDS else None
 
 
-@contextlib.contextmanager
-def _explained(name: str, file: pathlib.Path) -> Iterator[None]:
-  """Turns what a user's code raises into one line that says where.
+def explained(name: str) -> contextlib.AbstractContextManager[None]:
+  """Turns what the code of a network raises into one line that says where.
 
   Raises:
-    errors.UsageError: always, in the place of an error.
+    errors.UsageError: see `find`; in the place of an error.
   """
+  return _explained(name, find(name).file)
+
+
+@contextlib.contextmanager
+def _explained(name: str, file: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except (errors.UsageError, errors.RunError):
@@ -237,7 +331,6 @@ def _explained(name: str, file: pathlib.Path) -> Iterator[None]:
     raise _failed(name, error, file) from error
 
 
-@functools.lru_cache(maxsize=64)
 def check(name: str, network: Classifier, side: int) -> None:
   """Checks that a network is what it says of itself, without computing anything.
 
@@ -248,12 +341,26 @@ def check(name: str, network: Classifier, side: int) -> None:
 
   Raises:
     errors.UsageError: its code fails, `num_taps` or `feature_size` is not true, it does
-      not train, or its batch norms cannot be folded.
+      not train, its batch norms cannot be folded, or a field cannot be hashed.
   """
-  backbone, file = network.backbone, find(name).file
+  try:
+    hash(network)
+  except TypeError as error:
+    raise errors.UsageError(
+      f"model.name: a field of {name} cannot be hashed ({error}), as JAX needs: hold "
+      "it as a tuple, or as a flax.core.FrozenDict."
+    ) from error
+  _check(name, network, side)
+
+
+@functools.lru_cache(maxsize=64)
+def _check(name: str, network: Classifier, side: int) -> None:
+  backbone, own = network.backbone, find(name)
+  file = own.file
   for needed, least in (("num_taps", 1), ("feature_size", 2)):
-    value = getattr(backbone, needed)
-    if not _IS(numbers.Integral)(value) or value < least:
+    with _explained(name, file):
+      value = getattr(backbone, needed)
+    if not rules.is_a(value, numbers.Integral) or value < least:
       raise errors.UsageError(
         f"model.name: {needed} of {name} is {value!r}; it has to be a whole number of "
         f"at least {least}."
@@ -287,7 +394,10 @@ def check(name: str, network: Classifier, side: int) -> None:
   wanted = (2, backbone.feature_size)
   for found in (output, trained):
     shapes = jax.tree.map(lambda leaf: leaf.shape, found)
-    if shapes != (wanted, ()):
+    paired = isinstance(shapes, tuple) and len(shapes) == 2
+    if shapes != (wanted, ()) and not (
+      own.auxiliary and paired and shapes[0] == wanted
+    ):
       raise errors.UsageError(
         f"model.name: of 2 images {name} returns arrays of shapes {shapes}; by its "
         f"feature_size they have to be {(wanted, ())}: features, and nothing for "
@@ -311,10 +421,31 @@ def _check_folding(
     flat = traverse_util.flatten_dict(tree, sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
+  epsilons: dict[str, float] = {}
+
+  def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext):
+    module = context.module
+    # What folding takes for one, see `folding`.
+    if module.name == "bn" and module.path[0] not in AUXILIARY:
+      epsilons["/".join(module.path)] = getattr(module, "epsilon", network.epsilon)
+    return call(*args, **kwargs)
+
   with _explained(name, find(name).file):
     frozen = variables(network.folded())
-  fold = lambda given: folding.fold(network, given)[1]
-  left = names(jax.eval_shape(fold, variables(network)))
+    with nn.intercept_methods(note):
+      whole = variables(network)
+  for path, epsilon in epsilons.items():
+    if epsilon != network.epsilon:
+      raise errors.UsageError(
+        f"model.name: the batch norm {path} of {name} has epsilon {epsilon}, and the "
+        f"class {network.epsilon}, which it is folded with: write epsilon: "
+        f"ClassVar[float] = {epsilon} into the class, and give all its batch norms "
+        "that."
+      )
+  try:
+    left = names(jax.eval_shape(lambda given: folding.fold(network, given)[1], whole))
+  except (KeyError, TypeError, ValueError):  # A batch norm without its convolution.
+    left = {}
   differing = sorted(names(frozen).items() ^ left.items())
   if differing:
     raise errors.UsageError(

@@ -68,6 +68,20 @@ def code(name: Any) -> str | None:
   return own.find(name).code if own.is_name(name) else None
 
 
+def check_code(config: Mapping[str, Any]) -> None:
+  """Checks what a directory says of a network, before any code that it names is run.
+
+  Args:
+    config: as for `create`, from a file that others may have written.
+
+  Raises:
+    errors.UsageError: it is one of the user's own, and no file here has the SHA-256
+      that the config has; see `own.compare`.
+  """
+  if own.is_name(config.get("name")):
+    own.compare(config["name"], config.get("code"))
+
+
 def layouts(name: str) -> Sequence[Layout]:
   """Returns the layouts of a network's weights from elsewhere."""
   return _family(name).layouts
@@ -91,15 +105,11 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
       another `code` than its file has now.
   """
   name = config.get("name")
-  fields = _family(name).variants[name]
   given = {key: value for key, value in config.items() if value is not None}
-  made_by, now = given.pop("code", None), code(name)
-  if made_by not in (None, now):
-    raise errors.UsageError(
-      f"model.name: {own.find(name).file if now else name} is not the file that "
-      f"{name!r} was trained from (its SHA-256 begins {(now or 'none')[:8]}, not "
-      f"{made_by[:8]}): bring that one back, or train again."
-    )
+  if own.is_name(name) and "code" in given:
+    own.compare(name, given.pop("code"))
+  fields = _family(name).variants[name]
+  now = code(name)
   for key in given.keys() - fields.keys() - {"name", *_INITIALIZATION}:
     raise errors.UsageError(
       f"model.{key}: network {name!r} has no such field; {errors.near(key, fields)}"

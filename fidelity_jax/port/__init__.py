@@ -40,6 +40,7 @@ def load(
   class_names: str | pathlib.Path | None = None,
   transform_input: bool = True,
   model: Mapping[str, Any] | None = None,
+  image_size: int | None = None,
 ) -> dict[str, Part]:
   """Returns every network of a checkpoint, by part name.
 
@@ -55,6 +56,8 @@ def load(
       directory tells.
     model: the network that is expected; matters where it is one of the user's own,
       "my_module:MyNet", which tensors do not tell.
+    image_size: side of the images that such a network is for, pixels; None if it has
+      the same variables at all sizes. Other networks need none.
 
   Returns:
     See `recognizing.recognize`.
@@ -75,7 +78,7 @@ def load(
     parts = storing.read(path)
   else:
     state = reading.read_state(path)
-    parts = recognizing.recognize(state, str(path), transform_input, model)
+    parts = recognizing.recognize(state, str(path), transform_input, model, image_size)
   for name, part in parts.items():
     for place, leaf in traverse_util.flatten_dict(part.variables, sep="/").items():
       if not np.isfinite(leaf).all():
@@ -91,7 +94,10 @@ def load(
 
 
 def load_part(
-  checkpoint: str | pathlib.Path, part: str, model: Mapping[str, Any] | None = None
+  checkpoint: str | pathlib.Path,
+  part: str,
+  model: Mapping[str, Any] | None = None,
+  image_size: int | None = None,
 ) -> Part:
   """Returns one network of a checkpoint.
 
@@ -100,11 +106,12 @@ def load_part(
     part: "classifier", "backbone", "head", "restorer", "estimator", "calibration" or
       "ensemble". A DnCNN that stands alone in its file serves as restorer or estimator.
     model: as for `load`.
+    image_size: likewise.
 
   Raises:
     errors.UsageError: the checkpoint does not hold that part; otherwise as `load`.
   """
-  parts = load(checkpoint, model=model)
+  parts = load(checkpoint, model=model, image_size=image_size)
   for name in (part, _SUBSTITUTES.get(part)):
     if name in parts:
       return parts[name]

@@ -33,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     metavar="MODULE:CLASS",
     help="a network of your own that the weights are for, see docs/own_backbone.md",
   )
+  parser.add_argument(
+    "--image_size",
+    type=int,
+    metavar="N",
+    help="side of the images that it is for, pixels, where its variables depend on it",
+  )
   return boundary.run(lambda: _port(parser.parse_args(arguments)))
 
 
@@ -40,14 +46,20 @@ def _port(args: argparse.Namespace) -> None:
   # JAX takes seconds to import.
   import jax
 
-  from fidelity_jax import files, port, signals
+  from fidelity_jax import errors, files, port, signals
 
+  if args.image_size is not None and (args.image_size < 1 or not args.network):
+    raise errors.UsageError(
+      "--image_size is a number of pixels, and for a network of your own: give "
+      "--network=MODULE:CLASS, too."
+    )
   signals.interrupt("while it ported", "what was there is as it was")
   parts = port.load(
     args.checkpoint,
     args.class_names,
     args.transform_input == "true",
     {"name": args.network} if args.network else None,
+    args.image_size,
   )
   port.save(parts, files.expand(args.to), args.checkpoint)
   for name, part in parts.items():

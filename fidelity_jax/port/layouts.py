@@ -7,7 +7,7 @@ The tables of backbones are in their files in models/.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,13 +45,27 @@ _LEAVES = {
 
 
 def torch_name(path: Sequence[str], table: Table) -> str:
-  """Returns the PyTorch name of the variable at `path` (collection name left out)."""
+  """Returns the PyTorch name of the variable at `path` (collection name left out).
+
+  Raises:
+    errors.UsageError: a table of a user's own is broken, or lacks the variable.
+  """
   module, leaf = "/".join(path[:-1]), path[-1]
   for pattern, replacement in table:
-    match = re.fullmatch(pattern, module)
-    if match:
-      return f"{match.expand(replacement)}.{_LEAVES[leaf]}"
-  raise KeyError(f"no PyTorch name for variable {'/'.join(path)}")
+    try:
+      match = re.fullmatch(pattern, module)
+      name = match and match.expand(replacement)
+    except (re.error, IndexError) as error:
+      raise errors.UsageError(
+        f"the network's table has {pattern!r}, {replacement!r}, which fails for the "
+        f"variable {'/'.join(path)}: {error}"
+      ) from error
+    if name is not None and leaf in _LEAVES:
+      return f"{name}.{_LEAVES[leaf]}"
+  raise errors.UsageError(
+    f"the network's table has no PyTorch name for the variable {'/'.join(path)}: add "
+    "a line for its layer"
+  )
 
 
 def to_torch_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -100,12 +114,28 @@ def convert(state: State, shapes: Any, table: Table, what: str) -> dict[str, Any
   for path in wanted:
     names[torch_name(path[1:], table)] = path
   given = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+  check_fit(given, {k: to_torch_shape(wanted[p].shape) for k, p in names.items()}, what)
+  flat = {path: from_torch(given[name]) for name, path in names.items()}
+  return traverse_util.unflatten_dict(flat)
+
+
+def check_fit(given: State, wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
+  """Checks that tensors are those that a network has.
+
+  Args:
+    given: tensors by name.
+    wanted: shapes by name.
+    what: names the tensors' origin in the error.
+
+  Raises:
+    errors.UsageError: tensors are missing, unexpected or misshapen; all are named.
+  """
   problems = []
-  missing = sorted(names.keys() - given.keys())
-  unexpected = sorted(given.keys() - names.keys())
+  missing = sorted(wanted.keys() - given.keys())
+  unexpected = sorted(given.keys() - wanted.keys())
   misshapen = []
-  for name in sorted(names.keys() & given.keys()):
-    expected = to_torch_shape(wanted[names[name]].shape)
+  for name in sorted(wanted.keys() & given.keys()):
+    expected = wanted[name]
     if given[name].dtype.kind != "f":
       misshapen.append(f"{name} {given[name].dtype} (should be floating-point)")
     elif tuple(given[name].shape) != expected:
@@ -119,8 +149,6 @@ def convert(state: State, shapes: Any, table: Table, what: str) -> dict[str, Any
       problems.append(listing(kind, found))
   if problems:
     raise errors.UsageError(f"{what} does not fit: {'; '.join(problems)}")
-  flat = {path: from_torch(given[name]) for name, path in names.items()}
-  return traverse_util.unflatten_dict(flat)
 
 
 def variable_shapes(module: Any, *inputs: jax.ShapeDtypeStruct, **kwargs: Any) -> Any:

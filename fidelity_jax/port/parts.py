@@ -53,11 +53,16 @@ def _shape(state: State, name: str, ndim: int, what: str) -> tuple[int, ...]:
   return shape
 
 
-def _image() -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+def image(side: int | None = None) -> jax.ShapeDtypeStruct:
+  """Returns the shape of images that tell a classifier's variables.
+
+  Args:
+    side: pixels. None: networks that are built in have the same variables at all sizes.
+  """
+  return jax.ShapeDtypeStruct((1, side or 64, side or 64, 3), jnp.float32)
 
 
-def _head_names(table: Table) -> dict[str, str]:
+def head_names(table: Table) -> dict[str, str]:
   """Returns the part of a table that names the head's layers: "logits", "fc1" ..."""
   return {
     ours.removeprefix("head/"): theirs
@@ -72,6 +77,7 @@ def network(
   layout: Layout,
   transform_input: bool,
   what: str,
+  image_size: int | None = None,
 ) -> dict[str, Part]:
   """Returns {"classifier": ...}, or {"backbone": ...} where there is no head.
 
@@ -81,22 +87,34 @@ def network(
     layout: likewise.
     transform_input: for that field, where the network has it.
     what: names the tensors' origin in errors.
+    image_size: of the images that the network is for, pixels; None if any will do.
   """
   config = dict(config)
   if "transform_input" in config:
     config["transform_input"] = transform_input
-  state, names = layout.prepare(state), _head_names(layout.table)
+  state, names = layout.prepare(state), head_names(layout.table)
   if not any(name.rpartition(".")[0] in names.values() for name in state):
     module = models.create(config, 2)
-    shapes = layouts.variable_shapes(module, _image(), method="features")
+    shapes = layouts.variable_shapes(module, image(image_size), method="features")
     variables = layouts.convert(state, shapes, layout.table, what)
     return {"backbone": Part(variables, {"model": config})}
   num_classes, _ = _shape(state, f"{names['logits']}.weight", 2, what)
   module = models.create(config, num_classes)
-  shapes = layouts.variable_shapes(module, _image())
+  shapes = layouts.variable_shapes(module, image(image_size))
   variables = layouts.convert(state, shapes, layout.table, what)
+  return {"classifier": classifier(variables, config, num_classes, image_size)}
+
+
+def classifier(
+  variables: dict[str, Any],
+  config: Mapping[str, Any],
+  num_classes: int,
+  image_size: int | None,
+) -> Part:
+  """Returns a classifier whose classes have no names yet; arguments as `network`'s."""
   described = {"model": config, "num_classes": num_classes, "class_names": None}
-  return {"classifier": Part(variables, described)}
+  size = {"image_size": image_size} if image_size else {}
+  return Part(variables, described | size)
 
 
 def head(state: State, what: str) -> Part:
@@ -109,7 +127,7 @@ def head(state: State, what: str) -> Part:
   """
   known = [{"logits": "classifier"}]
   for family in registry.FAMILIES:
-    known += [_head_names(layout.table) for layout in family.layouts]
+    known += [head_names(layout.table) for layout in family.layouts]
   names = max(
     known, key=lambda k: sum(f"{name}.weight" in state for name in k.values())
   )

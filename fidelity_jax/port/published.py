@@ -74,7 +74,13 @@ def _published(name: str) -> pathlib.Path:
   """Returns published weights, downloaded once into a cache."""
   if huggingface.is_address(name):
     try:
-      return huggingface.fetch(name, lambda names: _wanted(names, name))
+      path = huggingface.fetch(name, lambda *found: _wanted(*found, name))
+      if path.is_dir() and (absent := storing.absent(path)):
+        raise errors.RunError(
+          f"{name} was not downloaded whole ({', '.join(absent)}), and the hub is not "
+          "reached: run the same command with a network."
+        )
+      return path
     except errors.RunError as error:
       raise errors.Missing(str(error)) from error
   if name not in FILES:
@@ -111,11 +117,21 @@ def _installed(name: str, place: str, checksum: str) -> pathlib.Path:
   return path
 
 
-def _wanted(names: Sequence[str], where: str) -> list[str]:
-  """Returns the files to fetch of a repository: those of a ported directory, or one."""
+def _wanted(names: Sequence[str], are_all: bool, where: str) -> list[str]:
+  """Returns the files to fetch of a repository: those of a ported directory, or one.
+
+  Raises:
+    errors.UsageError: there is none, or there are several.
+    errors.RunError: the repository may have others, which would be meant.
+  """
   if storing.INDEX in names:
     ours = lambda name: name == storing.INDEX or name.endswith(".safetensors")
     return [name for name in names if ours(name)]
+  if not are_all and _MAIN not in names:
+    raise errors.RunError(
+      f"{where}: the hub is not reached, and the files that were downloaded before "
+      "do not tell which others it has: name the one, hf:OWNER/NAME/FILE."
+    )
   return [_chosen(names, where)]
 
 

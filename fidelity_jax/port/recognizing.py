@@ -5,9 +5,10 @@ from typing import Any
 
 from flax import traverse_util
 
-from fidelity_jax import errors
-from fidelity_jax.models import registry
+from fidelity_jax import errors, models
+from fidelity_jax.models import own, registry
 from fidelity_jax.models.backbone import State
+from fidelity_jax.models.classifier import AUXILIARY
 from fidelity_jax.port import layouts, parts
 from fidelity_jax.port.parts import Part
 
@@ -27,6 +28,7 @@ def recognize(
   where: str,
   transform_input: bool = True,
   model: Mapping[str, Any] | None = None,
+  image_size: int | None = None,
 ) -> dict[str, Part]:
   """Returns the networks that a checkpoint's tensors make up.
 
@@ -36,6 +38,7 @@ def recognize(
     transform_input: whether a GoogLeNet expects its input re-scaled, as torchvision's
       ImageNet weights and all networks fine-tuned from them do. Tensors do not tell.
     model: the network that is expected, see `port.load`.
+    image_size: likewise.
 
   Returns:
     Parts by name: "classifier" (or "backbone" or "head", where there is only that),
@@ -52,7 +55,8 @@ def recognize(
       f"{where} does not fit: {layouts.listing('without numbers are', empty)}"
     )
   if model is not None and registry.code(model.get("name")):
-    return {"classifier": _own(state, where, transform_input, model)}
+    with own.explained(model["name"]):
+      return _own(state, where, transform_input, model, image_size)
   if any(name.startswith(_FGNIC) for name in state) or set(state) == {
     "classifier.weight",
     "classifier.bias",
@@ -81,23 +85,47 @@ def recognize(
 
 
 def _own(
-  state: State, where: str, transform_input: bool, model: Mapping[str, Any]
-) -> Part:
+  state: State,
+  where: str,
+  transform_input: bool,
+  model: Mapping[str, Any],
+  image_size: int | None,
+) -> dict[str, Part]:
   """Returns a network of the user's own, from tensors in our names or its publisher's.
 
   Raises:
     errors.UsageError: they are in neither, or do not fit.
   """
   config, name = registry.complete(model), model["name"]
-  if all(path.startswith(("params/", "batch_stats/")) for path in state):
-    # `models.transfer` says what does not fit.
-    return Part(traverse_util.unflatten_dict(dict(state), sep="/"), {"model": config})
   what = f"{where}, as weights of {name},"
+  if all(path.startswith(("params/", "batch_stats/")) for path in state):
+    bias = state.get("params/head/logits/bias")
+    if bias is None:
+      raise errors.UsageError(
+        f"{what} is no classifier: it has no head, params/head/logits/bias"
+      )
+    module = models.create(config, bias.size)
+    shapes = layouts.variable_shapes(module, parts.image(image_size))
+    wanted = {
+      path: leaf.shape
+      for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
+      # These may be left out.
+      if path in state or path.split("/")[1] not in AUXILIARY
+    }
+    layouts.check_fit(state, wanted, what)
+    variables = traverse_util.unflatten_dict(dict(state), sep="/")
+    return {"classifier": parts.classifier(variables, config, bias.size, image_size)}
   for layout in registry.layouts(name):
     known = layout.recognize(state)
-    if known is not None:
-      found = parts.network(state, config | known, layout, transform_input, what)
-      return next(iter(found.values()))
+    if known is None:
+      continue
+    if "logits" not in parts.head_names(layout.table):
+      raise errors.UsageError(
+        f"{what} cannot be read: the network's table lacks the head: add "
+        '("head/logits", ITS_NAME), written out'
+      )
+    full = {**config, **known, "name": name}
+    return parts.network(state, full, layout, transform_input, what, image_size)
   raise errors.UsageError(
     f"{what} holds tensors {layouts.listing('such as', sorted(state), 4)}, which the "
     "network does not know: give its class a table of these names, or name a directory "

@@ -120,6 +120,16 @@ def contents(directory: pathlib.Path) -> list[pathlib.Path]:
   return [path for path in paths if path.is_file()]
 
 
+def absent(directory: pathlib.Path) -> list[str]:
+  """Returns the names of the files of parts that are not there.
+
+  Raises:
+    errors.RunError: the index is damaged or cannot be read.
+  """
+  entries = _read_index(directory).parts.values()
+  return [entry.file for entry in entries if not (directory / entry.file).is_file()]
+
+
 def foreign(directory: pathlib.Path) -> list[pathlib.Path]:
   """Returns what would be lost, and not by `save`, if it replaced a directory."""
   if not os.path.lexists(directory):
