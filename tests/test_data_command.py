@@ -98,6 +98,7 @@ def test_a_parent_trained_on_other_classes_is_refused(tmp_path, command):
   assert not list((tmp_path / "run").glob("*-*"))
 
 
+@pytest.mark.slow
 def test_a_ported_classifier_is_used_as_it_is(toy_copy, tmp_path, command):
   variables = save_classifier(tmp_path / "ported", 16)
   fields = UNTRAINED | {

@@ -51,6 +51,7 @@ def _values(path):
   }
 
 
+@pytest.mark.slow
 def test_its_own_images_give_its_own_results(toy_estimated, tiles, command, tmp_path):
   out, run = tmp_path / "out", toy_estimated / "pretrained"
   result = command(run, tiles, f"--out={out}", program=_PROGRAM, check=0)

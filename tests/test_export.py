@@ -121,6 +121,7 @@ def check_alone(python, places, root):
         )
 
 
+@pytest.mark.slow
 def test_a_jax_file_runs_without_the_package(places, jax_files):
   check_alone(sys.executable, places, jax_files)
 

@@ -116,6 +116,7 @@ def test_what_is_pushed_comes_back(server, run, files, toy_run, tmp_path):
     np.testing.assert_allclose(logits, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_one_line(server, run, files, tmp_path):
   (pushed,) = run(("push", files / "toy.jax", "hf:me/toy", "--private"))
   assert pushed[0] == 0
@@ -194,6 +195,7 @@ def _variables(place):
   return traverse_util.flatten_dict(port.load(place)["classifier"].variables)
 
 
+@pytest.mark.slow
 def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   held = {path.name: path.read_bytes() for path in classifier.iterdir()}
   server.repos["timm/r18"] = {"private": False, "branches": {"main": held}}

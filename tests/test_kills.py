@@ -147,6 +147,7 @@ def _killed_at_random(seed, kills, background, workdir):
     return killed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, background, tmp_path):
   killed = 0
   for seed in range(1, 6):

@@ -252,13 +252,13 @@ CHECKS = {
 
 
 # This one compiles for as long as all others of the network.
-_SLOW = ("efficientnet_lite0", "training")
+_SLOW = [(n, "training") for n in ("efficientnet_lite0", "googlenet", "vgg16")]
 
 
 @pytest.mark.parametrize(
   ("name", "check"),
   [
-    pytest.param(*pair, marks=[pytest.mark.slow] if pair == _SLOW else [])
+    pytest.param(*pair, marks=[pytest.mark.slow] if pair in _SLOW else [])
     for pair in itertools.product(NETWORKS, CHECKS)
   ],
 )

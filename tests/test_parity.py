@@ -287,9 +287,8 @@ def test_backbones(name, size, gradients, tmp_path):
   )
 
 
-@pytest.mark.parametrize(
-  "transform_steered", [pytest.param(True, marks=pytest.mark.slow), False]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("transform_steered", [True, False])
 def test_googlenet_rescales_its_input(transform_steered, tmp_path):
   """Plain features, and logits with and without ensemble, in either reading."""
   network, feature_size = torchvision_network("googlenet")

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -225,6 +224,7 @@ def test_what_fails_does_not_stop_the_rest(toy_copy, command):
   assert "classifier-resnet-degraded-" in (place / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was(toy_copy, background, command):
   """Stopped in mid-evaluation: what was measured is kept, and nothing changes."""
   (place,) = toy_copy.glob("oracle-*")
@@ -276,6 +276,7 @@ def test_logits_that_one_experiment_keeps(toy_copy, command):
   assert not list(place.glob("predictions-*"))
 
 
+@pytest.mark.slow
 def test_networks_that_do_not_fit_together(toy_copy, monkeypatch):
   """They are evaluated one after the other, and what they share has one row."""
   arguments = ["", "--config=configs/table_5_1.py:demo", f"--workdir={toy_copy}"]
@@ -296,10 +297,9 @@ def test_networks_that_do_not_fit_together(toy_copy, monkeypatch):
 def test_logits_that_are_not_finite_are_wrong():
   from fidelity_jax import tensors
 
-  method = types.SimpleNamespace(classify=lambda variables, features: features)
   logits = np.array([[1, 2, 2], [np.nan] * 3, [3, np.inf, 1], [2, 2, 1]], np.float32)
   label = np.array([2, 0, 1, 0])
-  values = tensors._classified(method, False, None, logits, label)
+  values = tensors._answers(False, logits, label)
   # Of equal logits the first counts.
   assert list(values["rank"]) == [1, 3, 3, 0]
   assert values["confidence"][1] == 0

@@ -172,7 +172,9 @@ def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
   assert size < 12 * count + 4096 * (10 + 3 * len(jax.tree.leaves(params)))
 
 
-@pytest.mark.parametrize("kind", fidelity.MAPS)
+@pytest.mark.parametrize(
+  "kind", ["l1", *(pytest.param(k, marks=pytest.mark.slow) for k in ("l2", "cosine"))]
+)
 def test_bfloat16_agrees_with_float32(networks, kind):
   """Logits and gradients of the whole method, for accelerators' default dtype."""
   _, method, variables = networks

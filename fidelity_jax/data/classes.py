@@ -72,12 +72,12 @@ def relabelled(dataset: Dataset, known: Sequence[str], of: str) -> Dataset:
   Raises:
     UsageError: it has others.
   """
-  plain = collections.Counter(map(_plain, known))
-  numbers = {_plain(n): i for i, n in enumerate(known) if plain[_plain(n)] == 1}
+  count = collections.Counter(map(_plain, known))
+  alike = {_plain(n): i for i, n in enumerate(known) if count[_plain(n)] == 1}
+  exact = {name: i for i, name in enumerate(known)}
   if tuple(known) == names(IMAGENET):
-    numbers |= {identifier: i for i, identifier in enumerate(imagenet())}
-  numbers |= {name: i for i, name in enumerate(known)}
-  find = lambda name: numbers.get(name, numbers.get(_plain(name)))
+    exact |= {identifier: i for i, identifier in enumerate(imagenet())}
+  find = lambda name: exact.get(name, alike.get(_plain(name)))
   own = [find(name) for name in dataset.class_names]
   for label in np.unique(dataset.labels):
     if own[label] is None:
