@@ -251,7 +251,7 @@ CHECKS = {
 }
 
 
-# This one compiles for as long as all others of the network.
+# These compile for as long as all others together.
 _SLOW = [(n, "training") for n in ("efficientnet_lite0", "googlenet", "vgg16")]
 
 
