@@ -4,10 +4,12 @@ An experiment is the config of its last stage; its parents' configs are nested i
 What an experiment's stages have in common (seed, dataset, image size, degradation) is
 set at the top and inherited: a parent follows it until it is overridden itself.
 
-Every function that fills in a stage takes a size: "" for the paper's own experiment
-(Caltech-256, 224 px; docs/method.md, section 6), "demo" for the embedded photographs,
-in which everything but size stays as it is: the same networks with fewer and narrower
-layers, the same training with fewer epochs and, to make up for them, higher rates.
+Every function that fills in a stage takes a size (`SIZES`): "" for the paper's own
+experiment (Caltech-256, 224 px; docs/method.md, section 6); "lite" for the same on
+Caltech-101 with EfficientNet-Lite0, which is pretrained, too, and small; "demo" for the
+embedded photographs. Everything but size stays as it is: the same networks, of which
+denoisers have fewer and narrower layers, the same training with fewer epochs and, to
+make up for them, higher rates.
 
 `precision="auto"` is bfloat16 on accelerators and float32 on CPUs.
 """
@@ -18,7 +20,9 @@ from ml_collections import ConfigDict, config_dict
 
 from fidelity_jax import data, errors, models
 
-# What the demo multiplies these by where the estimator is trained along, which makes
+# And what they are on.
+SIZES = {"": "caltech256", "lite": "folder", "demo": "demo"}
+# What smaller sizes multiply these by where the estimator is trained along, which makes
 # larger steps diverge.
 _ALONG = {"learning_rate": 0.8, "warmup_epochs": 2}
 
@@ -29,23 +33,27 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   Args:
     name: the experiment's, which begins its directory's name.
     kind: of its last stage: "calibration", "classifier", ...
-    size: "" or "demo".
+    size: one of `SIZES`.
 
   Raises:
     UsageError: there is no such size.
   """
-  if size not in ("", "demo"):
+  if size not in SIZES:
     raise errors.UsageError(
       f"a config has no variant {size!r}: write ':demo' after its path for the "
-      "embedded photographs, or nothing for the paper's own experiment."
+      "embedded photographs, ':lite' for a small pretrained network on Caltech-101, or "
+      "nothing for the paper's own experiment."
     )
   config = ConfigDict()
   config.kind = kind
   config.experiment = name
   config.seed = 0
-  config.dataset = data.default_config("demo" if size else "caltech256")
+  config.dataset = data.default_config(SIZES[size])
   if size:
     config.dataset.cache = "ram"
+  if size == "lite":
+    config.dataset.image_size = 128
+    config.dataset.split_file = "caltech101"
   # "self": without labels, calibration learns what the frozen classifier says of the
   # clean images (docs/classifiers.md).
   config.labels = "given"
@@ -126,7 +134,7 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
 
   Args:
     config: from `experiment` or `parent`.
-    size: "" or "demo".
+    size: one of `SIZES`.
     source: what it is trained on: "clean", "degraded" or "restored" (the paper's setups
       1 to 3). "restored" needs the parent "restorer".
   """
@@ -134,7 +142,7 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   config.model = ConfigDict(
     {
       # A network of docs/backbones.md; "resnet" is small.
-      "name": "resnet" if size else "resnet50",
+      "name": {"": "resnet50", "lite": "efficientnet_lite0", "demo": "resnet"}[size],
       # Fields of these networks; None: the network's own value.
       **{
         name: config_dict.placeholder(field.type)
@@ -151,8 +159,12 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   # Epochs, of all, in which the head trains alone.
   config.head_epochs = 0
   config.optimizer = "sgd"
-  if size:
+  if size == "demo":
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
+  elif size == "lite":
+    config.model.weights = config.model.name
+    config.head_epochs = 2
+    _training(config, learning_rate=0.01, batch_size=64, epochs=10, warmup_epochs=1)
   else:
     config.model.weights = "torchvision"
     _training(config, learning_rate=1e-3, batch_size=64, epochs=120)
@@ -164,18 +176,21 @@ def _stack(config: ConfigDict, size: str) -> None:
   # Each patch has a level of its own.
   config.degradation.level = None
   config.degradation.mixture = "continuous"
-  config.patch_size, config.patch_stride = (32, 32) if size else (50, 25)
+  sides = {"": (50, 25), "lite": (64, 64), "demo": (32, 32)}
+  config.patch_size, config.patch_stride = sides[size]
   config.model = ConfigDict(
     {
-      "depth": 5 if size else 20,
+      "depth": {"": 20, "lite": 8, "demo": 5}[size],
       "width": 32 if size else 64,
       "batch_norm": False,
       "weights": config_dict.placeholder(str),
     }
   )
   config.optimizer = "adam"
-  if size:
+  if size == "demo":
     _training(config, learning_rate=4e-3, batch_size=32, warmup_epochs=1)
+  elif size == "lite":
+    _training(config, learning_rate=1e-3, batch_size=64, epochs=6, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-4, batch_size=128, epochs=120)
 
@@ -184,7 +199,7 @@ def restorer(config: ConfigDict, size: str) -> ConfigDict:
   """Fills in a restorer stage: DnCNN-20 from scratch, on patches."""
   _stack(config, size)
   config.model.name = "dncnn"
-  if size:
+  if size == "demo":
     # After fewer, some seeds gain little by restoration; after many more, restored
     # tiles leave the map little to tell about them (docs/notebook.md).
     config.epochs = 12
@@ -195,7 +210,7 @@ def estimator(config: ConfigDict, size: str) -> ConfigDict:
   """Fills in a fidelity map estimator stage: as the restorer, which is its parent."""
   _stack(config, size)
   config.fidelity = ConfigDict({"map": "l1", "estimator_input": "degraded"})
-  if size:
+  if size == "demo":
     config.epochs = 9
   return config
 
@@ -205,7 +220,7 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
 
   Args:
     config: from `experiment`.
-    size: "" or "demo".
+    size: one of `SIZES`.
     source: where the fidelity map comes from: "oracle", "pretrained" or "end_to_end".
   """
   config.fidelity = ConfigDict(
@@ -214,10 +229,10 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
   config.model = ConfigDict(
     {
       # Hidden units per feature; many in the demo, whose features are few.
-      "ratio": 4.0 if size else 0.5,
+      "ratio": 4.0 if size == "demo" else 0.5,
       # Two convolutions, as in the demo, are what the released code has.
-      "num_convs": 2 if size else 3,
-      "channels": 4 if size else 16,
+      "num_convs": 2 if size == "demo" else 3,
+      "channels": 4 if size == "demo" else 16,
       "resize": "bilinear",
       "spatial_multiplication": True,
       "spatial_addition": True,
@@ -234,13 +249,13 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
   config.ensemble = ConfigDict(
     {
       "enabled": True,
-      "learning_rate": 0.02 if size else 1e-3,
-      "epochs": 6 if size else 25,
+      "learning_rate": {"": 1e-3, "lite": 0.01, "demo": 0.02}[size],
+      "epochs": {"": 25, "lite": 3, "demo": 6}[size],
       "warmup_epochs": 1 if size else 5,
       "weights": config_dict.placeholder(str),
     }
   )
-  if size:
+  if size == "demo":
     # One draw for each of 139 validation tiles is too noisy to tell epochs apart.
     _training(
       config,
@@ -250,11 +265,13 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
       warmup_epochs=4,
       validation_rounds=3,
     )
-    if source == "end_to_end":
-      config.learning_rate *= _ALONG["learning_rate"]
-      config.warmup_epochs *= _ALONG["warmup_epochs"]
+  elif size == "lite":
+    _training(config, learning_rate=0.01, batch_size=32, epochs=8, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-3, batch_size=64, epochs=50)
+  if size and source == "end_to_end":
+    for field, factor in _ALONG.items():
+      config[field] *= factor
   return config
 
 
@@ -263,7 +280,7 @@ def one_classifier(source: str, size: str) -> ConfigDict:
 
   Args:
     source: what the classifier is trained on, which names the experiment.
-    size: "" or "demo".
+    size: one of `SIZES`.
 
   Raises:
     UsageError: there is no such size.
@@ -279,7 +296,7 @@ def method(source: str, size: str) -> ConfigDict:
 
   Args:
     source: where the fidelity map comes from, which names the experiment.
-    size: "" or "demo".
+    size: one of `SIZES`.
 
   Raises:
     UsageError: there is no such size.
@@ -306,7 +323,7 @@ def study(name: str, shows: str, size: str) -> ConfigDict:
   Args:
     name: the study's, which begins its directory's name.
     shows: what it is, in a line.
-    size: "" or "demo".
+    size: one of `SIZES`.
 
   Raises:
     UsageError: there is no such size.
@@ -368,7 +385,7 @@ def add_method(
   Args:
     config: the study.
     source: where the fidelity map comes from.
-    size: "" or "demo".
+    size: one of `SIZES`.
     name: the experiment's, if not that.
 
   Returns:
