@@ -17,7 +17,10 @@ from fidelity_jax.configs import common
 def get_config(size: str = ""):
   shows = "The proposed method and the baselines on other networks"
   config = common.study("figure_7_1", shows, size)
-  if size:
+  if size == "lite":
+    # These networks have ImageNet weights of their own.
+    config.parents.classifier.model.weights = "torchvision"
+  if size == "demo":
     common.narrow(config)
     # The paper's: networks without batch norm diverge at the demo's.
     config.learning_rate = 1e-3

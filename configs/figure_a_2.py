@@ -18,7 +18,7 @@ from fidelity_jax.configs import common
 def get_config(size: str = ""):
   shows = "Other degradations: classifiers on every network, and the whole method"
   config = common.study("figure_a_2", shows, size)
-  if size:
+  if size == "demo":
     common.narrow(config)
   common.add_setup(config, "clean")
   common.add_method(config, "end_to_end", size)
@@ -28,9 +28,10 @@ def get_config(size: str = ""):
     "motion_blur",
     "rectangular_crop",
   )
-  own = config.parents.classifier.model.name
-  others = () if size else ("resnet18",)
-  config.backbones = (own, *others, "alexnet", "vgg16", "googlenet")
+  own, others = config.parents.classifier.model.name, ("alexnet", "vgg16", "googlenet")
+  # Of the small size only its own has weights by its name.
+  others = {"": ("resnet18", *others), "lite": (), "demo": others}[size]
+  config.backbones = (own, *others)
   config.one_backbone = ("end_to_end",)
   config.sections = ("curves", "tables", "claims")
   return config

@@ -18,7 +18,7 @@ def get_config(size: str = ""):
   config = common.study("table_6_1", shows, size)
   # No experiment here has an ensemble.
   config.ensemble.enabled = False
-  if size:
+  if size == "demo":
     # Ten calibrations; of many epochs the last ones change little.
     config.epochs = 30
   common.add_method(config, "oracle", size)

@@ -34,21 +34,29 @@ def _experiments(*arguments, **kwargs):
   return {e.experiment: e for e in found}
 
 
-@pytest.mark.parametrize("size", ["", ":demo"])
+# Which images they are is not said by the configs of this size.
+_PATHS = {":lite": ["dataset.path=there"]}
+_SIZES = ("", ":lite", ":demo")
+
+
+@pytest.mark.parametrize("size", _SIZES)
 def test_experiments_of_a_study_are_those_that_run_alone(size):
   """The same fields, hence the same stages."""
-  together = _experiments("table_5_1", size=size)
+  together = _experiments("table_5_1", *_PATHS.get(size, ()), size=size)
   assert tuple(together) == _LONE
   for name, config in together.items():
     module = importlib.import_module(f"fidelity_jax.configs.{name}")
-    alone = module.get_config(size.removeprefix(":")).copy_and_resolve_references()
+    alone = module.get_config(size.removeprefix(":"))
+    if size in _PATHS:
+      alone.dataset.path = "there"
+    alone = alone.copy_and_resolve_references()
     assert config.to_dict() == alone.to_dict()
 
 
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.parametrize("size", ["", ":demo"])
+@pytest.mark.parametrize("size", _SIZES)
 def test_every_study_can_be_read(name, size):
-  found = study.read(_config(name, size=size))
+  found = study.read(_config(name, *_PATHS.get(size, ()), size=size))
   assert found.name == name and found.shows and not found.lone
   assert len({e.experiment for e in found.experiments}) == len(found.experiments)
 
