@@ -28,7 +28,7 @@ from fidelity_jax import (
   study,
   workdirs,
 )
-from fidelity_jax.models import own, registry
+from fidelity_jax.models import registry, users
 from fidelity_jax.port import __main__ as port_main
 from fidelity_jax.port import layouts, parts
 
@@ -43,17 +43,17 @@ MODEL = "--config.parents.classifier.model"
 def written(tmp_path, monkeypatch):
   """Writes a module of the user's own, and forgets it when the test is over."""
   monkeypatch.syspath_prepend(tmp_path)
-  own.find.cache_clear()
+  users.find.cache_clear()
 
   def write(code=CODE, name="their_module"):
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    own.find.cache_clear()
+    users.find.cache_clear()
     importlib.invalidate_caches()
     return f"{name}:MyNet"
 
   yield write
-  own.find.cache_clear()
+  users.find.cache_clear()
 
 
 def mynet():
@@ -262,20 +262,20 @@ def test_the_code_that_runs_is_the_file_s(written, tmp_path, monkeypatch):
   name = written()
   (tmp_path / "their_front.py").write_text("from their_module import MyNet\n")
   with pytest.raises(errors.UsageError, match=f"write '{name}'"):
-    own.find("their_front:MyNet")
+    users.find("their_front:MyNet")
   # Imported before, as in a notebook, and edited since, or perhaps not.
   name = written(f"{CODE}OTHER = MyNet\n", "their_notebook")
   file = tmp_path / "their_notebook.py"
   importlib.import_module("their_notebook")
   with pytest.raises(errors.UsageError, match="start Python again"):
-    own.find(name)
+    users.find(name)
   os.utime(file, (1e9, 1e9))
   code = files.sha256(file)
-  assert own.find(name).code == code
+  assert users.find(name).code == code
   # Edited while it runs: what runs is as it was, and nothing is taken for what it is.
   file.write_text("")
   with pytest.raises(errors.UsageError, match="start Python again"):
-    own.find("their_notebook:OTHER")
+    users.find("their_notebook:OTHER")
   assert registry.complete({"name": name, "code": code})["code"] == code
 
 
@@ -285,15 +285,15 @@ def test_where_modules_are_looked_for(written, tmp_path, monkeypatch):
   beside.mkdir()
   for module in ("their_module", "their_other"):
     (beside / f"{module}.py").write_text(CODE)
-  monkeypatch.setattr(own, "PLACES", [])
+  monkeypatch.setattr(users, "PLACES", [])
   (beside / "config.py").write_text((ROOT / "configs" / "oracle.py").read_text())
   monkeypatch.chdir(ROOT)
   _parsed(f"--config={beside}/config.py:demo")
-  assert own.PLACES == [str(beside)]
-  assert own.find(name).file == tmp_path / "their_module.py"
-  assert own.find("their_other:MyNet").file == beside / "their_other.py"
+  assert users.PLACES == [str(beside)]
+  assert users.find(name).file == tmp_path / "their_module.py"
+  assert users.find("their_other:MyNet").file == beside / "their_other.py"
   _parsed("--config=oracle.py:demo")
-  assert own.PLACES == []
+  assert users.PLACES == []
 
 
 TABLE = re.search(r"  table = .*\n", CODE)[0]
