@@ -17,6 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
+  assembly,
   errors,
   files,
   main,
@@ -313,10 +314,7 @@ FLAT = ("x.mean((1, 2))", "nn.Dense(self.feature_size)(x.reshape(len(x), -1))")
       [],
       ["their_module.py, line 27", "TypeError"],
     ),
-    *(
-      (*FLAT, flags, ["Dense_0", words])
-      for flags, words in (([], r"table has no PyTorch name"),)
-    ),
+    (*FLAT, [], ["table has no PyTorch name", "Dense_0"]),
     ("16", "16", ["--image_size=0"], "--image_size is a number of pixels"),
   ],
 )
@@ -349,6 +347,10 @@ def test_weights_in_our_names(refused, written, tmp_path, capsys):
   assert (run.image_size, run.class_names) == (32, ("a", "b", "c"))
   part = port.load_part(path, "classifier", {"name": name}, 32)
   assert (part.config["num_classes"], part.config["class_names"]) == (3, None)
+  # A stage knows the size of its images.
+  model = {"name": name, "weights": str(path)}
+  stage = {"kind": "classifier", "model": model, "dataset": {"image_size": 32}}
+  assert assembly.given_part(ConfigDict(stage)).config["image_size"] == 32
   safetensors.numpy.save_file({k: v for k, v in flat.items() if "head" not in k}, path)
   refused(command, 2, "is no classifier: it has no head", port_main.main)
 
