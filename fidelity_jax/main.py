@@ -144,12 +144,12 @@ def _with_own_fields(
   """
   from ml_collections import ConfigDict, config_dict
 
-  from fidelity_jax.models import own, registry
+  from fidelity_jax.models import registry, users
 
   place = os.path.dirname(os.path.abspath(file))
   # The package's configs are no modules of users.
   packaged = os.path.realpath(place) == os.path.realpath(_CONFIGS)
-  own.PLACES[:] = [] if packaged else [place]
+  users.PLACES[:] = [] if packaged else [place]
   waiting, models = [config], []
   while waiting:
     held = waiting.pop(0)

@@ -201,6 +201,12 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   server.repos["timm/r18"] = {"private": False, "branches": {"main": held}}
   two = {"a.pth": b"none", "model.safetensors": held["model.safetensors"]}
   server.repos["me/two"] = {"private": False, "branches": {"main": two}}
+  part = port.Part({"params": {"x": np.zeros(1, "f4")}}, {})
+  port.save({"classifier": part}, tmp_path / "half", "x")
+  half = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
+  half["a.safetensors"] = b"none"
+  server.repos["me/half"] = {"private": False, "branches": {"main": half}}
+  server.repos["me/part"] = {"private": False, "branches": {"main": half}}
   plan = ["train", "--config=configs/clean.py:demo", f"--workdir={tmp_path}/w"]
   plan += ["--dry_run", "--config.model.name=resnet18"]
   weights = "--config.model.weights="
@@ -210,8 +216,11 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
     (*plan, f"{weights}hf:timm/r18"),
     (*plan, f"{weights}{classifier}"),
     ("port", "hf:me/two/a.pth", f"--to={tmp_path}/e"),
+    ("port", "hf:me/half/port.json", f"--to={tmp_path}/e"),
+    ("port", "hf:me/part/port.json", f"--to={tmp_path}/e"),
+    ("port", "hf:me/part/a.safetensors", f"--to={tmp_path}/e"),
   )
-  assert [status for status, *_ in results] == [0] * 4 + [2], results
+  assert [status for status, *_ in results] == [0] * 4 + [2] * 4, results
   # Once, and nothing else.
   fetched = [line for line in server.requests if line.startswith("GET /timm/r18/")]
   assert len(fetched) == 1 and fetched[0].endswith("/model.safetensors")
@@ -221,6 +230,8 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
     ("port", "hf:timm/r18", f"--to={tmp_path}/c"),
     ("port", "hf:timm/other", f"--to={tmp_path}/d"),
     ("port", "hf:me/two", f"--to={tmp_path}/e"),
+    ("port", "hf:me/half", f"--to={tmp_path}/e"),
+    ("port", "hf:me/part", f"--to={tmp_path}/e"),
     url="http://127.0.0.1:9",
     HF_HUB_OFFLINE="1",
   )
@@ -230,6 +241,8 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   assert offline[2][0] == 1 and "is not reached" in one_line(offline[2][2])
   # What is there of a repository is not all that it has.
   assert offline[3][0] == 1 and "hf:OWNER/NAME/FILE" in one_line(offline[3][2])
+  for status, _, line in offline[4:]:
+    assert status == 1 and "not downloaded whole" in one_line(line)
   # The numbers are the file's, and a directory of such a file is weights, too.
   want = _variables(classifier)
   for place in "abc":

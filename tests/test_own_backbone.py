@@ -17,6 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from fidelity_jax import (
+  assembly,
   errors,
   files,
   main,
@@ -28,7 +29,7 @@ from fidelity_jax import (
   study,
   workdirs,
 )
-from fidelity_jax.models import own, registry
+from fidelity_jax.models import registry, users
 from fidelity_jax.port import __main__ as port_main
 from fidelity_jax.port import layouts, parts
 
@@ -43,17 +44,17 @@ MODEL = "--config.parents.classifier.model"
 def written(tmp_path, monkeypatch):
   """Writes a module of the user's own, and forgets it when the test is over."""
   monkeypatch.syspath_prepend(tmp_path)
-  own.find.cache_clear()
+  users.find.cache_clear()
 
   def write(code=CODE, name="their_module"):
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    own.find.cache_clear()
+    users.find.cache_clear()
     importlib.invalidate_caches()
     return f"{name}:MyNet"
 
   yield write
-  own.find.cache_clear()
+  users.find.cache_clear()
 
 
 def mynet():
@@ -262,20 +263,20 @@ def test_the_code_that_runs_is_the_file_s(written, tmp_path, monkeypatch):
   name = written()
   (tmp_path / "their_front.py").write_text("from their_module import MyNet\n")
   with pytest.raises(errors.UsageError, match=f"write '{name}'"):
-    own.find("their_front:MyNet")
+    users.find("their_front:MyNet")
   # Imported before, as in a notebook, and edited since, or perhaps not.
   name = written(f"{CODE}OTHER = MyNet\n", "their_notebook")
   file = tmp_path / "their_notebook.py"
   importlib.import_module("their_notebook")
   with pytest.raises(errors.UsageError, match="start Python again"):
-    own.find(name)
+    users.find(name)
   os.utime(file, (1e9, 1e9))
   code = files.sha256(file)
-  assert own.find(name).code == code
+  assert users.find(name).code == code
   # Edited while it runs: what runs is as it was, and nothing is taken for what it is.
   file.write_text("")
   with pytest.raises(errors.UsageError, match="start Python again"):
-    own.find("their_notebook:OTHER")
+    users.find("their_notebook:OTHER")
   assert registry.complete({"name": name, "code": code})["code"] == code
 
 
@@ -285,15 +286,15 @@ def test_where_modules_are_looked_for(written, tmp_path, monkeypatch):
   beside.mkdir()
   for module in ("their_module", "their_other"):
     (beside / f"{module}.py").write_text(CODE)
-  monkeypatch.setattr(own, "PLACES", [])
+  monkeypatch.setattr(users, "PLACES", [])
   (beside / "config.py").write_text((ROOT / "configs" / "oracle.py").read_text())
   monkeypatch.chdir(ROOT)
   _parsed(f"--config={beside}/config.py:demo")
-  assert own.PLACES == [str(beside)]
-  assert own.find(name).file == tmp_path / "their_module.py"
-  assert own.find("their_other:MyNet").file == beside / "their_other.py"
+  assert users.PLACES == [str(beside)]
+  assert users.find(name).file == tmp_path / "their_module.py"
+  assert users.find("their_other:MyNet").file == beside / "their_other.py"
   _parsed("--config=oracle.py:demo")
-  assert own.PLACES == []
+  assert users.PLACES == []
 
 
 TABLE = re.search(r"  table = .*\n", CODE)[0]
@@ -313,10 +314,7 @@ FLAT = ("x.mean((1, 2))", "nn.Dense(self.feature_size)(x.reshape(len(x), -1))")
       [],
       ["their_module.py, line 27", "TypeError"],
     ),
-    *(
-      (*FLAT, flags, ["Dense_0", words])
-      for flags, words in (([], r"table has no PyTorch name"),)
-    ),
+    (*FLAT, [], ["table has no PyTorch name", "Dense_0"]),
     ("16", "16", ["--image_size=0"], "--image_size is a number of pixels"),
   ],
 )
@@ -349,6 +347,10 @@ def test_weights_in_our_names(refused, written, tmp_path, capsys):
   assert (run.image_size, run.class_names) == (32, ("a", "b", "c"))
   part = port.load_part(path, "classifier", {"name": name}, 32)
   assert (part.config["num_classes"], part.config["class_names"]) == (3, None)
+  # A stage knows the size of its images.
+  model = {"name": name, "weights": str(path)}
+  stage = {"kind": "classifier", "model": model, "dataset": {"image_size": 32}}
+  assert assembly.given_part(ConfigDict(stage)).config["image_size"] == 32
   safetensors.numpy.save_file({k: v for k, v in flat.items() if "head" not in k}, path)
   refused(command, 2, "is no classifier: it has no head", port_main.main)
 

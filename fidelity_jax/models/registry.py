@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fidelity_jax import errors, rules
-from fidelity_jax.models import alexnet, efficientnet, googlenet, own, resnet, vgg
+from fidelity_jax.models import alexnet, efficientnet, googlenet, resnet, users, vgg
 from fidelity_jax.models.backbone import Family, Field, Layout, State
 from fidelity_jax.models.classifier import Classifier
 
@@ -27,7 +27,7 @@ FIELDS: dict[str, Field] = {k: v for f in FAMILIES for k, v in f.fields.items()}
 # What `model.name` may be.
 NAME = rules.Rule(
   f"one of {', '.join(map(repr, NAMES))}, or 'my_module:MyNet' for one of your own",
-  lambda v: isinstance(v, str) and (v in NAMES or own.is_name(v)),
+  lambda v: isinstance(v, str) and (v in NAMES or users.is_name(v)),
   NAMES,
 )
 
@@ -41,8 +41,8 @@ def _family(name: Any) -> Family:
   Raises:
     errors.UsageError: there is none.
   """
-  if own.is_name(name):
-    return own.find(name).family
+  if users.is_name(name):
+    return users.find(name).family
   if name not in _BY_NAME:
     raise errors.UsageError(
       f"model.name: there is no network {name!r}; {errors.near(name, NAMES)}"
@@ -56,7 +56,7 @@ def own_fields(name: Any) -> Mapping[str, Field]:
   Raises:
     errors.UsageError: it cannot be imported.
   """
-  return _family(name).fields if own.is_name(name) else {}
+  return _family(name).fields if users.is_name(name) else {}
 
 
 def code(name: Any) -> str | None:
@@ -65,7 +65,7 @@ def code(name: Any) -> str | None:
   Raises:
     errors.UsageError: it cannot be imported.
   """
-  return own.find(name).code if own.is_name(name) else None
+  return users.find(name).code if users.is_name(name) else None
 
 
 def check_code(config: Mapping[str, Any]) -> None:
@@ -76,10 +76,10 @@ def check_code(config: Mapping[str, Any]) -> None:
 
   Raises:
     errors.UsageError: it is one of the user's own, and no file here has the SHA-256
-      that the config has; see `own.compare`.
+      that the config has; see `users.compare`.
   """
-  if own.is_name(config.get("name")):
-    own.compare(config["name"], config.get("code"))
+  if users.is_name(config.get("name")):
+    users.compare(config["name"], config.get("code"))
 
 
 def layouts(name: str) -> Sequence[Layout]:
@@ -106,8 +106,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
   """
   name = config.get("name")
   given = {key: value for key, value in config.items() if value is not None}
-  if own.is_name(name) and "code" in given:
-    own.compare(name, given.pop("code"))
+  if users.is_name(name) and "code" in given:
+    users.compare(name, given.pop("code"))
   fields = _family(name).variants[name]
   now = code(name)
   for key in given.keys() - fields.keys() - {"name", *_INITIALIZATION}:
@@ -129,8 +129,8 @@ def create(
 
   Args:
     config: a mapping or ConfigDict with `name`, one of `NAMES` or "my_module:MyNet"
-      (see `own.find`), and any of that network's fields; a field that is absent or None
-      takes torchvision's value, or the class's own.
+      (see `users.find`), and any of that network's fields; a field that is absent or
+      None takes torchvision's value, or the class's own.
       `weights` may be there too: as in torchvision, a GoogLeNet that starts from
       weights has `transform_input` unless the config says otherwise.
     num_classes: length of the logits.
@@ -162,11 +162,11 @@ def check(config: Mapping[str, Any], side: int) -> None:
     side: of the images, pixels.
 
   Raises:
-    errors.UsageError: see `create` and `own.check`.
+    errors.UsageError: see `create` and `users.check`.
   """
   network = create(config, 2)
-  if own.is_name(config["name"]):
-    own.check(config["name"], network, side)
+  if users.is_name(config["name"]):
+    users.check(config["name"], network, side)
 
 
 def recognize(state: State) -> tuple[dict[str, Any], Layout] | None:

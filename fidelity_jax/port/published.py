@@ -126,7 +126,13 @@ def _wanted(names: Sequence[str], are_all: bool, where: str) -> list[str]:
   """
   if storing.INDEX in names:
     ours = lambda name: name == storing.INDEX or name.endswith(".safetensors")
-    return [name for name in names if ours(name)]
+    found = [name for name in names if ours(name)]
+    if found == [storing.INDEX]:
+      raise errors.RunError(
+        f"{where} was not {'up' if are_all else 'down'}loaded whole: none of the files "
+        f"is there that its {storing.INDEX} names."
+      )
+    return found
   if not are_all and _MAIN not in names:
     raise errors.RunError(
       f"{where}: the hub is not reached, and the files that were downloaded before "

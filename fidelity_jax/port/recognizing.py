@@ -6,7 +6,7 @@ from typing import Any
 from flax import traverse_util
 
 from fidelity_jax import errors, models
-from fidelity_jax.models import own, registry
+from fidelity_jax.models import registry, users
 from fidelity_jax.models.backbone import State
 from fidelity_jax.models.classifier import AUXILIARY
 from fidelity_jax.port import layouts, parts
@@ -55,7 +55,7 @@ def recognize(
       f"{where} does not fit: {layouts.listing('without numbers are', empty)}"
     )
   if model is not None and registry.code(model.get("name")):
-    with own.explained(model["name"]):
+    with users.explained(model["name"]):
       return _own(state, where, transform_input, model, image_size)
   if any(name.startswith(_FGNIC) for name in state) or set(state) == {
     "classifier.weight",

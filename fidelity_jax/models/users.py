@@ -117,8 +117,14 @@ def find(name: str) -> Own:
       f"model.name: {file} has no {match['attribute']}; "
       f"{errors.near(match['attribute'], there)}"
     )
+  if not isinstance(made, Family) and not _is_backbone(made):
+    raise errors.UsageError(
+      f"model.name: {name!r} is no Backbone: write class {match['attribute']}"
+      "(fidelity_jax.models.Backbone)."
+    )
   defined = made.build if isinstance(made, Family) else made
-  home = getattr(defined, "__module__", match["module"])
+  named = inspect.isfunction(defined) or inspect.isclass(defined)
+  home = defined.__module__ if named else match["module"]
   # The package's own networks change with its version, like everything in it.
   if home != match["module"] and not home.startswith(f"{_PACKAGE}."):
     raise errors.UsageError(
@@ -133,11 +139,6 @@ def find(name: str) -> Own:
       )
     (fields,) = made.variants.values()
     return Own(dataclasses.replace(made, variants={name: fields}), file, code, True)
-  if not _is_backbone(made):
-    raise errors.UsageError(
-      f"model.name: {name!r} is no Backbone: write class {match['attribute']}"
-      "(fidelity_jax.models.Backbone)."
-    )
   return Own(_family(name, made, file), file, code, False)
 
 
