@@ -186,3 +186,50 @@ def test_initial_values_are_tensorflows():
   for name, fan in (("depthwise", 25), ("project", 192), ("expand", 1152)):
     std = float(np.std(block[name]["conv"]["kernel"]))
     assert std == pytest.approx((2 / fan) ** 0.5, rel=0.02)
+
+
+def test_a_block_in_training():
+  """Output, batch statistics and gradients, against PyTorch in float64."""
+  block = efficientnet.InvertedResidual(8, kernel=3, stride=1, expansion=2)
+  rng = np.random.default_rng(0)
+  x, weight = (rng.normal(size=(4, 9, 7, 8)).astype(np.float32) for _ in range(2))
+  variables = block.init(jax.random.key(0), x)
+
+  def total(params, x):
+    given = variables | {"params": params}
+    y, updates = block.apply(given, x, train=True, mutable=["batch_stats"])
+    return (y * weight).sum(), (y, updates["batch_stats"])
+
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+  (grads, x_grad), (y, stats) = gradient(variables["params"], x)
+
+  # TensorFlow's momentum of 0.99 is 0.01 in PyTorch, and its epsilon is 1e-3.
+  norm = lambda: torch.nn.BatchNorm2d(16, eps=1e-3, momentum=0.01)
+  last = torch.nn.BatchNorm2d(8, eps=1e-3, momentum=0.01)
+  conv = lambda *sizes, **options: torch.nn.Conv2d(*sizes, bias=False, **options)
+  theirs = torch.nn.Sequential(
+    *(conv(8, 16, 1), norm(), torch.nn.ReLU6()),
+    *(conv(16, 16, 3, padding=1, groups=16), norm(), torch.nn.ReLU6()),
+    *(conv(16, 8, 1), last),
+  ).double()
+  pairs = list(zip(("expand", "depthwise", "project"), (0, 3, 6), strict=True))
+  for name, i in pairs:
+    kernel = np.asarray(variables["params"][name]["conv"]["kernel"])
+    theirs[i].weight.data[:] = torch.tensor(kernel.transpose(3, 2, 0, 1))
+  seen = torch.tensor(x.transpose(0, 3, 1, 2)).double().requires_grad_()
+  expected = theirs(seen) + seen
+  (expected * torch.tensor(weight.transpose(0, 3, 1, 2))).sum().backward()
+
+  close = lambda ours, want: np.testing.assert_allclose(
+    ours, want, atol=2e-4, rtol=1e-4
+  )
+  last_channel = lambda images: images.detach().numpy().transpose(0, 2, 3, 1)
+  close(y, last_channel(expected))
+  close(x_grad, last_channel(seen.grad))
+  for name, i in pairs:
+    kernel, bn = theirs[i].weight.grad.numpy(), theirs[i + 1]
+    close(grads[name]["conv"]["kernel"], kernel.transpose(2, 3, 1, 0))
+    close(grads[name]["bn"]["scale"], bn.weight.grad)
+    close(grads[name]["bn"]["bias"], bn.bias.grad)
+    np.testing.assert_allclose(stats[name]["bn"]["mean"], bn.running_mean, atol=1e-6)
+    np.testing.assert_allclose(stats[name]["bn"]["var"], bn.running_var, atol=1e-6)
