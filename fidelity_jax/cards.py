@@ -186,9 +186,10 @@ def card(
   if licence != found.get("license"):
     # Of a licence without a name of Hugging Face's.
     found = {k: v for k, v in found.items() if not k.startswith("license_")}
-  found |= _front(run, suffix, known, found) | {"license": licence}
+  found = {"license": licence} | found | _front(run, suffix, known, found)
+  found["license"] = licence
   sections = [
-    f"---\n{yaml.safe_dump(found)}---",
+    f"---\n{yaml.safe_dump(found, sort_keys=False)}---",
     f"# {known.name}",
     _introduction(run),
     "## Input and output",

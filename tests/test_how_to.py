@@ -26,7 +26,7 @@ from conftest import ROOT, TOY, TOY_ESTIMATOR, one_line, overrides
 from jax.experimental.compilation_cache import compilation_cache as compiler
 from PIL import Image
 
-from fidelity_jax import cli, data, files, runs
+from fidelity_jax import cli, data, export, files, runs
 
 # What the classifier's page trains, small. The classifier itself is what it is.
 _SMALL = {
@@ -89,6 +89,14 @@ def _labelled(root):
 
 def _images(root, toy_estimated):
   """Makes what docs/images.md names; the workdir has an oracle's run, too."""
+  from test_parity import TinyResNet, reference
+  from test_port import save_torch
+  from torch_reference import state_dict
+
+  options = dict(num_convs=2, channels=4, ratio=2.0, ensemble=True, source="degraded")
+  network = reference(TinyResNet(num_classes=2), 8, **options)
+  save_torch(state_dict(network), root / "fgnic.pth")
+  export.export(toy_estimated / "pretrained", root / "pretrained.onnx")
   (root / "runs").mkdir()
   (root / "runs" / "demo").symlink_to(toy_estimated)
   _save(root / "photo.png", _photograph(90, 120))
@@ -257,7 +265,7 @@ def test_images(toy_estimated, tmp_path, monkeypatch, command):
   _images(tmp_path, toy_estimated)
   done = _follow("images.md", tmp_path, monkeypatch, command)
   commands = [line for line, _ in done if line != "python"]
-  assert len(commands) == 8 and len(done) == 11
+  assert len(commands) == 10 and len(done) == 13
   for name in ("--out=", "--full", "| fid", "--clean=", "--as_is", "--format=csv"):
     assert any(name in line for line in commands), name
   # Where the page says that things are.
