@@ -11,10 +11,11 @@ import safetensors.numpy
 import torch
 import torch_reference
 from conftest import TOY, TOY_ESTIMATOR, experiment, overrides, results
+from PIL import Image
 from test_parity import TinyResNet, reference
 
 import fidelity_jax
-from fidelity_jax import export
+from fidelity_jax import data, export
 
 _ORACLE = "--config=configs/oracle.py:demo"
 # One epoch and one round: does it run, not what it gives.
@@ -191,8 +192,13 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_photographs_without_labels(toy_run, command, folder, tmp_path):
+def test_photographs_without_labels(toy_run, command, tmp_path):
   """A classifier as it is, calibrated on its own answers to unlabelled photographs."""
+  tiles = data.load(data.default_config("demo"), "test")
+  folder = tmp_path / "photographs"
+  folder.mkdir()
+  for i in range(0, len(tiles), 8):
+    Image.fromarray(tiles.picture(i).pixels()).save(folder / f"{i}.png")
   model = fidelity_jax.load(toy_run / "oracle")
   given = tmp_path / "given"
   export.export(toy_run / "oracle", given)
