@@ -323,7 +323,7 @@ class Ours:
     for one in self._plan.experiments:
       for subject in one.subjects():
         jax.block_until_ready(
-          [p.variables for p in self._networks.of(subject.stages).values()]
+          [p.variables for p in self._networks.of(subject).values()]
         )
 
   def run(
