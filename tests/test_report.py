@@ -323,6 +323,17 @@ def test_examples_of_two_experiments_with_maps():
   assert "noise 2D (0.5 to 0)\ndog" in titles
 
 
+def test_a_map_below_zero_is_drawn():
+  """As networks that were not trained for long estimate it."""
+  one = made.examples()
+  figure, _ = examples.draw(
+    [dataclasses.replace(one, arrays=one.arrays | {"map": one.arrays["map"] - 5})],
+    made.CLASSES,
+  )
+  figure.canvas.draw()
+  assert all(i.get_clim()[0] < i.get_clim()[1] for a in figure.axes for i in a.images)
+
+
 def test_examples_of_a_restorer_have_its_psnr():
   compared = (Compared("restoration", False), Compared("restoration", True))
   one = made.examples(compared=compared, map_name=None, trained_on=None)

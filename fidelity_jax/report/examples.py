@@ -124,7 +124,8 @@ def _maps(one: Examples) -> tuple[np.ndarray, float]:
   """Returns maps [M, N, H, W], large where the error is, and the brightest value."""
   maps = one.arrays["map"].mean(-1)
   maps = 1 - maps if one.map_name == "cosine" else maps
-  return maps, float(np.quantile(maps, 0.995)) or 1.0
+  # An estimated map may be below 0.
+  return maps, max(float(np.quantile(maps, 0.995)), 1e-3)
 
 
 def _heading(condition: Condition) -> str:
