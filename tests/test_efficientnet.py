@@ -72,7 +72,8 @@ def test_the_file_is_a_file_like_any_other():
 
 def test_a_stage_starts_from_them():
   model = {"name": NAME, "weights": NAME}
-  config = ConfigDict({"kind": "classifier", "model": model})
+  dataset = {"image_size": 64}
+  config = ConfigDict({"kind": "classifier", "model": model, "dataset": dataset})
   assert assembly.weights_of(config) == NAME
   part = assembly.given_part(config)
   module = models.create(part.config["model"], 3)

@@ -107,6 +107,7 @@ def _at_the_top(role, chosen=("dataset", "evaluation")):
   return fields | {k.removeprefix(f"parents.{role}."): v for k, v in own.items()}
 
 
+@pytest.mark.slow
 def test_a_classifier_alone_and_a_restorer_alone(toy_copy, command):
   """Where the oracle's experiment was: nothing is trained, only new is measured."""
   workdir = f"--workdir={toy_copy}"

@@ -344,9 +344,8 @@ def test_a_damaged_file_is_not_loaded(jax_files, tmp_path):
     exported.load(tmp_path / "none.jax")
 
 
-@pytest.mark.parametrize(
-  "name", ["estimated", pytest.param("oracle", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["estimated", "oracle"])
 def test_an_onnx_file_gives_the_same(places, tmp_path, name):
   pytest.importorskip("jax2onnx")
   export.export(places[name], tmp_path / "toy.onnx")

@@ -85,6 +85,7 @@ def files(toy_run, tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 def test_what_is_pushed_comes_back(server, run, files, toy_run, tmp_path):
   results = run(
     ("push", files / "toy.jax", "hf:me/toy", "--private"),

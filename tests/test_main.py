@@ -104,6 +104,7 @@ def test_a_second_run_only_reports(toy_copy, command):
   assert measured(path) == before
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_measured(toy_copy, command):
   run = lambda **fields: (
     command(DEMO, f"--workdir={toy_copy}", *overrides(TOY | fields), check=0).stderr

@@ -262,7 +262,7 @@ ROOM = 5e-3
 @pytest.mark.parametrize(
   "name,size,gradients",
   [
-    ("alexnet", 63, ROOM),
+    pytest.param("alexnet", 63, ROOM, marks=pytest.mark.slow),
     ("resnet50", 33, None),
     pytest.param("googlenet", 32, None, marks=pytest.mark.slow),
     pytest.param("vgg16", 33, None, marks=pytest.mark.slow),

@@ -109,6 +109,7 @@ def test_killed_it_goes_on(toy_estimated, background, command, pictures):
   assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_an_oracle_and_its_clean_images(toy_run, command, pictures, tmp_path):
   run = toy_run / "oracle"
   (pictures / "broken.jpg").unlink()
@@ -149,6 +150,7 @@ def test_an_oracle_and_its_clean_images(toy_run, command, pictures, tmp_path):
   assert "--clean=nowhere: there is no such folder" in one_line(nowhere.stderr)
 
 
+@pytest.mark.slow
 def test_what_changed_is_predicted_anew(toy_estimated, pictures, tmp_path, capsys):
   """By content: neither the name nor the place tells what an image is."""
   run, out = toy_estimated / "pretrained", tmp_path / "out"

@@ -215,6 +215,7 @@ def test_processes_share_a_study(toy_copy, background):
     assert len(list(csv.DictReader(file))) == len(found["rows"])
 
 
+@pytest.mark.slow
 def test_what_fails_does_not_stop_the_rest(toy_copy, command):
   fields = TOY | {"experiments.degraded.learning_rate": 1e30}
   result = _run(command, toy_copy, fields)

@@ -122,7 +122,10 @@ def _task(networks, mode, **changes):
 
 @pytest.mark.parametrize(
   ("mode", "seen"),
-  [*((mode, "degraded") for mode in TRAINED), ("end_to_end", "restored")],
+  [
+    *((mode, "degraded") for mode in TRAINED),
+    pytest.param("end_to_end", "restored", marks=pytest.mark.slow),
+  ],
 )
 def test_steps_move_exactly_what_trains(networks, mode, seen, tmp_path):
   """Two steps of the real step function, and what a checkpoint of them holds."""
