@@ -19,7 +19,7 @@ from fidelity_jax.subjects import Given, Subject
 DEGRADATION = "awgn"
 
 
-def together(method: Method, source: str | None) -> Compared:
+def _together(method: Method, source: str | None) -> Compared:
   """Returns what all networks of a method that classifies do together.
 
   Args:
@@ -31,17 +31,17 @@ def together(method: Method, source: str | None) -> Compared:
   return Compared("classifier", method.restorer is not None)
 
 
-def facts(run: runs.Run) -> Facts | None:
-  """Returns what is known of a run's networks together; None without a classifier."""
+def _facts(run: runs.Run) -> Facts | None:
+  """Returns what is known of an experiment's networks together.
+
+  None without a classifier.
+  """
   method, planned = run.method, run.planned
   if method.classifier is None:
     return None
-  if planned is None:
-    known = _of_checkpoint(run)
-    return known.of(together(method, known.source))
   found = subjects.of_experiment(planned.config, planned.last, planned.further)
   source = next((s.facts.source for s in found if s.compared.steered), None)
-  compared = together(method, source)
+  compared = _together(method, source)
   return next(s.facts for s in found if s.compared == compared)
 
 
@@ -54,7 +54,7 @@ def about(run: runs.Run) -> exported.About | None:
     degradation=stages.as_json(config.degradation),
     rounds=config.evaluation.rounds,
     seed=config.evaluation.seed,
-    facts=facts(run),
+    facts=_facts(run),
   )
 
 
