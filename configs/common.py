@@ -163,8 +163,8 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
   elif size == "lite":
     config.model.weights = config.model.name
-    config.head_epochs = 2
-    _training(config, learning_rate=0.01, batch_size=64, epochs=10, warmup_epochs=1)
+    config.head_epochs = 1
+    _training(config, learning_rate=0.02, batch_size=32, epochs=6, warmup_epochs=1)
   else:
     config.model.weights = "torchvision"
     _training(config, learning_rate=1e-3, batch_size=64, epochs=120)
@@ -180,7 +180,7 @@ def _stack(config: ConfigDict, size: str) -> None:
   config.patch_size, config.patch_stride = sides[size]
   config.model = ConfigDict(
     {
-      "depth": {"": 20, "lite": 8, "demo": 5}[size],
+      "depth": 5 if size else 20,
       "width": 32 if size else 64,
       "batch_norm": False,
       "weights": config_dict.placeholder(str),
@@ -190,7 +190,7 @@ def _stack(config: ConfigDict, size: str) -> None:
   if size == "demo":
     _training(config, learning_rate=4e-3, batch_size=32, warmup_epochs=1)
   elif size == "lite":
-    _training(config, learning_rate=1e-3, batch_size=64, epochs=6, warmup_epochs=1)
+    _training(config, learning_rate=2e-3, batch_size=32, epochs=4, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-4, batch_size=128, epochs=120)
 
@@ -250,7 +250,7 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
     {
       "enabled": True,
       "learning_rate": {"": 1e-3, "lite": 0.01, "demo": 0.02}[size],
-      "epochs": {"": 25, "lite": 3, "demo": 6}[size],
+      "epochs": {"": 25, "lite": 2, "demo": 6}[size],
       "warmup_epochs": 1 if size else 5,
       "weights": config_dict.placeholder(str),
     }
@@ -266,7 +266,7 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
       validation_rounds=3,
     )
   elif size == "lite":
-    _training(config, learning_rate=0.01, batch_size=32, epochs=8, warmup_epochs=1)
+    _training(config, learning_rate=0.01, batch_size=16, epochs=5, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-3, batch_size=64, epochs=50)
   if size and source == "end_to_end":

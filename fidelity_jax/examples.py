@@ -8,7 +8,7 @@ import numpy as np
 from fidelity_jax import data, degradations, errors, files, signals
 from fidelity_jax.evaluate import Evaluation
 from fidelity_jax.report.content import Activations, Examples
-from fidelity_jax.rows import Condition
+from fidelity_jax.rows import Compared, Condition
 from fidelity_jax.subjects import Subject
 from fidelity_jax.tensors import Tensors
 
@@ -33,6 +33,7 @@ def draw(
     "subjects": [evaluation.of(s) for s in chosen],
     "examples": config.evaluation.examples,
     "conditions": [c.steps for c in shown],
+    "format": 2,
   }
   compute = lambda: _examples(evaluation, chosen, shown)
   mapped = any(s.compared.steered for s in chosen)
@@ -75,12 +76,17 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
   spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)
   batches = list(evaluation.batches(dataset.select(spread)))
   seed, result = config.evaluation.seed, {}
+  (clean,) = degradations.conditions("clean")
+  frozen = [s for s in chosen if s.compared == Compared("classifier", False)]
   for condition in shown:
     parts: dict[str, list] = {}
     for batch in batches:
       tensors = Tensors(evaluation.networks, seed, condition, batch, 0)
       seen = {"degraded": tensors.degraded, "clean": tensors.clean}
       seen["label"] = batch["label"]
+      for subject in frozen:
+        undegraded = Tensors(evaluation.networks, seed, clean, batch, 0)
+        seen["value/clean"] = undegraded.values(subject)["prediction"]
       for subject in chosen:
         compared = subject.compared
         if compared.restored:

@@ -222,6 +222,7 @@ def examples(found=None, images=2, size=48, **changes):
   }
   for number, one in enumerate(compared):
     arrays[f"value/{one.key}"] = ((label + (number < 1)) % len(CLASSES)).astype(int)
+  arrays["value/clean"] = label.copy()
   fields = {"experiment": "oracle_$", "compared": compared, "map_name": "l1"}
   fields |= {"trained_on": "clean", "conditions": tuple(found), "arrays": arrays}
   return Examples(**(fields | changes))

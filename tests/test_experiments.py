@@ -176,10 +176,18 @@ def test_an_authors_checkpoint_as_it_is(command, tmp_path):
   with np.load(experiment(tmp_path / "run") / "examples-oracle.npz") as examples:
     clean, degraded = (_nchw(examples[name]) for name in ("clean", "degraded"))
     predicted = examples["value/oracle-restored-ensemble"].ravel()
+    at_clean = examples["value/clean"][0]
   with torch.no_grad():
     logits = theirs(degraded, clean)
   assert len(set(predicted)) > 1
   np.testing.assert_array_equal(predicted, logits.argmax(1))
+  mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+  normalized = (clean[: len(at_clean)] - torch.tensor(mean).view(3, 1, 1)) / (
+    torch.tensor(std).view(3, 1, 1)
+  )
+  with torch.no_grad():
+    frozen = theirs.classifier(theirs.plain_features(normalized))
+  np.testing.assert_array_equal(at_clean, frozen.argmax(1))
   # Finished stages need the file no longer.
   path.unlink()
   assert run("run", fields, 0).stderr.count(": finished (") == 4

@@ -334,6 +334,17 @@ def test_a_map_below_zero_is_drawn():
   assert all(i.get_clim()[0] < i.get_clim()[1] for a in figure.axes for i in a.images)
 
 
+def test_what_is_said_of_clean_images_is_below_them():
+  one = made.examples()
+  wrong = (one.arrays["label"] + 1) % len(made.CLASSES)
+  figure, caption = examples.draw(
+    [dataclasses.replace(one, arrays=one.arrays | {"value/clean": wrong})], made.CLASSES
+  )
+  below = [axes.get_xlabel() for axes in figure.axes if axes.get_title()]
+  assert below and all(text.startswith("✗") for text in below)
+  assert "sees the clean" in caption
+
+
 def test_examples_of_a_restorer_have_its_psnr():
   compared = (Compared("restoration", False), Compared("restoration", True))
   one = made.examples(compared=compared, map_name=None, trained_on=None)

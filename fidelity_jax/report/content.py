@@ -53,7 +53,8 @@ class Examples:
     conditions: M conditions.
     arrays: "clean", "degraded" [M, N, H, W, 3], "label" [M, N], where there are any
       "restored" [M, N, H, W, 3] and "map" [M, N, H, W, C], and by "value/KEY" the
-      classes predicted, int32 [M, N], or the PSNR, float32.
+      classes predicted, int32 [M, N], or the PSNR, float32; "value/clean": what the
+      classifier alone predicts of the clean images.
   """
 
   experiment: str

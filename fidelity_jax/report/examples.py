@@ -57,7 +57,7 @@ def _rows(one: Examples) -> list[tuple[str, str, str]]:
   # With the ensemble, if there is one.
   steered = sorted(steered, key=lambda c: not c.ensemble)
   rows = [
-    ("clean", "clean", ""),
+    ("clean", "clean", "clean"),
     ("degraded", "degraded", Compared(plain, False).key),
     ("restored", "restored", Compared(plain, True).key),
     ("map (bright: error)", "map", steered[0].key if steered else ""),
@@ -160,7 +160,7 @@ def _caption(examples: Sequence[Examples]) -> str:
   which = other.get(first.trained_on, f"trained on {first.trained_on} images")
   text = (
     f"Below each image, what is predicted from it: the classifier {which} sees the "
-    "degraded, then the restored image"
+    "clean, the degraded and the restored image"
   )
   if "map" in first.arrays:
     text += "; the proposed method sees the restored image and the map"
