@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from fidelity_jax import errors, signals, streams
+from fidelity_jax import errors, hosts, signals, streams
 
 # Files that JAX, Orbax and the worker threads may have open at the same time.
 _OPEN_FILES = 256
@@ -32,13 +32,22 @@ def run(command: Callable[[], None]) -> int:
     command()
     # A signal from here on is ignored.
     signals.work_begins()
+    hosts.leave(None)
   except SystemExit as end:  # --help
     return end.code if isinstance(end.code, int) else 0
   except BaseException as error:  # Any failure.
     signals.work_begins()
+    if hosts.lost(error):
+      error = errors.RunError(f"another process is gone ({error})")
     status, line = explain(error)
     line = streams.plain(" ".join(line.split()))
-    print(f"fidelity_jax: {line}", file=streams.user())
+    together = isinstance(error, signals.Stopped) and hosts.stopped()
+    if not together:
+      line = hosts.leave(line)
+    if line is not None and (hosts.first() or not together):
+      print(f"fidelity_jax: {line}", file=streams.user())
+    if together:
+      hosts.leave(None)
     return status
   return 0
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fidelity_jax import (
   data,
   degradations,
+  hosts,
   measurements,
   progress,
   rows,
@@ -185,7 +186,7 @@ class Evaluation:
         if signals.received() is not None:
           self._save(number, found)
           signals.stop(f"evaluating {place.condition.name}")
-        if time.monotonic() - saved > self._patience:
+        if hosts.agree(time.monotonic() - saved > self._patience):
           self._save(number, found)
           found, saved = [], time.monotonic()
         found.append((place, self._values(place, batch, now)))
@@ -218,7 +219,7 @@ class Evaluation:
       condition = rows.Condition.of(place.condition)
       for kept, arrays in values:
         start = number * self._batch_size
-        kept.add(condition, place.round, start, jax.device_get(arrays))
+        kept.add(condition, place.round, start, sharding.fetch(arrays))
 
   def _save(self, number: int, found: list) -> None:
     self._take(number, found)

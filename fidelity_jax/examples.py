@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fidelity_jax import data, degradations, errors, files, signals
+from fidelity_jax import data, degradations, errors, files, sharding, signals
 from fidelity_jax.evaluate import Evaluation
 from fidelity_jax.report.content import Activations, Examples
 from fidelity_jax.rows import Compared, Condition
@@ -97,7 +97,7 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
           name = "psnr" if compared.method == "restoration" else "prediction"
           seen[f"value/{compared.key}"] = tensors.values(subject)[name]
       for key, value in seen.items():
-        parts.setdefault(key, []).append(np.asarray(value))
+        parts.setdefault(key, []).append(sharding.fetch(value))
     for key, values in parts.items():
       result.setdefault(key, []).append(np.concatenate(values)[:count])
   return {key: np.stack(values) for key, values in result.items()}
@@ -178,8 +178,8 @@ def _activations(evaluation, plain, uniform, own) -> dict[str, np.ndarray]:
         tensors = Tensors(evaluation.networks, seed, condition, batch, number)
         for subject in plain:
           key = "restored" if subject.compared.restored else "degraded"
-          features = np.asarray(tensors.features(subject), np.float64)
-          total = (features * np.asarray(batch["mask"])[:, None]).sum(0)
+          features, mask = sharding.fetch((tensors.features(subject), batch["mask"]))
+          total = (features.astype(np.float64) * mask[:, None]).sum(0)
           sums[key] = sums.get(key, 0.0) + total
     for key, total in sums.items():
       found.setdefault(key, []).append(total / (len(own) * rounds))

@@ -15,6 +15,7 @@ from fidelity_jax import (
   data,
   errors,
   files,
+  hosts,
   measurements,
   plan,
   progress,
@@ -61,7 +62,7 @@ def run(
     print(plan.describe(planned, datasets, place))
     return
   with files.locked(place, shared=work.shard is not None), _staying(place):
-    streams.log_to(place / "log.txt")
+    streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))
     stages.check_workdir(place)
     files.check_file(place / "index.md")
     planned, tests = _plan(work, place, datasets)
@@ -73,11 +74,14 @@ def run(
     with _one_at_a_time(work, place):
       with errors.while_doing(f"making the directory {where}"):
         where.mkdir(exist_ok=True)
+      hosts.wait("results")
       content = results.gather(work, planned, tests, missing, where, place, command)
-      if content is not None:
-        report.write(where, content)
-      workdirs.write_experiments(where, planned, datasets)
-      workdirs.write_index(place)
+      if hosts.first():
+        if content is not None:
+          report.write(where, content)
+        workdirs.write_experiments(where, planned, datasets)
+        workdirs.write_index(place)
+      hosts.wait("report")
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")
     if missing:
@@ -178,7 +182,8 @@ def _train(
           reason = reason.rpartition(f"{stage.name}: ")[2].rstrip(".")
           missing[stage.name] = f"{stage.name} failed: {reason}."
           progress.say(missing[stage.name])
-        workdirs.write_index(place)
+        if hosts.first():
+          workdirs.write_index(place)
       break
     else:
       if not told:
@@ -226,7 +231,9 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   if record := stage.check():
     progress.say(f"{prefix}{stage.name}: finished ({record.metric} {record.score:.4g})")
     return
-  stage.begin()
+  if hosts.first():
+    stage.begin()
+  hosts.wait(f"{stage.name} begins")
   train_data = datasets.load(config.dataset, "train")
   mesh = sharding.make_mesh(config.batch_size)
   if mesh.size < jax.device_count():
@@ -261,4 +268,6 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     mesh=mesh,
   )
   result = trainer.run()
-  stage.finish(result.step, task.score, result.score, result.product)
+  if hosts.first():
+    stage.finish(result.step, task.score, result.score, result.product)
+  hosts.wait(stage.name)

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from fidelity_jax import errors
+from fidelity_jax import errors, hosts
 
 T = TypeVar("T")
 
 _SEAL = "sha256"
 # What the record beside arrays is called.
 _RECORD = "record"
+# The directory that the processes of a job hold together.
+_held: pathlib.Path | None = None
 
 
 def expand(path: str | pathlib.Path) -> pathlib.Path:
@@ -86,10 +88,13 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Writes `content` under a temporary name, then renames it to `path`.
 
   A reader, or a run after a crash, sees the old file or the new one, never a part.
+  Below a directory that several processes hold (`locked`), the first writes for all.
 
   Raises:
     RunError: it cannot be written.
   """
+  if _held is not None and not hosts.first() and path.is_relative_to(_held):
+    return
   # Processes on several machines may share a directory.
   owner = f"{platform.node()}.{os.getpid()}"
   temporary = path.with_name(f".{path.name}.{owner}.tmp")
@@ -325,11 +330,12 @@ def check_file(path: pathlib.Path) -> None:
 def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
   """Holds `directory` for this process, creating it where absent.
 
-  The lock goes with the process, however it ends.
+  The lock goes with the process, however it ends. Of several processes of a job the
+  first holds it for all, and writes what is written there.
 
   Args:
     directory: the directory.
-    shared: hold it together with other processes that do so, too.
+    shared: hold it together with other jobs that do so, too.
 
   Raises:
     UsageError: if the directory cannot be written.
@@ -342,6 +348,17 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
       f"workdir {str(directory.absolute())!r} is not UTF-8 (if it is, set "
       "PYTHONUTF8=1): name another with --workdir."
     ) from error
+  global _held
+  if not hosts.first():
+    hosts.wait("lock")
+    if not directory.is_dir():
+      raise errors.UsageError(
+        f"workdir {str(directory)!r} is not there for process {hosts.index()}: name "
+        "one on a disk that all hosts share, with --workdir."
+      )
+    _held = directory
+    yield
+    return
   try:
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / ".lock", "w")
@@ -365,6 +382,7 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
         f"workdir {str(directory)!r} cannot be locked ({error.strerror}): name one on "
         "a disk that can, with --workdir."
       ) from error
+    hosts.wait("lock")
     yield
 
 
@@ -374,9 +392,14 @@ def holding(path: pathlib.Path) -> Iterator[bool]:
 
   The lock goes with the process, however it ends.
 
+  Of several processes of a job the first holds it for all.
+
   Args:
     path: the lock's file, whose directory is made where absent.
   """
+  if not hosts.first():
+    yield hosts.agree(False)
+    return
   with errors.while_doing(f"making the lock {path}"):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
@@ -391,4 +414,4 @@ def holding(path: pathlib.Path) -> Iterator[bool]:
         f"{path} cannot be locked ({error.strerror}): processes can share a study on a "
         "disk that can lock alone."
       ) from error
-    yield held
+    yield hosts.agree(held)

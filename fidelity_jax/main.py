@@ -44,9 +44,10 @@ def _run(arguments: list[str]) -> None:
     print(__doc__)
     return
   config, workdir, dry_run = parse(arguments)
-  from fidelity_jax import experiment, platform
+  from fidelity_jax import experiment, hosts, platform
 
   signals.interrupt("while it looked at its inputs", "nothing is lost")
+  hosts.join()
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
   experiment.run(config, workdir, command, dry_run)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, files, hosts
 
 Averages = dict[str, clu_metrics.Average]
 
@@ -43,7 +43,10 @@ def compute(a: Averages, prefix: str = "") -> dict[str, float]:
 
 
 class MetricWriter:
-  """Appends one record per epoch to metrics.jsonl and to TensorBoard events."""
+  """Appends one record per epoch to metrics.jsonl and to TensorBoard events.
+
+  Of several processes the first does.
+  """
 
   def __init__(self, directory: pathlib.Path, records: list[dict[str, float]]):
     """Opens the files.
@@ -53,6 +56,9 @@ class MetricWriter:
       records: those up to the checkpoint that the run resumes from. What the file holds
         is replaced by them: later records will be computed and written again.
     """
+    self._file = self._events = None
+    if not hosts.first():
+      return
     path = directory / "metrics.jsonl"
     files.check_file(path)
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -68,6 +74,8 @@ class MetricWriter:
 
   def write(self, record: dict[str, float]) -> None:
     """Writes the record of an epoch; numbers go to TensorBoard too."""
+    if self._file is None:
+      return
     with errors.while_doing(f"writing {self._file.name}"):
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
@@ -77,6 +85,8 @@ class MetricWriter:
 
   def close(self) -> None:
     """Closes the files."""
+    if self._file is None:
+      return
     # What was written is flushed; on a full disk closing fails once more.
     with contextlib.suppress(OSError):
       self._file.close()

@@ -4,12 +4,13 @@ import time
 
 import tqdm
 
-from fidelity_jax import streams
+from fidelity_jax import hosts, streams
 
 
 def say(message: str) -> None:
-  """Prints one line for the user, on standard error."""
-  tqdm.tqdm.write(streams.plain(message), file=streams.user())
+  """Prints one line for the user, on standard error; of several processes, once."""
+  if hosts.first():
+    tqdm.tqdm.write(streams.plain(message), file=streams.user())
 
 
 class Progress:
@@ -26,7 +27,7 @@ class Progress:
     self._start, self._first, self._done = time.monotonic(), done, done
     self._interval, self._last = interval, time.monotonic()
     self._bar = None
-    if streams.user().isatty():
+    if hosts.first() and streams.user().isatty():
       self._bar = tqdm.tqdm(
         total=total,
         initial=done,
@@ -39,7 +40,7 @@ class Progress:
   def due(self) -> bool:
     """True if a new report should be made; only then are numbers worth fetching."""
     interval = 0.5 if self._bar else self._interval
-    return time.monotonic() - self._last >= interval
+    return hosts.first() and time.monotonic() - self._last >= interval
 
   def update(self, done: int, **facts: float | int | str) -> None:
     """Reports that `done` steps are done, with some facts such as loss=0.5."""

@@ -1,9 +1,14 @@
 """Where arrays live: batches are split over devices, everything else is copied."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fidelity_jax import errors
+
+PyTree = Any
 
 
 def make_mesh(size: int | None = None) -> jax.sharding.Mesh:
@@ -13,7 +18,8 @@ def make_mesh(size: int | None = None) -> jax.sharding.Mesh:
     size: examples in the batches to be split over it. On one host, as many devices are
       taken as split it evenly. None: all are.
   """
-  devices = jax.devices()
+  # Each host's devices hold one part of the batch, which that host reads.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   if size is not None and jax.process_count() == 1:
     count = next(n for n in range(min(len(devices), size), 0, -1) if size % n == 0)
     devices = devices[:count]
@@ -40,6 +46,19 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def everywhere(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
+  """Returns arrays that every device holds whole.
+
+  Args:
+    mesh: the devices.
+    tree: arrays, the same on all hosts.
+  """
+  if jax.process_count() > 1:
+    # Arrays on one host's devices become no arrays of all.
+    tree = jax.tree.map(np.asarray, tree)
+  return jax.device_put(tree, replicated(mesh))
+
+
 def host_shard(batch: jax.sharding.NamedSharding) -> dict[str, int]:
   """Returns the part of each global batch that this host reads.
 
@@ -49,6 +68,17 @@ def host_shard(batch: jax.sharding.NamedSharding) -> dict[str, int]:
   if batch.is_fully_replicated:
     return {"shard_index": 0, "shard_count": 1}
   return {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+
+
+def fetch(arrays: PyTree) -> PyTree:
+  """Returns arrays on the devices of all hosts as NumPy arrays, whole, on every host.
+
+  Args:
+    arrays: JAX arrays; all hosts call it with the same ones.
+  """
+  if jax.process_count() > 1:
+    arrays = multihost_utils.process_allgather(arrays, tiled=True)
+  return jax.device_get(arrays)
 
 
 def round_up(mesh: jax.sharding.Mesh, size: int) -> int:

@@ -8,6 +8,7 @@ where the work is saved. Imports nothing heavy: `listen` is called before all im
 
 import os
 import signal
+from collections.abc import Callable
 
 
 class Stopped(BaseException):
@@ -29,6 +30,8 @@ _phase = _STARTING
 _received: int | None = None
 _user = 2
 _where, _kept = "", ""
+# Of several processes: what they agree on.
+_agreed = None
 
 
 def _receive(number, frame) -> None:
@@ -72,8 +75,25 @@ def work_begins() -> None:
   _phase = _WORKING
 
 
+def agree_by(agreed: Callable[[int | None], int | None]) -> None:
+  """Makes `received` an agreement of several processes.
+
+  Args:
+    agreed: takes the signal that this process received and returns the one that stops
+      all of them, at the same call in each.
+  """
+  global _agreed
+  _agreed = agreed
+
+
 def received() -> int | None:
-  """Returns the number of the signal received, or None."""
+  """Returns the number of the signal received, or None.
+
+  Of several processes all call it equally often.
+  """
+  global _received
+  if _agreed is not None:
+    _received = _agreed(_received)
   return _received
 
 
@@ -89,5 +109,5 @@ def stop(where: str, kept: str = "everything is saved") -> None:
 
 def stop_if_received(where: str, kept: str = "everything is saved") -> None:
   """Raises `Stopped` if a signal came; arguments as for `stop`."""
-  if _received is not None:
+  if received() is not None:
     stop(where, kept)

@@ -48,7 +48,7 @@ class Networks:
 
   def __init__(self, num_classes: int, mesh: jax.sharding.Mesh):
     self._load = assembly.Loader(num_classes)
-    self._replicated = sharding.replicated(mesh)
+    self._mesh = mesh
     self._parts: dict[tuple[str, str], _Part] = {}
 
   def of(self, subject: Subject) -> dict[str, _Part]:
@@ -68,7 +68,7 @@ class Networks:
   def _given(self, given: Given, role: str) -> _Part:
     if (given.digest, role) not in self._parts:
       network, variables = given.parts[role]
-      variables = jax.device_put(variables, self._replicated)
+      variables = sharding.everywhere(self._mesh, variables)
       self._parts[given.digest, role] = _Part(given.digest, network, variables)
     return self._parts[given.digest, role]
 
@@ -77,7 +77,7 @@ class Networks:
       network, variables = self._load(stage)
       if isinstance(network, Method):
         network, variables = getattr(network, role), variables[role]
-      variables = jax.device_put(variables, self._replicated)
+      variables = sharding.everywhere(self._mesh, variables)
       self._parts[stage.name, role] = _Part(stage.name, network, variables)
     return self._parts[stage.name, role]
 
