@@ -113,7 +113,9 @@ class Meter:
       found["speed/flops_per_second"] = self._flops / seconds
       if self._peak is not None:
         found["speed/share_of_peak"] = self._flops / seconds / self._chips / self._peak
-    return found | memory(self._devices)
+    # Looking it up takes some milliseconds.
+    with self.paused():
+      return found | memory(self._devices)
 
 
 def facts(values: dict[str, float]) -> dict[str, float | str]:

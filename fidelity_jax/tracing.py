@@ -67,6 +67,8 @@ class Tracer:
       jax.block_until_ready(state)
       doing = errors.while_doing(f"beginning a trace in {self._directory}")
       with self._paused(), doing:
+        # The profiler would only find at the end that it cannot.
+        (self._directory / "plugins" / "profile").mkdir(parents=True, exist_ok=True)
         jax.profiler.start_trace(self._directory)
       self._on = True
     if not self._on:
@@ -89,9 +91,15 @@ class Tracer:
       return
     jax.block_until_ready(state)
     self._on = False
-    doing = errors.while_doing(f"writing a trace to {self._directory}")
-    with self._paused(), doing:
-      jax.profiler.stop_trace()
+    try:
+      with self._paused():
+        jax.profiler.stop_trace()
+    except jax.errors.JaxRuntimeError as error:
+      reason = " ".join(str(error).split())[:200]
+      raise errors.RunError(
+        f"{self._title}: writing a trace to {self._directory} failed: {reason}: the "
+        "same command without profile.steps goes on."
+      ) from error
     progress.say(f"{self._title}: trace in {self._directory / 'plugins' / 'profile'}.")
 
   def close(self) -> None:
