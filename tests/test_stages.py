@@ -8,7 +8,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from fidelity_jax import checkpoints, degradations, errors, stages
+from fidelity_jax import checkpoints, degradations, errors, stages, tasks
 
 
 def _config(name="oracle", size="demo"):
