@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT, TOY, overrides
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fidelity_jax import (
   chips,
   data,
   degradations,
   errors,
+  metrics,
   models,
   sharding,
   tasks,
@@ -143,13 +144,18 @@ def test_every_epoch_says_how_fast_it_went(trained):
 
 
 def _events(directory):
-  """Returns (tag, step) of all scalars in TensorBoard's files, in order."""
+  """Returns (tag, step) of all scalars in TensorBoard's files, in order.
+
+  As TensorBoard has them: what a later run says it will write again is gone.
+  """
   found = []
   for path in sorted(directory.glob("events.out.tfevents.*")):
     content, place = path.read_bytes(), 0
     while place < len(content):
       (length,) = struct.unpack_from("<Q", content, place)
       event = Event.FromString(content[place + 12 : place + 12 + length])
+      if event.session_log.status == SessionLog.START:
+        found = [(tag, step) for tag, step in found if step < event.step]
       found += [(value.tag, event.step) for value in event.summary.value]
       place += 16 + length
   return found
@@ -162,6 +168,19 @@ def test_tensorboard_has_epochs_and_intervals(trained):
     # The last line of each run's progress is always printed.
     assert {8, 12} <= {step for tag, step in found if tag == f"interval/{name}"}
   assert ("validation/loss", 12) in found
+
+
+def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path):
+  speed = {"speed/step_seconds": 0.1}
+  for start in (0, 15):
+    writer = metrics.MetricWriter(tmp_path, [{"step": 10}] if start else [], start)
+    for step in range(start + 1, 19):
+      writer.write_interval(step, speed)
+    writer.close()
+    # The files' names have the second in them.
+    time.sleep(1.1)
+  steps = [step for _, step in _events(tmp_path)]
+  assert steps == list(range(1, 19))
 
 
 def _traced(directory):
