@@ -2,7 +2,7 @@
 
 Dense operations on matrices, a multiplication and an addition counted as two; vendors'
 figures "with sparsity" are twice these. A chip that is not listed, a part of a GPU
-(MIG), and a CPU have no peak here. Read on 2026-11-27, from stored copies of the pages:
+(MIG), and a CPU have no peak here. Read in archived copies on 2026-11-27:
 
 - TPU v4: https://docs.cloud.google.com/tpu/docs/v4
 - TPU v5e: https://docs.cloud.google.com/tpu/docs/v5e
