@@ -61,6 +61,8 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
+  # First and last step of every stage to trace for XProf; docs/observing.md.
+  config.profile = ConfigDict({"steps": config_dict.placeholder(tuple)})
   config.degradation = ConfigDict(
     {
       "kind": "awgn",
@@ -117,6 +119,7 @@ def parent(root: ConfigDict, kind: str) -> ConfigDict:
   for name in ("seed", "precision", "checkpoint_seconds"):
     config[name] = root.get_oneway_ref(name)
   config.dataset = inherit(root.dataset)
+  config.profile = inherit(root.profile)
   config.degradation = inherit(root.degradation)
   config.parents = ConfigDict()
   return config
