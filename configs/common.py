@@ -61,6 +61,8 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
+  # First and last step of every stage to trace for XProf; docs/observing.md.
+  config.profile = ConfigDict({"steps": config_dict.placeholder(tuple)})
   config.degradation = ConfigDict(
     {
       "kind": "awgn",
@@ -117,6 +119,7 @@ def parent(root: ConfigDict, kind: str) -> ConfigDict:
   for name in ("seed", "precision", "checkpoint_seconds"):
     config[name] = root.get_oneway_ref(name)
   config.dataset = inherit(root.dataset)
+  config.profile = inherit(root.profile)
   config.degradation = inherit(root.degradation)
   config.parents = ConfigDict()
   return config
@@ -163,8 +166,11 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
   elif size == "lite":
     config.model.weights = config.model.name
+    # After so few steps the network's own, 0.99, still has statistics of networks long
+    # gone (docs/notebook.md).
+    config.model.bn_momentum = 0.9
     config.head_epochs = 1
-    _training(config, learning_rate=0.02, batch_size=32, epochs=6, warmup_epochs=1)
+    _training(config, learning_rate=0.02, batch_size=32, epochs=5, warmup_epochs=1)
   else:
     config.model.weights = "torchvision"
     _training(config, learning_rate=1e-3, batch_size=64, epochs=120)

@@ -261,6 +261,8 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
       crop_area=config.dataset.crop_area,
       crop_aspect=config.dataset.crop_aspect,
       reduced_decode=config.dataset.reduced_decode,
+      precision=config.precision,
+      traced=config.profile.steps,
     ),
     train_data=train_data,
     validation_data=datasets.load(config.dataset, "validation"),

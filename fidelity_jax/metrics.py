@@ -32,8 +32,12 @@ def merge(a: Averages, b: Averages) -> Averages:
 
 
 def zeros_like(a: Averages) -> Averages:
-  """Returns averages over nothing, of the structure of `a` (or of its shapes)."""
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), a)
+  """Returns averages over nothing, of the structure of `a` (or of its shapes).
+
+  They live where `a` does: a step that is given arrays elsewhere is compiled again.
+  """
+  place = lambda x: getattr(x, "sharding", None)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=place(x)), a)
 
 
 def compute(a: Averages, prefix: str = "") -> dict[str, float]:
@@ -48,13 +52,16 @@ class MetricWriter:
   Of several processes the first does.
   """
 
-  def __init__(self, directory: pathlib.Path, records: list[dict[str, float]]):
+  def __init__(
+    self, directory: pathlib.Path, records: list[dict[str, float]], step: int = 0
+  ):
     """Opens the files.
 
     Args:
       directory: the stage's.
       records: those up to the checkpoint that the run resumes from. What the file holds
         is replaced by them: later records will be computed and written again.
+      step: that checkpoint's; TensorBoard drops the events after it.
     """
     self._file = self._events = None
     if not hosts.first():
@@ -68,9 +75,7 @@ class MetricWriter:
 
     with errors.while_doing(f"opening {path}"):
       self._file = open(path, "a", encoding="utf-8")
-      self._events = tensorboardX.SummaryWriter(
-        str(directory), purge_step=records[-1]["step"] + 1 if records else None
-      )
+      self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
 
   def write(self, record: dict[str, float]) -> None:
     """Writes the record of an epoch; numbers go to TensorBoard too."""
@@ -82,6 +87,19 @@ class MetricWriter:
       for name, value in record.items():
         if name != "step":
           self._events.add_scalar(name, value, record["step"])
+
+  def write_interval(self, step: int, values: dict[str, float]) -> None:
+    """Writes what was measured since the last line of progress, to TensorBoard alone.
+
+    Args:
+      step: optimizer steps done.
+      values: by name; "interval/" is put before these.
+    """
+    if self._file is None:
+      return
+    with errors.while_doing(f"writing TensorBoard events beside {self._file.name}"):
+      for name, value in values.items():
+        self._events.add_scalar(f"interval/{name}", value, step)
 
   def close(self) -> None:
     """Closes the files."""

@@ -24,7 +24,14 @@ PyTree = Any
 # Changes with what config.json holds or what the digest is made of.
 FORMAT = 2
 # Fields that change how a stage runs or what is done with it, not what it gives.
-_IMMATERIAL = ("checkpoint_seconds", "evaluation", "experiment", "labels", "parents")
+_IMMATERIAL = (
+  "checkpoint_seconds",
+  "evaluation",
+  "experiment",
+  "labels",
+  "parents",
+  "profile",
+)
 # Fields of `dataset` that say more than which images there are.
 _DATASET = ("crop_area", "crop_aspect", "image_size", "reduced_decode")
 

@@ -30,6 +30,8 @@ from fidelity_jax import (
   randomness,
   sharding,
   signals,
+  throughput,
+  tracing,
 )
 from fidelity_jax.tasks import Task
 
@@ -61,6 +63,8 @@ class Settings:
     crop_area: range of the training crop's share of the area.
     crop_aspect: range of the training crop's width / height.
     reduced_decode: decode JPEGs at reduced scale where the crop allows.
+    precision: of the networks, which a chip's peak depends on.
+    traced: the first and the last step to trace, or None.
   """
 
   seed: int
@@ -77,6 +81,8 @@ class Settings:
   crop_area: tuple[float, float]
   crop_aspect: tuple[float, float]
   reduced_decode: bool
+  precision: str = "float32"
+  traced: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,26 +328,42 @@ class Trainer:
         start, state.variables(), state.training()
       )
       state = state.replace(
+        # Where the first step has it, or the next step would be compiled again.
         step=self._everywhere(jnp.int32(start)),
         params=variables["params"],
         model_state=variables.get("batch_stats", {}),
         **training,
       )
       progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")
-    writer = metrics.MetricWriter(self.directory, done.records)
+    writer = metrics.MetricWriter(self.directory, done.records, start or 0)
     if start is None and self.total_steps == 0:
       record = {"epoch": 0}
       done = self._finish_epoch(0, state, done, writer, record, time.monotonic())
       saved.save(0, state.variables(), state.training(), done)
     start = start or 0
     bar = progress.Progress(self.title, self.total_steps, start)
-    last_save, epoch_start, next_look = time.monotonic(), time.monotonic(), start
-    began = time.monotonic()
+    settings = self.settings
+    meter = throughput.Meter(settings.images_per_step, self.mesh, settings.precision)
+    tracer = tracing.Tracer(
+      self.title,
+      self.directory,
+      settings.traced,
+      start,
+      self.total_steps,
+      meter.paused,
+    )
+    last_save = epoch_start = began = time.monotonic()
+    next_look = start
     batches = self._batches(start)
     prefetched = data.prefetch_to_device(batches, self.batch_sharding)
     try:
       for step in range(start + 1, self.total_steps + 1):
-        state = self.train_step(state, self.frozen, next(prefetched))
+        with tracer.step(step, state):
+          batch = meter.next(prefetched)
+          if step == start + 1:
+            meter.start(self.train_step, state, self.frozen, batch)
+          state = self.train_step(state, self.frozen, batch)
+        tracer.done(step, state)
         epoch, within = divmod(step, self.steps_per_epoch)
         improved = False
         if within == 0:
@@ -352,10 +374,11 @@ class Trainer:
             "learning_rate": float(self.schedule(step - 1)),
             **metrics.compute(state.averages, "train/"),
             "steps_per_second": self.steps_per_epoch / took,
+            **meter.read("epoch"),
           }
-          nothing = self._everywhere(metrics.zeros_like(state.averages))
-          state = state.replace(averages=nothing)
-          done = self._finish_epoch(step, state, done, writer, record, epoch_start)
+          state = state.replace(averages=metrics.zeros_like(state.averages))
+          with meter.paused():
+            done = self._finish_epoch(step, state, done, writer, record, epoch_start)
           improved = done.best_step == step
           epoch_start = time.monotonic()
         # Read once a step, so that the message below agrees with the decision here.
@@ -371,7 +394,8 @@ class Trainer:
         if improved or stopping or overdue or step == self.total_steps:
           if within:
             self._check_finite(state)
-          saved.save(step, state.variables(), state.training(), done)
+          with meter.paused():
+            saved.save(step, state.variables(), state.training(), done)
           last_save = time.monotonic()
         if stopping:
           saved.wait()
@@ -386,8 +410,12 @@ class Trainer:
           if done.best_step is not None:
             score = done.best_score * self.task.score_sign
             facts[f"best {self.task.score}"] = score
+          speed = meter.read("interval")
+          writer.write_interval(step, speed)
+          facts |= throughput.facts(speed)
           bar.update(step, **facts)
     finally:
+      tracer.close()
       bar.close()
       writer.close()
       batches.close()

@@ -47,8 +47,10 @@ def save_classifier(directory: pathlib.Path, num_classes: int) -> dict:
 def metrics(stage: pathlib.Path) -> list[dict]:
   """Returns what a stage measured, epoch by epoch, but for its speed."""
   lines = (stage / "metrics.jsonl").read_text().splitlines()
+  timed = ("steps_per_second", "seconds", "speed/", "memory/")
   return [
-    {**json.loads(line), "steps_per_second": None, "seconds": None} for line in lines
+    {k: v for k, v in json.loads(line).items() if not k.startswith(timed)}
+    for line in lines
   ]
 
 

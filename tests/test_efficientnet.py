@@ -189,9 +189,11 @@ def test_initial_values_are_tensorflows():
     assert std == pytest.approx((2 / fan) ** 0.5, rel=0.02)
 
 
-def test_a_block_in_training():
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_block_in_training(momentum):
   """Output, batch statistics and gradients, against PyTorch in float64."""
-  block = efficientnet.InvertedResidual(8, kernel=3, stride=1, expansion=2)
+  given = {} if momentum is None else {"bn_momentum": momentum}
+  block = efficientnet.InvertedResidual(8, kernel=3, stride=1, expansion=2, **given)
   rng = np.random.default_rng(0)
   x, weight = (rng.normal(size=(4, 9, 7, 8)).astype(np.float32) for _ in range(2))
   variables = block.init(jax.random.key(0), x)
@@ -205,8 +207,9 @@ def test_a_block_in_training():
   (grads, x_grad), (y, stats) = gradient(variables["params"], x)
 
   # TensorFlow's momentum of 0.99 is 0.01 in PyTorch, and its epsilon is 1e-3.
-  norm = lambda: torch.nn.BatchNorm2d(16, eps=1e-3, momentum=0.01)
-  last = torch.nn.BatchNorm2d(8, eps=1e-3, momentum=0.01)
+  options = {"eps": 1e-3, "momentum": 0.01 if momentum is None else 1 - momentum}
+  norm = lambda: torch.nn.BatchNorm2d(16, **options)
+  last = torch.nn.BatchNorm2d(8, **options)
   conv = lambda *sizes, **options: torch.nn.Conv2d(*sizes, bias=False, **options)
   theirs = torch.nn.Sequential(
     *(conv(8, 16, 1), norm(), torch.nn.ReLU6()),

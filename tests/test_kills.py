@@ -63,7 +63,11 @@ def _curves(workdir):
     for record in records:
       record.pop("steps_per_second", None)
       record.pop("seconds")
-    curves[path.parent.name] = records
+    untimed = lambda name: not name.startswith(("speed/", "memory/"))
+    curves[path.parent.name] = [
+      {name: value for name, value in record.items() if untimed(name)}
+      for record in records
+    ]
   return curves
 
 

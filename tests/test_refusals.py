@@ -42,6 +42,12 @@ FIELDS = [
   ("parents.restorer.batch_size", 3, "use a multiple of 4"),
   ("validation_rounds", 0, "validation_rounds"),
   *(("checkpoint_seconds", v, "checkpoint_seconds") for v in (0, "nan", "inf")),
+  *(
+    ("profile.steps", v, "config.profile.steps = ")
+    for v in ("(0,3)", "(5,4)", "(1,)", "(1,2,3)", "(1,2.5)", "(1,1001)", "()")
+  ),
+  ("profile.steps", "100,110", 'write values in brackets, as "(100, 110)"'),
+  ("profile.step", "(1,2)", "steps"),
   *(("model.ratio", v, "model.ratio") for v in (0, -1, "1e30", "nan")),
   ("model.ratio", 1e-9, "hidden units"),
   ("model.channels", 0, "model.channels = 0 must be"),

@@ -8,7 +8,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from fidelity_jax import checkpoints, degradations, errors, stages
+from fidelity_jax import checkpoints, degradations, errors, stages, tasks
 
 
 def _config(name="oracle", size="demo"):
@@ -55,6 +55,7 @@ def test_a_change_reaches_the_stages_it_matters_to(tmp_path):
   ("field", "value"),
   [
     ("checkpoint_seconds", 3.0),
+    ("profile.steps", (1, 2)),
     ("degradation.level", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
     ("evaluation.rounds", 3),
     ("ensemble.epochs", 3),
@@ -382,3 +383,11 @@ def test_weights_that_are_gone_are_remembered(tmp_path):
   _train(_resolve(_config(), tmp_path, content).parents["restorer"])
   assert stages.remembered_weights(tmp_path, "/some/file.pth") == "abcd"
   assert stages.remembered_weights(tmp_path, "/some/other.pth") is None
+
+
+def test_a_stored_config_may_lack_fields_that_were_added_since():
+  config = _config()
+  with config.unlocked():
+    del config.profile
+  last = tasks.calibration.last_config(config)
+  assert last.kind == "ensemble" and "profile" not in last

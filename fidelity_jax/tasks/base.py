@@ -12,7 +12,15 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fidelity_jax import data, degradations, errors, fidelity, randomness, rules
+from fidelity_jax import (
+  data,
+  degradations,
+  errors,
+  fidelity,
+  randomness,
+  rules,
+  tracing,
+)
 from fidelity_jax.data import patches
 
 PyTree = Any
@@ -27,6 +35,7 @@ TRAINING: rules.Table = {
   "degradation": rules.ANYTHING,
   "precision": rules.choice("auto", "float32", "bfloat16"),
   "checkpoint_seconds": rules.number(0, 1e9),
+  "profile": {"steps": tracing.STEPS},
   "optimizer": rules.choice("sgd", "adam"),
   "learning_rate": rules.number(0, 1e30),
   "batch_size": rules.whole(1, 1_000_000),

@@ -145,7 +145,8 @@ def ensemble_config(config: base.ConfigDict) -> base.ConfigDict:
   """Returns the config of the ensemble phase that a calibration's config describes."""
   own = config.ensemble
   shared = [*base.TRAINING, "label_smoothing"]
-  phase = base.ConfigDict({name: config[name] for name in shared})
+  # A stored config may be of a version that had fewer fields.
+  phase = base.ConfigDict({name: config[name] for name in shared if name in config})
   for name in ("learning_rate", "epochs", "warmup_epochs"):
     phase[name] = own[name]
   phase.kind = ENSEMBLE.name
