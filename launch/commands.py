@@ -156,10 +156,10 @@ def start(name: str, launcher: Launcher, words: list[str]) -> None:
 def workdir(arguments: list[str]) -> str:
   """Returns the workdir that arguments of main name, or ""."""
   found = ""
-  for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+  for index, word in enumerate(arguments):
     flag, equals, value = word.partition("=")
     if flag in ("--workdir", "-workdir"):
-      found = value if equals else following
+      found = value if equals else "".join(arguments[index + 1 : index + 2])
   return found
 
 

@@ -6,14 +6,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -f job.pid ] && old=$(cat job.pid) && grep -qs "fidelity_jax" "/proc/$old/cmdline"; then
+# Whether the process of a number is one of ours that still runs.
+runs() {
+  grep -qs fidelity_jax "/proc/$1/cmdline"
+}
+
+if [ -f job.pid ] && old=$(cat job.pid) && runs "$old"; then
   echo "job.sh: stopping the job that runs here already" >&2
   kill -TERM "$old" || true
   for _ in $(seq 300); do
-    [ -d "/proc/$old" ] || break
+    runs "$old" || break
     sleep 1
   done
-  kill -KILL "$old" 2>/dev/null || true
+  if runs "$old"; then
+    kill -KILL "$old"
+  fi
 fi
 echo $$ >job.pid
 exec .venv/bin/python -m "$@"
