@@ -172,8 +172,8 @@ def fetch(options: argparse.Namespace, arguments: list[str], shell: Shell) -> No
   place = workdir(arguments)
   if not place.startswith("gs://"):
     raise errors.UsageError(
-      "fetch needs the arguments of main that name the workdir: launch/run ... fetch -- "
-      "--workdir=gs://BUCKET/DIR"
+      "fetch needs the arguments of main that name the workdir: launch/run ... fetch "
+      "-- --workdir=gs://BUCKET/DIR"
     )
   if not shell.dry_run:
     os.makedirs(options.to, exist_ok=True)

@@ -70,7 +70,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--root", action="store_true", help="TPU pods run as root (docs/launch-gke.md)"
   )
-  parser.add_argument("--to", default="fetched", help="where fetch writes (%(default)s)")
+  parser.add_argument(
+    "--to", default="fetched", help="where fetch writes (%(default)s)"
+  )
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> None:
@@ -97,7 +99,8 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> None:
     chips = math.prod(map(int, sides))
     if not chips or chips % kind.chips:
       raise errors.UsageError(
-        f"--topology={options.topology}: {chips} chips do not fill nodes of {kind.chips}."
+        f"--topology={options.topology}: {chips} chips do not fill nodes of "
+        f"{kind.chips}."
       )
     options.nodes = chips // kind.chips
   options.nodes = options.nodes or 2

@@ -26,7 +26,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
   device.add_argument(
     "--devices",
     type=commands.positive,
-    help="simulated CPU devices of each process; without this and --gpus, what JAX finds",
+    help="simulated CPU devices of each process; what JAX finds, if not given",
   )
   device.add_argument("--gpus", type=commands.positive, help="GPUs of each process")
   parser.add_argument(
@@ -167,6 +167,7 @@ class _Watch:
   def __init__(self, processes: list[subprocess.Popen], grace: int):
     self.processes = processes
     self.grace = grace
+    self.asked = False
     self.selector = selectors.DefaultSelector()
     for index, process in enumerate(processes):
       prefix = f"[{index}] ".encode() if len(processes) > 1 else b""
@@ -179,6 +180,7 @@ class _Watch:
 
   def signal(self, number: int) -> None:
     """Sends a signal to all that run."""
+    self.asked = True
     for process in self.processes:
       if process.poll() is None:
         process.send_signal(number)
@@ -198,7 +200,9 @@ class _Watch:
           self.say(f"process {index} {_said(status)}.")
           if len(ended) < len(self.processes):
             self.say(f"the others have {self.grace} s to end.")
-            self.signal(signal.SIGTERM)
+            # A second signal would end them at once, without saving.
+            if not self.asked:
+              self.signal(signal.SIGTERM)
             until = time.monotonic() + self.grace
         elif status:
           self.say(f"process {index} {_said(status)}.")

@@ -53,7 +53,9 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> None:
     UsageError: stop without a job; a limit that is none.
   """
   if "stop" in options.steps and not (options.job or "").isdecimal():
-    raise errors.UsageError("stop needs --job=NUMBER: launch/run slurm status has them.")
+    raise errors.UsageError(
+      "stop needs --job=NUMBER: launch/run slurm status has them."
+    )
   if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
     raise errors.UsageError(f"--time={options.time}: write 24:00:00 or 2-12:00:00.")
 

@@ -71,7 +71,9 @@ def _options(parser: argparse.ArgumentParser, slice_: bool) -> None:
     default=24,
     help="how long to wait for machines (%(default)s)",
   )
-  parser.add_argument("--to", default="fetched", help="where fetch writes (%(default)s)")
+  parser.add_argument(
+    "--to", default="fetched", help="where fetch writes (%(default)s)"
+  )
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> None:
@@ -129,7 +131,12 @@ def _create(options: argparse.Namespace, arguments: list[str], shell: Shell) -> 
 def _state(options: argparse.Namespace, shell: Shell) -> str:
   """Returns the state of the request for a slice, or of a VM; "" if it is gone."""
   if options.slice:
-    words = ["queued-resources", "describe", options.name, "--format=value(state.state)"]
+    words = [
+      "queued-resources",
+      "describe",
+      options.name,
+      "--format=value(state.state)",
+    ]
     return shell.read(*_gcloud(options, *words), dry="ACTIVE") or ""
   words = ["tpu-vm", "describe", options.name, "--format=value(state)"]
   return shell.read(*_gcloud(options, *words), dry="READY") or ""
@@ -152,8 +159,8 @@ def _wait(options: argparse.Namespace, shell: Shell) -> None:
       )
     if state in _OVER:
       raise errors.RunError(
-        f"the queued resource {options.name} is {state}: delete it, and ask for another "
-        "type, another zone, or without --spot."
+        f"the queued resource {options.name} is {state}: delete it, and ask for "
+        "another type, another zone, or without --spot."
       )
     if time.monotonic() > until:
       raise errors.RunError(
@@ -201,7 +208,9 @@ def _run(options: argparse.Namespace, arguments: list[str], shell: Shell) -> Non
         "command with the step run goes on where it was; delete ends the costs."
       )
     if not left:
-      raise errors.RunError(f"{options.name} was preempted: delete, create, set up, run.")
+      raise errors.RunError(
+        f"{options.name} was preempted: delete, create, set up, run."
+      )
     print(f"{options.name} was preempted; {left} restarts are left.", flush=True)
     # A preempted machine cannot be started again, only made anew.
     _delete(options, arguments, shell)

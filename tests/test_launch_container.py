@@ -1,7 +1,7 @@
 """The container image's recipe, which is read but not built, and all shell scripts."""
 
 import importlib.metadata
-import pathlib
+import json
 import re
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_it_runs_as_an_ordinary_user():
 
 
 def test_all_that_is_installed_is_pinned():
-  commands = " ".join(value for name, value in _instructions() if name == "RUN")
+  commands = "; ".join(value for name, value in _instructions() if name == "RUN")
   installs = re.findall(r"pip install [^&;]+", commands)
   assert len(installs) == 2
   assert all("--constraint=constraints.txt" in command for command in installs)
@@ -49,7 +49,9 @@ def test_variants_are_extras_of_jax():
   (script,) = [value for name, value in _instructions() if "case" in value]
   extras = re.findall(r"jax\[(\w+)\]", script)
   assert sorted(extras) == ["cuda12", "tpu"]
-  assert set(extras) <= set(importlib.metadata.metadata("jax").get_all("Provides-Extra"))
+  assert set(extras) <= set(
+    importlib.metadata.metadata("jax").get_all("Provides-Extra")
+  )
 
 
 def test_what_is_copied_is_there_and_not_ignored():
@@ -102,10 +104,8 @@ def test_every_variant_can_be_installed(extra, tmp_path):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  pinned = pathlib.Path(ROOT / "constraints.txt").read_text().lower().splitlines()
+  pinned = (ROOT / "constraints.txt").read_text().lower().splitlines()
   names = {re.sub(r"[-_.]+", "-", line.partition("==")[0]) for line in pinned}
-  import json
-
   for item in json.loads(report.read_text())["install"]:
     name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
     assert name in names, f"{name} is not pinned"

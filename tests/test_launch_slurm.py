@@ -100,7 +100,14 @@ def test_a_container_takes_the_place_of_the_environment(standins):
   program = standins.place / "bin" / "apptainer"
   program.write_text('#!/bin/sh\necho "apptainer $@"\n')
   program.chmod(0o755)
-  words = ["slurm", "--nodes=1", "--gpus_per_node=1", "--image=host/name:tag", "--", "x"]
+  words = [
+    "slurm",
+    "--nodes=1",
+    "--gpus_per_node=1",
+    "--image=host/name:tag",
+    "--",
+    "x",
+  ]
   done = launch(*words, env=standins.environment)
   line = "apptainer exec --nv docker://host/name:tag python -m fidelity_jax.main x"
   assert line in done.stdout.splitlines()

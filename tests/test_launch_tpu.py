@@ -132,8 +132,7 @@ def test_restarts_end(standins):
   standins.answer(
     {
       JOB: [255],
-      LOOK: ["ACTIVE", "SUSPENDED", "ACTIVE"]
-      + ["SUSPENDED"],
+      LOOK: ["ACTIVE", "SUSPENDED", "ACTIVE"] + ["SUSPENDED"],
     }
   )
   words = [*SLICE, "--restarts=1", *ARGUMENTS]
@@ -195,7 +194,7 @@ def test_what_is_wrong_costs_nothing(standins, words, said):
 
 @pytest.fixture
 def host(tmp_path):
-  """A host of a slice: this project's launch/, and a .venv whose Python is worker.py's."""
+  """A host of a slice: launch/, and a .venv whose Python drops the words "-m NAME"."""
   host = tmp_path / "host"
   shutil.copytree(ROOT / "launch", host / "launch")
   python = host / ".venv" / "bin" / "python"

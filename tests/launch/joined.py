@@ -3,6 +3,7 @@
 import os
 
 import jax
+from jax.experimental import multihost_utils
 
 number = os.environ.get("JAX_PROCESS_ID")
 if number is None:
@@ -11,8 +12,6 @@ if number is None:
 else:
   count = int(os.environ["JAX_NUM_PROCESSES"])
   jax.distributed.initialize(num_processes=count, process_id=int(number))
-
-from jax.experimental import multihost_utils
 
 gathered = multihost_utils.process_allgather(jax.numpy.array(jax.process_index()))
 print(

@@ -1,7 +1,7 @@
 """A stand-in for srun: starts the processes of all nodes here, for real.
 
-The variables are those that JAX and users read
-(https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES). Every node is
+The variables are those that JAX and users read, of
+https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES. Every node is
 called localhost; a job of several has its processes numbered as SLURM numbers them.
 """
 
