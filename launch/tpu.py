@@ -164,8 +164,8 @@ def _wait(options: argparse.Namespace, shell: Shell) -> None:
       )
     if time.monotonic() > until:
       raise errors.RunError(
-        f"no {options.type} in {options.wait_hours} h; the request stands. Wait on with "
-        "the step wait, or delete it."
+        f"no {options.type} in {options.wait_hours} h; the request stands. Wait on "
+        "with the step wait, or delete it."
       )
     time.sleep(options.poll)
 
@@ -204,8 +204,8 @@ def _run(options: argparse.Namespace, arguments: list[str], shell: Shell) -> Non
       return
     if not _preempted(options, shell):
       raise errors.RunError(
-        f"the job ended with status {status}. If only the connection was lost, the same "
-        "command with the step run goes on where it was; delete ends the costs."
+        f"the job ended with status {status}. If only the connection was lost, the "
+        "step run goes on where it was; delete ends the costs."
       )
     if not left:
       raise errors.RunError(
