@@ -1,0 +1,219 @@
+"""launch/run gke: its JobSets against the schemas, its commands against stand-ins."""
+
+import json
+
+import jsonschema
+import pytest
+import yaml
+from conftest import one_line
+from launching import PLACE, StandIns, launch, nothing_installed, printed
+
+GKE = ["gke", "--project=my-project", "--zone=us-east5-b"]
+ARGUMENTS = ["--", "--config=configs/oracle.py:demo", "--workdir=gs://bucket/demo"]
+
+
+@pytest.fixture
+def standins(tmp_path):
+  return StandIns(tmp_path)
+
+
+def _manifest(*words, arguments=ARGUMENTS):
+  """Returns the JobSet that a dry run prints."""
+  done = launch(*GKE, "--dry_run", *words, *arguments, env=nothing_installed())
+  text = done.stdout.split("+ kubectl apply --filename=-\n", 1)[1]
+  return yaml.safe_load(text.rsplit("it runs without", 1)[0])
+
+
+def _check(manifest):
+  """Checks a JobSet against its own schema, and its jobs against Kubernetes'."""
+  validate = pytest.importorskip("kubernetes_validate").validate
+  schema = json.loads((PLACE / "jobset.schema.json").read_text())
+  jsonschema.Draft202012Validator.check_schema(schema)
+  jsonschema.validate(manifest, schema)
+  for replicated in manifest["spec"]["replicatedJobs"]:
+    job = {
+      "apiVersion": "batch/v1",
+      "kind": "Job",
+      "metadata": {"name": f"{manifest['metadata']['name']}-{replicated['name']}-0"},
+      "spec": replicated["template"]["spec"],
+    }
+    # What GKE's regular channel has, and a later version.
+    for version in ("1.33", "1.36"):
+      validate(job, version, strict=True)
+
+
+def _pod(manifest):
+  (job,) = manifest["spec"]["replicatedJobs"]
+  return job["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("spot", [[], ["--spot"]])
+@pytest.mark.parametrize("accelerator", ["v5e", "v6e", "h100", "h200", "cpu"])
+def test_manifests_are_valid(accelerator, spot):
+  _check(_manifest(f"--accelerator={accelerator}", *spot))
+
+
+def test_the_schemas_refuse_what_is_wrong():
+  # So that the tests above can fail.
+  ValidationError = pytest.importorskip("kubernetes_validate").ValidationError
+  manifest = _manifest()
+  manifest["spec"]["failurePolicy"]["maxRestart"] = 3
+  with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+    _check(manifest)
+  manifest = _manifest()
+  _pod(manifest)["containers"][0]["arg"] = ["x"]
+  with pytest.raises(ValidationError, match="arg"):
+    _check(manifest)
+  manifest = _manifest()
+  _pod(manifest)["terminationGracePeriodSeconds"] = "long"
+  with pytest.raises(ValidationError, match="long"):
+    _check(manifest)
+
+
+@pytest.mark.parametrize(
+  "accelerator, label, topology, nodes",
+  [
+    ("v5e", "tpu-v5-lite-podslice", "2x4", 2),
+    ("v5e", "tpu-v5-lite-podslice", "16x16", 64),
+    ("v6e", "tpu-v6e-slice", "4x4", 4),
+    ("v6e", "tpu-v6e-slice", "2x2", 1),
+  ],
+)
+def test_a_tpu_slice_has_a_pod_per_node(accelerator, label, topology, nodes):
+  manifest = _manifest(f"--accelerator={accelerator}", f"--topology={topology}")
+  (job,) = manifest["spec"]["replicatedJobs"]
+  assert job["template"]["spec"]["parallelism"] == nodes
+  assert job["template"]["spec"]["completions"] == nodes
+  assert _pod(manifest)["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": label,
+    "cloud.google.com/gke-tpu-topology": topology,
+  }
+  (container,) = _pod(manifest)["containers"]
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  # JAX asks GKE's own variables.
+  assert container["env"] == []
+  assert container["image"].endswith("/my-project/fidelity-jax/tpu:latest")
+  assert container["command"] == ["python", "-m", "fidelity_jax.main"]
+  assert container["args"] == ARGUMENTS[1:]
+
+
+def test_gpu_pods_are_told_how_to_meet():
+  manifest = _manifest("--accelerator=h200", "--nodes=4", "--name=big", "--spot")
+  pod = _pod(manifest)
+  (container,) = pod["containers"]
+  assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+  address, count, number = container["env"]
+  # Pod 0 of job 0 of the workers, in the network of the JobSet's name.
+  assert address["value"] == "big-workers-0-0.big:8476"
+  assert {"containerPort": 8476} in container["ports"]
+  assert manifest["spec"]["network"]["enableDNSHostnames"] is True
+  assert (count["name"], count["value"]) == ("JAX_NUM_PROCESSES", "4")
+  assert number["name"] == "JAX_PROCESS_ID"
+  assert number["valueFrom"]["fieldRef"]["fieldPath"].endswith("completion-index']")
+  assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+
+
+def test_only_a_wrong_command_is_not_repeated():
+  manifest = _manifest("--restarts=7")
+  assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
+  (rule,) = manifest["spec"]["failurePolicy"]["rules"]
+  assert rule["action"] == "FailJobSet"
+  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+  (job,) = manifest["spec"]["replicatedJobs"]
+  (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+  (container,) = _pod(manifest)["containers"]
+  assert rule["onExitCodes"]["containerName"] == container["name"]
+  assert rule["onExitCodes"]["values"] == [2]
+
+
+def test_pods_are_no_root_unless_asked():
+  assert _pod(_manifest())["securityContext"] == {
+    "runAsNonRoot": True,
+    "runAsUser": 10001,
+  }
+  manifest = _manifest("--root")
+  _check(manifest)
+  assert _pod(manifest)["securityContext"]["runAsUser"] == 0
+
+
+def test_any_argument_arrives_as_it_is():
+  odd = ["--workdir=gs://b/x", 'a "quoted": word', "$name", "- {x: 1}", "# no comment"]
+  manifest = _manifest(arguments=["--", *odd])
+  _check(manifest)
+  assert _pod(manifest)["containers"][0]["args"] == odd
+
+
+@pytest.mark.parametrize(
+  "words, expected",
+  [
+    (["--accelerator=v6e"], {"tpu-topology": "4x4", "num-nodes": "4"}),
+    (["--accelerator=v6e", "--topology=2x2"], {"num-nodes": "1"}),
+    (
+      ["--accelerator=h100", "--spot"],
+      {
+        "accelerator": "type=nvidia-h100-80gb,count=8,gpu-driver-version=latest",
+        "num-nodes": "2",
+        "spot": True,
+      },
+    ),
+    (["--accelerator=cpu", "--nodes=3"], {"num-nodes": "3"}),
+  ],
+)
+def test_a_cluster_from_first_to_last(standins, words, expected):
+  env = standins.environment
+  launch(*GKE, "create", "image", "run", *words, *ARGUMENTS, env=env)
+  launch(*GKE, "logs", "status", "fetch", "stop", "delete", *ARGUMENTS, env=env)
+  calls = standins.calls()
+  names = [call.get("command", "kubectl") for call in calls]
+  assert names == [
+    "container clusters create",
+    "container node-pools create",
+    "container clusters get-credentials",
+    "kubectl",
+    "kubectl",
+    "artifacts repositories describe",
+    "builds submit",
+    *["kubectl"] * 4,
+    "storage rsync",
+    "kubectl",
+    "container clusters delete",
+  ]
+  pool = calls[1]["flags"]
+  assert expected.items() <= pool.items()
+  given = {"accelerator", "spot", "tpu-topology"}
+  assert given & set(pool) == given & set(expected)
+  applied = [call for call in calls if call.get("text")]
+  assert len(applied) == 1
+  _check(yaml.safe_load(applied[0]["text"]))
+
+
+def test_a_registry_is_made_where_there_is_none(standins):
+  standins.answer({"artifacts repositories describe": [1]})
+  launch(*GKE, "image", "--accelerator=h100", env=standins.environment)
+  _, create, build = standins.calls()
+  assert create["command"] == "artifacts repositories create"
+  assert create["flags"]["location"] == "us-east5"
+  assert build["flags"]["substitutions"].endswith("/cuda:latest,_VARIANT=cuda")
+
+
+def test_a_dry_run_needs_neither_an_account_nor_tools():
+  words = ["create", "image", "run", "logs", "status", "fetch", "stop", "delete"]
+  done = launch(*GKE, *words, "--dry_run", *ARGUMENTS, env=nothing_installed())
+  assert {line.split()[0] for line in printed(done)} == {"gcloud", "kubectl"}
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["--accelerator=v7"], "unknown accelerator 'v7'"),
+    (["--topology=4x4x4"], "write 2x4 or 4x4"),
+    (["--topology=1x1"], "1 chips do not fill nodes of 4"),
+    (["--nodes=3"], "has those of its --topology"),
+    (["--name=Big_Job"], "small letters"),
+    (["--", "--workdir=runs"], "pods leave nothing behind"),
+  ],
+)
+def test_what_is_wrong_is_said_in_one_line(words, said):
+  arguments = [] if "--" in words else ARGUMENTS
+  done = launch(*GKE, "run", *words, *arguments, check=2, env=nothing_installed())
+  assert said in one_line(done.stderr)
