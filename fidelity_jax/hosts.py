@@ -12,6 +12,8 @@ time, and the same command goes on from the last checkpoint.
 Imports JAX only to join: commands that are one process need none of it here.
 """
 
+import glob
+import importlib.util
 import json
 import os
 import signal
@@ -29,8 +31,8 @@ _PATIENCE_VARIABLE, _PATIENCE = "FIDELITY_JAX_PATIENCE", 60.0
 # Seconds between signs of life.
 _BEAT = 2.0
 _FAILED, _ALIVE = "fidelity_jax/failed", "fidelity_jax/alive/"
-# Set by JAX's own names, or by a launcher that starts several processes.
-_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Numbers of processes, as schedulers tell them that JAX knows.
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 _index, _count = 0, 1
 _ticks = 0
@@ -52,12 +54,12 @@ def join() -> None:
     RunError: the others do not come.
   """
   global _index, _count
-  if not _expected():
+  named, told = _named(), _told()
+  if not (named or told or _on_tpu()):
     return
   import jax
 
   patience = _patience()
-  named = _named()
   try:
     jax.distributed.initialize(
       **named,
@@ -67,6 +69,9 @@ def join() -> None:
       shutdown_timeout_seconds=int(max(patience, 1)),
     )
   except ValueError as error:
+    if not (named or told):
+      # A TPU VM that is no part of a slice.
+      return
     raise errors.UsageError(
       f"the processes of this job cannot be found ({error}): set "
       "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
@@ -86,14 +91,23 @@ def join() -> None:
   threading.Thread(target=_watch, args=(patience,), daemon=True).start()
 
 
-def _expected() -> bool:
-  """Returns whether the environment speaks of several processes."""
+def _told() -> bool:
+  """Returns whether a scheduler's variables speak of several processes."""
   if any(os.environ.get(name, "1") != "1" for name in _COUNTS):
     return True
-  if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-    return True
-  # A slice's hosts: "one,two,...".
+  # A slice's hosts on GKE: "one,two,...".
   return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def _on_tpu() -> bool:
+  """Returns whether this is a TPU host, which may be one of a slice.
+
+  On Cloud TPU VMs only their metadata server knows, which JAX asks.
+  """
+  if os.environ.get("JAX_PLATFORMS", "tpu").partition(",")[0] not in ("", "tpu"):
+    return False
+  chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def _named() -> dict[str, Any]:
@@ -101,13 +115,14 @@ def _named() -> dict[str, Any]:
   names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
   found: dict[str, Any] = {}
   for argument, name in names.items():
-    if (text := os.environ.get(name)) is not None:
+    if text := os.environ.get(name):
       if not text.isdecimal():
         raise errors.UsageError(f"{name}={text!r} is no whole number.")
       found[argument] = int(text)
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+  # The address alone is for what JAX finds besides.
   if not found:
     return {}
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   missing = [name for argument, name in names.items() if argument not in found]
   missing += [] if address else ["JAX_COORDINATOR_ADDRESS"]
   if missing:
