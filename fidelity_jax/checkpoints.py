@@ -236,13 +236,20 @@ def load_variables(
 
   Args:
     directory: from `variables_directory`.
-    like: arrays or shapes of the same structure.
+    like: arrays or shapes of the same structure; they come back where these are, those
+      without a place on this host's first device.
     verified: whether its files are known to be what was written.
 
   Raises:
     RunError: it cannot be read, is damaged, or of another structure.
   """
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  # Not where they were when they were saved: those devices may not be here.
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  place = lambda leaf: getattr(leaf, "sharding", None) or here
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)),
+    like,
+  )
   with _reading(directory, verified=verified), ocp.StandardCheckpointer() as reader:
     return reader.restore(directory.absolute(), abstract)
 
