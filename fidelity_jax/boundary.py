@@ -32,22 +32,23 @@ def run(command: Callable[[], None]) -> int:
     command()
     # A signal from here on is ignored.
     signals.work_begins()
-    hosts.leave(None)
+    hosts.leave(0, None)
   except SystemExit as end:  # --help
     return end.code if isinstance(end.code, int) else 0
   except BaseException as error:  # Any failure.
     signals.work_begins()
-    if hosts.lost(error):
-      error = errors.RunError(f"another process is gone ({error})")
+    hosts.lost(error)
     status, line = explain(error)
     line = streams.plain(" ".join(line.split()))
     together = isinstance(error, signals.Stopped) and hosts.stopped()
     if not together:
-      line = hosts.leave(line)
-    if line is not None and (hosts.first() or not together):
+      line = hosts.leave(status, line)
+    elif not hosts.first():
+      line = None
+    if line is not None:
       print(f"fidelity_jax: {line}", file=streams.user())
     if together:
-      hosts.leave(None)
+      hosts.leave(status, None)
     return status
   return 0
 

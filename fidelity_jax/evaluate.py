@@ -149,6 +149,8 @@ class Evaluation:
   def _wanted(self) -> dict[_Place, dict[measurements.Measurements, _Lacking]]:
     """Returns what is not measured whole, by place and where it is kept."""
     wanted: dict[_Place, dict[measurements.Measurements, _Lacking]] = {}
+    # A process that reads while the first writes would measure something else.
+    hosts.wait("what is measured")
     for subject in self.subjects:
       kept = self._measured[subject]
       for place in self._places(subject):
@@ -198,6 +200,8 @@ class Evaluation:
           bar.update(done, images=images)
       self._take(number, found)
     self._save(count, [])
+    # What is read next is whole.
+    hosts.wait("measured")
     bar.close()
     return True
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fidelity_jax import data, degradations, errors, files, sharding, signals
+from fidelity_jax import data, degradations, errors, files, hosts, sharding, signals
 from fidelity_jax.evaluate import Evaluation
 from fidelity_jax.report.content import Activations, Examples
 from fidelity_jax.rows import Compared, Condition
@@ -59,9 +59,9 @@ def _shown(
 def _kept(path: pathlib.Path, of: dict, compute) -> dict[str, np.ndarray]:
   """Returns arrays that a file holds, if they are of this, or computes them."""
   files.check_file(path)
-  digest = files.digest(of)
-  if path.exists():
-    arrays, record = files.read_arrays(path, "delete it to compute it again.")
+  digest, again = files.digest(of), "delete it to compute it again."
+  if hosts.agree(path.exists()):
+    arrays, record = files.read_arrays(path, again)
     if record == digest:
       return arrays
   arrays = compute()

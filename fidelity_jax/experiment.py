@@ -34,6 +34,8 @@ from fidelity_jax.datasets import Datasets
 
 # Seconds between looks at what other processes have finished.
 _PATIENCE = 2.0
+# Seconds until another host's writing is seen on a shared disk, at most.
+_LAG = 90.0
 
 
 def run(
@@ -55,11 +57,17 @@ def run(
   work = study.read(config)
   for experiment in work.experiments:
     plan.resolve(experiment)
+  if "://" in workdir:
+    raise errors.UsageError(
+      f"workdir {workdir!r} is an address: name a directory, on a disk that all hosts "
+      "share. Workdirs in buckets are not supported yet."
+    )
   place, datasets = files.expand(workdir), Datasets()
   if dry_run:
     stages.check_workdir(place)
     planned, _ = _plan(work, place, datasets)
-    print(plan.describe(planned, datasets, place))
+    if hosts.first():
+      print(plan.describe(planned, datasets, place))
     return
   with files.locked(place, shared=work.shard is not None), _staying(place):
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))
@@ -176,7 +184,8 @@ def _train(
         try:
           complete(stage, datasets, f"[{done}/{len(everything)}] ")
         except Exception as error:  # Any failure of one stage.
-          if work.lone:
+          # Of several processes, one alone may have failed.
+          if work.lone or hosts.several():
             raise
           _, reason = boundary.explain(error)
           reason = reason.rpartition(f"{stage.name}: ")[2].rstrip(".")
@@ -224,11 +233,29 @@ def _one_at_a_time(work: study.Study, place: pathlib.Path) -> Iterator[None]:
     time.sleep(_PATIENCE)
 
 
+def _seen(stage: stages.Stage) -> stages.Finished:
+  """Returns the record of a stage that the first process sees finished.
+
+  Raises:
+    RunError: this one does not, for long.
+  """
+  for _ in range(round(_LAG / _PATIENCE)):
+    time.sleep(_PATIENCE)
+    if record := stage.check():
+      return record
+  raise errors.RunError(
+    f"{stage.name} is finished, but process {hosts.index()} does not see it: "
+    f"{stage.directory.parent} must be on a disk that all hosts share, see --workdir."
+  )
+
+
 def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   """Trains a stage whose parents are finished, unless it is finished itself."""
   config = stage.config
   # Parents may have been trained again since it was checked.
-  if record := stage.check():
+  record = stage.check()
+  if hosts.agree(record is not None):
+    record = record or _seen(stage)
     progress.say(f"{prefix}{stage.name}: finished ({record.metric} {record.score:.4g})")
     return
   if hosts.first():
@@ -273,3 +300,5 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   if hosts.first():
     stage.finish(result.step, task.score, result.score, result.product)
   hosts.wait(stage.name)
+  if stage.check() is None:
+    _seen(stage)

@@ -10,7 +10,9 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import stat
+import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ T = TypeVar("T")
 _SEAL = "sha256"
 # What the record beside arrays is called.
 _RECORD = "record"
+# Seconds until another host's writing is seen on a shared disk, at most.
+_LAG = 60.0
 # The directory that the processes of a job hold together.
 _held: pathlib.Path | None = None
 
@@ -350,12 +354,7 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
     ) from error
   global _held
   if not hosts.first():
-    hosts.wait("lock")
-    if not directory.is_dir():
-      raise errors.UsageError(
-        f"workdir {str(directory)!r} is not there for process {hosts.index()}: name "
-        "one on a disk that all hosts share, with --workdir."
-      )
+    _meet(directory)
     _held = directory
     yield
     return
@@ -382,17 +381,41 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
         f"workdir {str(directory)!r} cannot be locked ({error.strerror}): name one on "
         "a disk that can, with --workdir."
       ) from error
-    hosts.wait("lock")
+    _meet(directory)
     yield
+
+
+def _meet(directory: pathlib.Path) -> None:
+  """Checks that all processes of a job see the same directory.
+
+  Raises:
+    UsageError: this one does not see what the first writes.
+  """
+  if not hosts.several():
+    return
+  token = directory / hosts.agree(f".{secrets.token_hex(8)}.tmp")
+  if hosts.first():
+    write_bytes(token, b"")
+  hosts.wait("workdir")
+  until = time.monotonic() + _LAG
+  while not token.exists():
+    if time.monotonic() > until:
+      raise errors.UsageError(
+        f"workdir {str(directory)!r} of process {hosts.index()} is not that of process "
+        "0: name one on a disk that all hosts share, with --workdir."
+      )
+    time.sleep(0.2)
+  hosts.wait("workdir seen")
+  if hosts.first():
+    token.unlink()
 
 
 @contextlib.contextmanager
 def holding(path: pathlib.Path) -> Iterator[bool]:
   """Tries to hold a lock of this name; yields whether this process does.
 
-  The lock goes with the process, however it ends.
-
-  Of several processes of a job the first holds it for all.
+  The lock goes with the process, however it ends. Of several processes of a job the
+  first holds it for all.
 
   Args:
     path: the lock's file, whose directory is made where absent.

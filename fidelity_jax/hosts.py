@@ -9,9 +9,12 @@ A process that fails tells the others, which end with its reason; one that vanis
 missed by the first, and the first by all. So a job ends as a whole, within a bounded
 time, and the same command goes on from the last checkpoint.
 
-Imports JAX only to join: commands that are one process need none of it here.
+What is told goes through JAX's coordination service, from host to host: it does not
+wait for devices. Imports JAX only to join: commands that are one process need none of
+it here.
 """
 
+import contextlib
 import glob
 import importlib.util
 import json
@@ -19,6 +22,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fidelity_jax import errors, signals, streams
@@ -26,20 +30,31 @@ from fidelity_jax import errors, signals, streams
 T = TypeVar("T")
 
 # Seconds without a sign of life after which a process is given up, and to wait for all
-# to come; at least as long as it takes to start on the slowest host.
+# to come.
 _PATIENCE_VARIABLE, _PATIENCE = "FIDELITY_JAX_PATIENCE", 60.0
-# Seconds between signs of life.
-_BEAT = 2.0
-_FAILED, _ALIVE = "fidelity_jax/failed", "fidelity_jax/alive/"
-# Numbers of processes, as schedulers tell them that JAX knows.
-_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Seconds between signs of life; and without one if another process has a failure that
+# a lost process would explain.
+_BEAT, _SUSPICIOUS = 2.0, 8.0
+# Seconds that all others may take to get to a place where one is already, such as the
+# end of the first one's report.
+_LONGEST = 3600.0
+# Numbers of tasks, with what is set where these are processes.
+_SCHEDULERS = (
+  ("SLURM_NTASKS", "SLURM_STEP_NODELIST"),
+  ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri"),
+)
+_KEPT = "what was saved last is kept, run the same command again on all hosts to go on."
+_ROOT = "fidelity_jax"
+_FAILED, _SUSPECT, _SIGNAL = f"{_ROOT}/failed", f"{_ROOT}/suspect", f"{_ROOT}/signal"
+_ALIVE, _AGREED, _LEFT = f"{_ROOT}/alive", f"{_ROOT}/agreed", f"{_ROOT}/left"
 
 _index, _count = 0, 1
-_ticks = 0
-_stopping = False
+_patience = _PATIENCE
+_agreements = _places = _ticks = 0
+_stopping: int | None = None
 _ending = threading.Event()
-# Why another process, or all of them, cannot go on.
-_reason: str | None = None
+# When the coordinator was last heard.
+_heard = 0.0
 
 
 def join() -> None:
@@ -53,20 +68,19 @@ def join() -> None:
     UsageError: what the environment says is wrong.
     RunError: the others do not come.
   """
-  global _index, _count
+  global _index, _count, _patience, _heard
   named, told = _named(), _told()
   if not (named or told or _on_tpu()):
     return
   import jax
 
-  patience = _patience()
+  _patience = _seconds()
   try:
     jax.distributed.initialize(
       **named,
-      initialization_timeout=int(max(patience, 1)),
-      # Ours should be first: it says which process it is.
-      heartbeat_timeout_seconds=int(2 * patience) + 10,
-      shutdown_timeout_seconds=int(max(patience, 1)),
+      initialization_timeout=int(_patience),
+      # Ours are first: they say which process it is.
+      heartbeat_timeout_seconds=int(3 * _patience) + 30,
     )
   except ValueError as error:
     if not (named or told):
@@ -80,21 +94,26 @@ def join() -> None:
   except Exception as error:  # JAX raises RuntimeError and others.
     text = " ".join(str(error).split())[:200]
     raise errors.RunError(
-      f"process {named.get('process_id', '?')} did not reach all others within "
-      f"{patience:g} s ({text}): look at JAX_COORDINATOR_ADDRESS and whether all "
-      "were started."
+      f"the processes of this job did not all meet within {_patience:g} s ({text}): "
+      "look at JAX_COORDINATOR_ADDRESS, whether its port is free, and whether all were "
+      "started."
     ) from error
   _index, _count = jax.process_index(), jax.process_count()
   if _count == 1:
+    # JAX has taken SIGTERM over.
+    signals.take_back()
     return
   signals.agree_by(_agreed_signal)
-  threading.Thread(target=_watch, args=(patience,), daemon=True).start()
+  _heard = time.monotonic()
+  for thread in (_watch, _watch_coordinator):
+    threading.Thread(target=thread, daemon=True).start()
 
 
 def _told() -> bool:
   """Returns whether a scheduler's variables speak of several processes."""
-  if any(os.environ.get(name, "1") != "1" for name in _COUNTS):
-    return True
+  for count, where in _SCHEDULERS:
+    if where in os.environ and os.environ.get(count, "1") != "1":
+      return True
   # A slice's hosts on GKE: "one,two,...".
   return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
@@ -119,10 +138,10 @@ def _named() -> dict[str, Any]:
       if not text.isdecimal():
         raise errors.UsageError(f"{name}={text!r} is no whole number.")
       found[argument] = int(text)
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   # The address alone is for what JAX finds besides.
   if not found:
     return {}
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   missing = [name for argument, name in names.items() if argument not in found]
   missing += [] if address else ["JAX_COORDINATOR_ADDRESS"]
   if missing:
@@ -143,7 +162,7 @@ def _named() -> dict[str, Any]:
   return found | {"coordinator_address": address}
 
 
-def _patience() -> float:
+def _seconds() -> float:
   text = os.environ.get(_PATIENCE_VARIABLE, str(_PATIENCE))
   try:
     patience = float(text)
@@ -171,36 +190,64 @@ def index() -> int:
   return _index
 
 
-def agree(value: T) -> T:
-  """Returns the first process's value; all call it at the same place.
+def _client() -> Any:
+  # JAX has no public name for it; Orbax uses the same one.
+  from jax._src import distributed
 
-  It waits for the devices, so it has no place in a loop over steps.
+  return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def _waiting(whom: str, place: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # JaxRuntimeError: of the time limit, or of the network.
+    raise errors.RunError(
+      f"{whom} did not come to {place!r} within {_LONGEST / 60:g} min: look at what it "
+      "does, stop all, and run the same command again to go on."
+    ) from error
+
+
+def agree(value: T) -> T:
+  """Returns the first process's value; all call it at the same places.
 
   Args:
     value: JSON-able.
+
+  Raises:
+    RunError: the first does not come here.
   """
+  global _agreements
   if _count == 1:
     return value
-  import numpy as np
-  from jax.experimental import multihost_utils
-
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  padded = np.zeros(length, np.uint8)
-  padded[: min(length, len(data))] = data[:length]
-  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+  _agreements += 1
+  key = f"{_AGREED}/{_agreements}"
+  if first():
+    _client().key_value_set(key, json.dumps(value))
+    return value
+  with _waiting("process 0", f"agreement {_agreements}"):
+    return json.loads(_client().blocking_key_value_get(key, int(_LONGEST * 1000)))
 
 
 def wait(name: str) -> None:
   """Waits until all processes are here: what the first wrote can be read.
 
   Args:
-    name: of the place, for JAX's messages.
-  """
-  if _count > 1:
-    from jax.experimental import multihost_utils
+    name: of the place.
 
-    multihost_utils.sync_global_devices(name)
+  Raises:
+    RunError: some do not come here.
+  """
+  global _places
+  if _count == 1:
+    return
+  _places += 1
+  with _waiting("another process", name):
+    place = f"{_ROOT}/{_places}/{name}"
+    _client().wait_at_barrier(place, int(_LONGEST * 1000))
+  if first():
+    # Everybody has read what was agreed on so far.
+    _client().key_value_delete(f"{_AGREED}/")
 
 
 def _agreed_signal(number: int | None) -> int | None:
@@ -210,132 +257,168 @@ def _agreed_signal(number: int | None) -> int | None:
   call, the same for all.
 
   Args:
-    number: a signal that this process alone received.
+    number: a signal that this process alone received, SIGINT.
   """
   global _ticks, _stopping
   from jax.experimental import multihost_utils
 
-  if number is not None and number != signal.SIGTERM:
-    # ^C at a terminal: as if it had been the other one, once.
+  if number is not None and _stopping is None:
+    # ^C at a terminal: as if it had been the other one, but for its name.
+    _client().key_value_set(_SIGNAL, str(int(number)), True)
     os.kill(os.getpid(), signal.SIGTERM)
   _ticks += 1
-  _stopping = _stopping or multihost_utils.reached_preemption_sync_point(_ticks)
-  return signal.SIGTERM if _stopping else None
+  if _stopping is None and multihost_utils.reached_preemption_sync_point(_ticks):
+    known = dict(_client().key_value_dir_get(_ROOT)).get(_SIGNAL)
+    _stopping = int(known or signal.SIGTERM)
+  return _stopping
 
 
 def stopped() -> bool:
   """Returns whether all processes were stopped, at the same place."""
-  return _count == 1 or _stopping
+  return _count == 1 or _stopping is not None
 
 
-def _client() -> Any:
-  # JAX has no public name for it; Orbax uses the same one.
-  from jax._src import distributed
-
-  return distributed.global_state.client
-
-
-def _watch(patience: float) -> None:
+def _watch() -> None:
   """Gives signs of life, and ends this process when the job cannot go on."""
-  client, heard = _client(), {i: ("", time.monotonic()) for i in range(1, _count)}
-  last = time.monotonic()
-  while not _ending.is_set():
+  global _heard
+  client, beats = _client(), {i: (None, time.monotonic()) for i in range(1, _count)}
+  number = 0
+  while True:
+    number += 1
     try:
-      client.key_value_set(f"{_ALIVE}{_index}", str(time.monotonic()), True)
-      if _index == 0:
-        _look_for_lost(client, heard, patience)
+      client.key_value_set(f"{_ALIVE}/{_index}", str(number), True)
+      _heard = time.monotonic()
+      if first():
+        _look_for_lost(client, beats)
       text = client.blocking_key_value_get(_FAILED, int(_BEAT * 1000))
-      _give_up(text)
-      return
-    except Exception as error:  # JaxRuntimeError: of a time limit, mostly.
-      if "DEADLINE_EXCEEDED" in str(error):
-        last = time.monotonic()
-        continue
-      # Perhaps the network alone; a coordinator that is gone stays away.
-      if time.monotonic() - last > min(patience, 5.0):
-        _give_up("process 0, which coordinates all, cannot be reached any more")
-        return
-      time.sleep(0.5)
+    except Exception:  # JaxRuntimeError: of the time limit, or of the network.
+      time.sleep(0.2)
+      continue
+    _heard = time.monotonic()
+    _give_up(**json.loads(text))
+    return
 
 
-def _look_for_lost(client: Any, heard: dict[int, Any], patience: float) -> None:
+def _watch_coordinator() -> None:
+  """Ends this process when the first one, which coordinates all, does not answer."""
+  while time.monotonic() - _heard < _patience:
+    time.sleep(0.5)
+  _give_up(
+    1,
+    f"process 0, which coordinates all, has not answered for {_patience:g} s: {_KEPT}",
+  )
+
+
+def _look_for_lost(client: Any, beats: dict[int, tuple[Any, float]]) -> None:
   """Tells all if one has given no sign of life for too long."""
-  now = time.monotonic()
-  for key, beat in client.key_value_dir_get(_ALIVE):
-    number = int(key.rpartition("/")[2])
-    if number in heard and heard[number][0] != beat:
-      heard[number] = (beat, now)
-  for number, (_, when) in heard.items():
-    if now - when > patience:
-      _tell(f"process {number} has given no sign of life for {patience:g} s")
-      return
+  now, known = time.monotonic(), dict(client.key_value_dir_get(_ROOT))
+  limit = min(_SUSPICIOUS, _patience) if _SUSPECT in known else _patience
+  for number, (beat, when) in beats.items():
+    new = known.get(f"{_ALIVE}/{number}")
+    if new != beat:
+      beats[number] = (new, now)
+    elif now - when > limit and f"{_LEFT}/{number}" not in known:
+      _tell(
+        1,
+        f"process {number} has given no sign of life for {limit:g} s: {_KEPT}",
+      )
 
 
-def _tell(reason: str) -> bool:
+def _tell(status: int, line: str) -> bool:
   """Tells all processes why the job ends; returns whether this was the first reason."""
   try:
-    _client().key_value_set(_FAILED, reason)
+    _client().key_value_set(_FAILED, json.dumps({"status": status, "line": line}))
   except Exception:  # There is one, or nobody to tell.
     return False
   return True
 
 
-def _give_up(reason: str) -> None:
+def _give_up(status: int, line: str) -> None:
   """Ends this process, unless it is ending by itself.
 
   Its main thread may be in a collective operation that will never end.
   """
-  global _reason
-  _reason = reason
   # It may be about to tell its own reason.
-  if _ending.wait(2.0):
+  if _ending.wait(1.0):
     return
-  line = f"fidelity_jax: {reason}: everything up to the last checkpoint is saved, "
-  print(f"{line}run the same command again to go on.", file=streams.user())
-  os._exit(1)
+  print(f"fidelity_jax: {line}", file=streams.user())
+  _note_left()
+  if first():
+    _wait_for_others()
+  os._exit(status)
 
 
-def leave(line: str | None) -> str | None:
+def _note_left() -> None:
+  try:
+    _client().key_value_set(f"{_LEFT}/{_index}", "", True)
+  except Exception:  # Nobody is there to be told.
+    pass
+
+
+def _wait_for_others(seconds: float | None = None) -> None:
+  """Waits until all have read why they end, or have ended; the first leaves last."""
+  until = time.monotonic() + (_patience if seconds is None else seconds)
+  while time.monotonic() < until:
+    try:
+      left = dict(_client().key_value_dir_get(_LEFT))
+    except Exception:  # The first is gone.
+      return
+    if len(left) == _count:
+      # They hear it a moment later.
+      time.sleep(0.5 if first() else 0.0)
+      return
+    time.sleep(0.1)
+
+
+def leave(status: int, line: str | None) -> str | None:
   """Ends the joint work.
 
   Args:
-    line: what this process failed with, None if it did not.
+    status: this process's exit status.
+    line: what this process failed with; None if it did not, or all stop together.
 
   Returns:
-    What to say of it, None if the first process says it.
+    What to say of it here, None if another process says it.
   """
   if _count == 1:
     return line
   if line is None:
+    _note_left()
+    # Another may still report; if it is lost instead, that is told.
+    _wait_for_others(_LONGEST)
     _ending.set()
-    import jax
-
-    jax.distributed.shutdown()
     return None
-  told = _tell(f"process {_index} failed: {line.rstrip('.')}")
-  if not told and not first():
-    # The first reason is the cause, and is told by the thread that watches.
-    time.sleep(3.0)
+  if not first():
+    # Mostly all fail alike, and the first one's line is enough.
+    time.sleep(0.5)
+  own = f"process {_index} failed: {line}"
+  told = _tell(status, line if first() else own)
   _ending.set()
+  _note_left()
   if first():
-    # The others read the reason from here.
-    time.sleep(3.0)
-  return line if first() else f"process {_index}: {line}"
+    _wait_for_others()
+    return line
+  return own if told else None
 
 
-def lost(error: BaseException) -> bool:
-  """Returns whether a failure is that of another process; waits until that is known.
+def lost(error: BaseException) -> None:
+  """Waits for a while if a failure may be another process's, which is gone.
 
-  A collective operation fails, at once or after a while, if a process is gone.
+  A collective operation fails, at once or after a while, if a process is gone; the
+  thread that watches then ends this process, and says which one it was.
 
   Args:
     error: what this process failed with.
   """
-  if _count == 1 or isinstance(error, errors.UsageError | errors.RunError):
-    return False
-  text = f"{type(error).__name__} {error}"
-  if not any(word in text for word in ("Gloo", "UNAVAILABLE", "NCCL", "ABORTED")):
-    return False
-  # The thread that watches ends the process as soon as it knows.
-  time.sleep(2 * _patience() + 5)
-  return True
+  if _count == 1 or isinstance(error, errors.UsageError | signals.Stopped):
+    return
+  cause = error.__cause__ or error.__context__
+  if isinstance(error, errors.RunError) and (
+    cause is None or isinstance(cause, OSError)
+  ):
+    return
+  try:
+    _client().key_value_set(_SUSPECT, "", True)
+  except Exception:  # The first is gone.
+    time.sleep(_patience)
+  time.sleep(_SUSPICIOUS + 3 * _BEAT)

@@ -16,6 +16,7 @@ from fidelity_jax import (
   evaluate,
   examples,
   files,
+  hosts,
   plan,
   platform,
   rows,
@@ -127,7 +128,7 @@ def passes(group: list[plan.Planned]) -> list[list[plan.Planned]]:
   Args:
     group: experiments whose stages are finished.
   """
-  room, parts, held = platform.memory() / 2, [[]], {}
+  room, parts, held = hosts.agree(platform.memory() / 2), [[]], {}
   for one in group:
     own = {stage.name: stage.size() for stage in one.stages}
     if parts[-1] and sum((held | own).values()) > room:
@@ -150,7 +151,8 @@ def _keep(
   files.check_file(path)
   kept = [subject for subject in chosen if "logits" in subject.names]
   if not kept:
-    path.unlink(missing_ok=True)
+    if hosts.first():
+      path.unlink(missing_ok=True)
     return
   arrays = {
     f"{subject.compared.key}/{name}": logits

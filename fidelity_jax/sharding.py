@@ -53,10 +53,16 @@ def everywhere(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
     mesh: the devices.
     tree: arrays, the same on all hosts.
   """
-  if jax.process_count() > 1:
-    # Arrays on one host's devices become no arrays of all.
-    tree = jax.tree.map(np.asarray, tree)
-  return jax.device_put(tree, replicated(mesh))
+  where = replicated(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, where)
+
+  def place(leaf):
+    # Each host has it already; `device_put` would send it around to compare.
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
+
+  return jax.tree.map(place, tree)
 
 
 def host_shard(batch: jax.sharding.NamedSharding) -> dict[str, int]:

@@ -63,6 +63,11 @@ def listen(user: int = 2) -> None:
     signal.signal(number, _receive)
 
 
+def take_back() -> None:
+  """Listens again to SIGTERM, after a library took it over."""
+  signal.signal(signal.SIGTERM, _receive)
+
+
 def interrupt(where: str, kept: str) -> None:
   """From here on a signal raises `Stopped` with these; arguments as for `stop`."""
   global _phase, _where, _kept
@@ -93,7 +98,10 @@ def received() -> int | None:
   """
   global _received
   if _agreed is not None:
-    _received = _agreed(_received)
+    # One may come in while the others are asked.
+    number, _received = _received, None
+    number = _agreed(number)
+    _received = _received if number is None else number
   return _received
 
 

@@ -323,7 +323,7 @@ class Trainer:
     self, saved: checkpoints.Checkpoints
   ) -> tuple[TrainState, checkpoints.Progress]:
     state, done = self.initial_state(), checkpoints.Progress()
-    if (start := saved.latest()) is not None:
+    if (start := hosts.agree(saved.latest())) is not None:
       variables, training, done = saved.restore(
         start, state.variables(), state.training()
       )
@@ -385,7 +385,7 @@ class Trainer:
         stopping = signals.received() is not None
         overdue = False
         if not hosts.several() or step >= next_look:
-          # Clocks differ, and asking the first host's waits for all devices.
+          # Clocks differ: the first host's counts, and is asked now and then.
           waited = time.monotonic() - last_save
           pace = max(step - start, 1) / max(time.monotonic() - began, 1e-9)
           waited, pace = hosts.agree([waited, pace])
@@ -431,7 +431,8 @@ class Trainer:
     start: float,
   ) -> checkpoints.Progress:
     """Validates and records; returns `done` with this epoch, begun at `start`."""
-    validation = self.validate(state)
+    # The last bit may differ from host to host, and decides what is the best.
+    validation = hosts.agree(self.validate(state))
     for name, value in validation.items():
       if not math.isfinite(value):
         raise errors.RunError(
