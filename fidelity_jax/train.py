@@ -353,7 +353,7 @@ class Trainer:
       meter.paused,
     )
     last_save = epoch_start = began = time.monotonic()
-    next_look = start
+    next_look = epoch_first = start
     batches = self._batches(start)
     prefetched = data.prefetch_to_device(batches, self.batch_sharding)
     try:
@@ -373,14 +373,15 @@ class Trainer:
             "epoch": epoch,
             "learning_rate": float(self.schedule(step - 1)),
             **metrics.compute(state.averages, "train/"),
-            "steps_per_second": self.steps_per_epoch / took,
+            # Of an epoch that was interrupted, those since then.
+            "steps_per_second": (step - epoch_first) / took,
             **meter.read("epoch"),
           }
           state = state.replace(averages=metrics.zeros_like(state.averages))
           with meter.paused():
             done = self._finish_epoch(step, state, done, writer, record, epoch_start)
           improved = done.best_step == step
-          epoch_start = time.monotonic()
+          epoch_start, epoch_first = time.monotonic(), step
         # Read once a step, so that the message below agrees with the decision here.
         stopping = signals.received() is not None
         overdue = False

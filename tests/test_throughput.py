@@ -7,7 +7,9 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import struct
+import sys
 import time
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from fidelity_jax import (
   metrics,
   models,
   sharding,
+  signals,
   tasks,
   throughput,
   tracing,
@@ -97,6 +100,14 @@ def _compiled():
     logger.removeHandler(handler)
 
 
+@pytest.fixture
+def plugin(monkeypatch):
+  """Has JAX take its CPU backend for a plugin, as those for GPUs and TPUs are."""
+  name = "jax._src.xla_bridge.using_pjrt_c_api"
+  monkeypatch.setattr(name, lambda backend=None: True)
+  assert jax.jit(lambda x: x @ x).lower(jnp.zeros((8, 8))).cost_analysis() is None
+
+
 class Trained(NamedTuple):
   directory: pathlib.Path
   records: list[dict]
@@ -141,6 +152,34 @@ def test_every_epoch_says_how_fast_it_went(trained):
     assert "memory/device_bytes" not in record
   counted = [r["speed/flops_per_second"] * r["speed/step_seconds"] for r in trained[1]]
   assert counted == pytest.approx([counted[0]] * 3)
+
+
+def test_an_epoch_that_was_interrupted_has_the_speed_since_then(tmp_path, monkeypatch):
+  """Stopped and resumed in the middle of the second epoch of two."""
+  trainer, made = _trainer(tmp_path), []
+  batches, finish = trainer._batches, trainer._finish_epoch
+
+  def slow_batches(start):
+    with batches(start) as iterator:
+      for number, batch in enumerate(iterator, start + 1):
+        if start == 0 and number == STEPS + 3:
+          monkeypatch.setattr(signals, "_received", signal.SIGTERM)
+        time.sleep(0.3 if start else 0.0)
+        yield batch
+
+  def finish_and_look(step, state, done, writer, record, start):
+    made.append(record["steps_per_second"] * (time.monotonic() - start))
+    return finish(step, state, done, writer, record, start)
+
+  monkeypatch.setattr(trainer, "_batches", slow_batches)
+  monkeypatch.setattr(trainer, "_finish_epoch", finish_and_look)
+  with pytest.raises(signals.Stopped):
+    trainer.run()
+  monkeypatch.setattr(signals, "_received", None)
+  start = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert STEPS < start < 2 * STEPS
+  trainer.run()
+  assert made == pytest.approx([STEPS, 2 * STEPS - start], rel=0.2)
 
 
 def _events(directory):
@@ -276,6 +315,49 @@ def test_operations_of_a_restorer_are_those_of_its_formula(tmp_path):
   assert 0.85 < found / (pixels * per_pixel) < 1.03
 
 
+def _lowered(*platforms):
+  """A product of 2 x 64^3 operations and a convolution, lowered for platforms."""
+
+  def step(x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    kernel = jnp.ones((3, 3, 4, 4))
+    y = (x @ x).reshape(1, 32, 32, 4)
+    y = jax.lax.conv_general_dilated(
+      y, kernel, (1, 1), "VALID", dimension_numbers=numbers
+    )
+    return y.sum()
+
+  traced = jax.jit(jax.grad(step)).trace(jnp.zeros((64, 64)))
+  return traced.lower(lowering_platforms=platforms or None)
+
+
+def test_operations_are_counted_for_plugins_too(request):
+  expected = [throughput.flops(_lowered(*p)) for p in ([], ["cuda"], ["tpu"])]
+  # A gradient of a product is two products.
+  assert expected[0] > 2 * 2 * 64**3
+  request.getfixturevalue("plugin")
+  found = [throughput.flops(_lowered(*p)) for p in ([], ["cuda"], ["tpu"])]
+  assert found == expected == [expected[0]] * 3
+
+
+def test_operations_are_not_known_without_a_cpu_backend(plugin, monkeypatch):
+  def devices(*args, backend=None, **kwargs):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", devices)
+  assert throughput.flops(_lowered()) is None
+
+
+@pytest.mark.parametrize("name", ["hlo_module_cost_analysis", None])
+def test_operations_are_not_known_where_jax_has_changed(plugin, monkeypatch, name):
+  if name:
+    monkeypatch.delattr(f"jaxlib._jax.{name}")
+  else:
+    monkeypatch.delattr("jaxlib._jax")
+    monkeypatch.setitem(sys.modules, "jaxlib._jax", None)
+  assert throughput.flops(_lowered()) is None
+
+
 def test_a_meter_leaves_pauses_out_and_keeps_spans_apart():
   meter = throughput.Meter(8, sharding.make_mesh(1), "float32")
   batches = iter(lambda: time.sleep(0.02), 1)
@@ -303,7 +385,7 @@ def test_a_meter_leaves_pauses_out_and_keeps_spans_apart():
   assert meter.read("interval") == {} == throughput.facts({})
 
 
-def test_a_known_chip_has_a_share_of_its_peak(monkeypatch):
+def test_a_known_chip_has_a_share_of_its_peak(monkeypatch, plugin):
   monkeypatch.setitem(chips._PEAKS, "cpu", {"bfloat16": 4e9, "float32": 2e9})
   meter = throughput.Meter(8, sharding.make_mesh(1), "float32")
   meter.next(iter([None]))
