@@ -158,6 +158,24 @@ def read_json(path: pathlib.Path, again: str) -> Any:
     raise errors.RunError(f"{path} is damaged ({error}): {again}") from error
 
 
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the objects in a file that has one in a line, such as metrics.jsonl.
+
+  Lines that cannot be read are left out, such as one that a killed run did not finish,
+  and so is a file that cannot be.
+
+  Args:
+    path: the file.
+  """
+  found = []
+  with contextlib.suppress(OSError):
+    for line in read_bytes(path).splitlines():
+      with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(record := json.loads(line), dict):
+          found.append(record)
+  return found
+
+
 def write_arrays(
   path: pathlib.Path, arrays: dict[str, np.ndarray], record: Any
 ) -> None:

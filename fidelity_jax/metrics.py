@@ -1,14 +1,18 @@
-"""Where a stage's numbers go: metrics.jsonl and TensorBoard events."""
+"""Where a stage's numbers go: two files of JSON lines, and TensorBoard events."""
 
 import contextlib
 import json
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from fidelity_jax import errors, files, hosts
+
+# Between records of intervals, at least: days of training stay a few megabytes.
+INTERVAL_SECONDS = 10.0
 
 Averages = dict[str, clu_metrics.Average]
 
@@ -47,9 +51,11 @@ def compute(a: Averages, prefix: str = "") -> dict[str, float]:
 
 
 class MetricWriter:
-  """Appends one record per epoch to metrics.jsonl and to TensorBoard events.
+  """Writes a stage's numbers, as they come.
 
-  Of several processes the first does.
+  One record per epoch goes to metrics.jsonl, one per interval of some seconds to
+  intervals.jsonl, and all of them to TensorBoard events. A record is a whole line. Of
+  several processes the first writes.
   """
 
   def __init__(
@@ -59,54 +65,73 @@ class MetricWriter:
 
     Args:
       directory: the stage's.
-      records: those up to the checkpoint that the run resumes from. What the file holds
-        is replaced by them: later records will be computed and written again.
-      step: that checkpoint's; TensorBoard drops the events after it.
+      records: of the epochs up to the checkpoint that the run resumes from. What
+        metrics.jsonl holds is replaced by them: later records will be computed and
+        written again.
+      step: that checkpoint's; records of intervals after it, and TensorBoard's events,
+        are dropped.
     """
-    self._file = self._events = None
+    self._events, self._files = None, {}
+    self._last = time.monotonic()
     if not hosts.first():
       return
-    path = directory / "metrics.jsonl"
-    files.check_file(path)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    files.write_bytes(path, lines.encode())
+    intervals = files.read_json_lines(directory / "intervals.jsonl")
+    kept = {
+      "metrics.jsonl": records,
+      "intervals.jsonl": [
+        r for r in intervals if isinstance(r.get("step"), int) and r["step"] <= step
+      ],
+    }
     # Takes a second to import, most of it PyTorch's where that is installed.
     import tensorboardX
 
-    with errors.while_doing(f"opening {path}"):
-      self._file = open(path, "a", encoding="utf-8")
+    for name, lines in kept.items():
+      path = directory / name
+      files.check_file(path)
+      text = "".join(json.dumps(record) + "\n" for record in lines)
+      files.write_bytes(path, text.encode())
+      with errors.while_doing(f"opening {path}"):
+        self._files[name] = open(path, "a", encoding="utf-8")
+    with errors.while_doing(f"opening TensorBoard events in {directory}"):
       self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
 
   def write(self, record: dict[str, float]) -> None:
-    """Writes the record of an epoch; numbers go to TensorBoard too."""
-    if self._file is None:
-      return
-    with errors.while_doing(f"writing {self._file.name}"):
-      self._file.write(json.dumps(record) + "\n")
-      self._file.flush()
-      for name, value in record.items():
-        if name != "step":
-          self._events.add_scalar(name, value, record["step"])
-
-  def write_interval(self, step: int, values: dict[str, float]) -> None:
-    """Writes what was measured since the last line of progress, to TensorBoard alone.
+    """Writes the record of an epoch.
 
     Args:
-      step: optimizer steps done.
-      values: by name; "interval/" is put before these.
+      record: numbers by name, "step" among them.
     """
-    if self._file is None:
+    self._write("metrics.jsonl", record, "")
+
+  def interval_due(self) -> bool:
+    """Returns whether the last record of an interval is long enough ago."""
+    return hosts.first() and time.monotonic() - self._last >= INTERVAL_SECONDS
+
+  def write_interval(self, record: dict[str, float]) -> None:
+    """Writes the record of an interval, called "interval/" and so on in TensorBoard.
+
+    Args:
+      record: numbers by name, "step" among them.
+    """
+    self._last = time.monotonic()
+    self._write("intervals.jsonl", record, "interval/")
+
+  def _write(self, name: str, record: dict[str, float], prefix: str) -> None:
+    if self._events is None:
       return
-    with errors.while_doing(f"writing TensorBoard events beside {self._file.name}"):
-      for name, value in values.items():
-        self._events.add_scalar(f"interval/{name}", value, step)
+    file = self._files[name]
+    with errors.while_doing(f"writing {file.name}"):
+      file.write(json.dumps(record) + "\n")
+      file.flush()
+    with errors.while_doing(f"writing TensorBoard events beside {file.name}"):
+      for key, value in record.items():
+        if key != "step":
+          self._events.add_scalar(f"{prefix}{key}", value, record["step"])
 
   def close(self) -> None:
     """Closes the files."""
-    if self._file is None:
-      return
     # What was written is flushed; on a full disk closing fails once more.
-    with contextlib.suppress(OSError):
-      self._file.close()
-    with contextlib.suppress(OSError):
-      self._events.close()
+    for file in (*self._files.values(), self._events):
+      with contextlib.suppress(OSError):
+        if file is not None:
+          file.close()

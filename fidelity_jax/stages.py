@@ -164,7 +164,8 @@ class Stage:
     """
     files.check_directory(self.directory)
     files.check_directory(self._checkpoints)
-    files.check_file(self.directory / "metrics.jsonl")
+    for name in ("metrics.jsonl", "intervals.jsonl"):
+      files.check_file(self.directory / name)
     files.check_file(self._marker)
     path = self.directory / "config.json"
     files.check_file(path)
@@ -385,15 +386,9 @@ def records(path: pathlib.Path) -> list[dict[str, float]]:
 
   Lines that cannot be read are left out: they are for looking at.
   """
-  found = []
-  with contextlib.suppress(OSError):
-    for line in files.read_bytes(path).splitlines():
-      with contextlib.suppress(ValueError, RecursionError):
-        record = json.loads(line)
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-          # Of a stage that was not trained, earlier versions left the epoch out.
-          found.append({"epoch": 0, **record})
-  return found
+  found = [r for r in files.read_json_lines(path) if isinstance(r.get("step"), int)]
+  # Of a stage that was not trained, earlier versions left the epoch out.
+  return [{"epoch": 0, **record} for record in found]
 
 
 def check_workdir(workdir: pathlib.Path) -> None:

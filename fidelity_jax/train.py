@@ -411,9 +411,13 @@ class Trainer:
           if done.best_step is not None:
             score = done.best_score * self.task.score_sign
             facts[f"best {self.task.score}"] = score
-          speed = meter.read("interval")
-          writer.write_interval(step, speed)
-          facts |= throughput.facts(speed)
+          # On a terminal lines come more often than records.
+          if writer.interval_due() or step == self.total_steps:
+            interval = {"step": step, "epoch": -(-step // self.steps_per_epoch)}
+            if within:
+              interval["train/loss"] = facts["loss"]
+            writer.write_interval(interval | meter.read("interval"))
+          facts |= throughput.facts(meter.read("line"))
           bar.update(step, **facts)
     finally:
       tracer.close()

@@ -4,7 +4,7 @@ import json
 
 import jax.numpy as jnp
 
-from fidelity_jax import metrics
+from fidelity_jax import files, metrics
 
 
 def test_averages_leave_padding_out():
@@ -32,3 +32,33 @@ def test_resuming_replaces_what_will_be_written_again(tmp_path):
     {"step": 30, "loss": 3.5},
   ]
   assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_run_drops_the_intervals_that_it_repeats(tmp_path):
+  """Those of a run that was killed in the middle of a line, too."""
+  path = tmp_path / "intervals.jsonl"
+  epochs = [{"step": 10, "loss": 1.0}]
+  for start in (0, 15):
+    writer = metrics.MetricWriter(tmp_path, epochs[: start // 10], start)
+    for step in range(start + 3, 19, 3):
+      writer.write_interval({"step": step, "run": start})
+    writer.close()
+    found = files.read_json_lines(path)
+    with open(path, "ab") as file:
+      file.write(b'{"step": 2, "lo')
+  assert [record["step"] for record in found] == [3, 6, 9, 12, 15, 18]
+  assert [record["run"] for record in found] == [0] * 5 + [15]
+  assert files.read_json_lines(tmp_path / "metrics.jsonl") == epochs
+  # A stage that begins anew has none.
+  metrics.MetricWriter(tmp_path, []).close()
+  assert path.read_bytes() == b""
+
+
+def test_an_interval_is_due_ten_seconds_after_the_last(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, [])
+  for _ in range(2):
+    assert not writer.interval_due()
+    writer._last -= 10.0
+    assert writer.interval_due()
+    writer.write_interval({"step": 1})
+  writer.close()

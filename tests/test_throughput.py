@@ -26,6 +26,7 @@ from fidelity_jax import (
   errors,
   metrics,
   models,
+  progress,
   sharding,
   signals,
   tasks,
@@ -111,20 +112,30 @@ def plugin(monkeypatch):
 class Trained(NamedTuple):
   directory: pathlib.Path
   records: list[dict]
+  intervals: list[dict]
+  seconds: float
   compiled: list[list[str]]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-  """Two epochs and, in a second run, a third one; a few steps of each run traced."""
+  """Two epochs and, in a second run, a third one; a few steps of each run traced.
+
+  Each step has its line of progress, as on a terminal if it takes half a second.
+  """
   directory = tmp_path_factory.mktemp("stage")
-  compiled = []
+  compiled, begun = [], time.monotonic()
   for epochs, traced in ((2, (2, 3)), (3, (11, 20))):
-    with _compiled() as names:
+    with _compiled() as names, pytest.MonkeyPatch.context() as patch:
+      patch.setattr(progress.Progress, "due", lambda self: True)
       _trainer(directory, epochs, traced).run()
     compiled.append(names)
-  lines = (directory / "metrics.jsonl").read_text().splitlines()
-  return Trained(directory, [json.loads(line) for line in lines], compiled)
+  seconds = time.monotonic() - begun
+  records, intervals = (
+    [json.loads(line) for line in (directory / name).read_text().splitlines()]
+    for name in ("metrics.jsonl", "intervals.jsonl")
+  )
+  return Trained(directory, records, intervals, seconds, compiled)
 
 
 def test_the_step_is_compiled_once(trained):
@@ -204,17 +215,28 @@ def test_tensorboard_has_epochs_and_intervals(trained):
   found = _events(trained.directory)
   for name in SPEED:
     assert [step for tag, step in found if tag == name] == [4, 8, 12]
-    # The last line of each run's progress is always printed.
-    assert {8, 12} <= {step for tag, step in found if tag == f"interval/{name}"}
+    intervals = [step for tag, step in found if tag == f"interval/{name}"]
+    assert intervals == [record["step"] for record in trained.intervals]
   assert ("validation/loss", 12) in found
 
 
+def test_intervals_are_recorded_at_their_end_and_not_for_every_line(trained):
+  steps = [record["step"] for record in trained.intervals]
+  # Each run's last one always is.
+  assert steps == sorted(set(steps)) and {8, 12} <= set(steps)
+  assert len(steps) <= 2 + trained.seconds / 10
+  for record in trained.intervals:
+    assert {"epoch", *SPEED, "memory/host_bytes"} < set(record)
+    assert record["epoch"] == -(-record["step"] // STEPS)
+    # At its end an epoch has a record of its own.
+    assert ("train/loss" in record) == (record["step"] % STEPS > 0)
+
+
 def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path):
-  speed = {"speed/step_seconds": 0.1}
   for start in (0, 15):
     writer = metrics.MetricWriter(tmp_path, [{"step": 10}] if start else [], start)
     for step in range(start + 1, 19):
-      writer.write_interval(step, speed)
+      writer.write_interval({"step": step, "speed/step_seconds": 0.1})
     writer.close()
     # The files' names have the second in them.
     time.sleep(1.1)

@@ -78,6 +78,7 @@ DAMAGES = [
   (lambda w: next(w.glob("restorer-*/config.json")).unlink(), "config.json is missing"),
   (_swap("restorer-*/config.json"), "config.json is no regular file"),
   (_swap("restorer-*/metrics.jsonl"), "metrics.jsonl is no regular file"),
+  (_swap("restorer-*/intervals.jsonl"), "intervals.jsonl is no regular file"),
   (_swap("restorer-*"), "is a file, where a directory belongs"),
   (_swap("restorer-*/checkpoints"), "is a file, where a directory belongs"),
   (lambda w: shutil.rmtree(_stage(w, "restorer") / "checkpoints"), "is missing"),
