@@ -5,6 +5,7 @@ command that names anything else fails, as it does for users.
 """
 
 import contextlib
+import gzip
 import http.server
 import importlib
 import io
@@ -301,6 +302,44 @@ def test_classifiers(tmp_path, monkeypatch, command):
   assert header.startswith("image") and line.startswith("photos/a.jpg")
   assert len(re.findall(r"brick|moon", line)) == 3
   assert (tmp_path / "seen_mine" / "a.jpg.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_observing(tmp_path, monkeypatch, command):
+  """What the page has trained has the records and the trace that it speaks of."""
+  small = {
+    "dataset.per_class": 12,
+    "dataset.image_size": 32,
+    "batch_size": 8,
+    "model.depth": 2,
+    "model.width": 4,
+    "patch_size": 16,
+    "patch_stride": 16,
+    "evaluation.rounds": 1,
+  }
+  done = _follow("observing.md", tmp_path, monkeypatch, command, small=small)
+  assert len(done) == 1
+  (marker,) = (tmp_path / "runs" / "demo").glob("restorer-*/finished.json")
+  stage = marker.parent
+  records = files.read_json_lines(stage / "metrics.jsonl")
+  intervals = files.read_json_lines(stage / "intervals.jsonl")
+  assert len(records) == 2 and intervals[-1]["step"] == records[-1]["step"] >= 64
+  page = (ROOT / "docs" / "observing.md").read_text()
+  (shown,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+  assert set(json.loads(shown)) <= set(records[1])
+  named = re.findall(r"(?<=`)(?:speed|memory)/\w+(?=`)", page)
+  # A CPU's peak and memory are not known.
+  unknown = {name for name in named if name not in records[1]}
+  assert unknown == {
+    "speed/share_of_peak",
+    "memory/device_bytes",
+    "memory/device_peak_bytes",
+  }
+  assert set(named) - unknown < set(intervals[-1])
+  (trace,) = stage.glob("plugins/profile/*/*.trace.json.gz")
+  events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+  traced = [event["args"] for event in events if event.get("name") == "train"]
+  assert sorted(int(args["step_num"]) for args in traced) == list(range(60, 65))
 
 
 def test_restore(toy_run, tmp_path, monkeypatch, command):
