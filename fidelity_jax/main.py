@@ -9,8 +9,9 @@ found where the package is installed. Any field can be set, in parents too
 --workdir=DIR: for stages, results and pictures; made where absent.
 --dry_run: print what there is to do, and about how long it takes; change nothing.
 
-Several processes that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name,
-or that SLURM, Open MPI or a TPU slice started, work as one: docs/launch.md.
+Several processes, named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID, or started by SLURM, Open MPI or on a TPU slice's hosts, work as one:
+docs/launch.md.
 
 Exit status: 0 if all is done, 1 if something failed, 2 if the command, a config or an
 input is wrong, 143 after SIGTERM and 130 after SIGINT (the same command resumes).
