@@ -135,6 +135,7 @@ def in_a_process(
 ) -> dict[str, object] | str:
   """Returns a row from a process of its own, or why there is none."""
   command = [sys.executable, __file__, "--row", f"--steps={name}"]
+  command += [f"--devices={devices}"]
   command += [f"--batch={args.batch}", f"--repeats={args.repeats}"]
   command += [f"--precision={args.precision}", *["--dry"] * args.dry]
   command += [f"--topology={args.topology}"] * bool(args.topology)
