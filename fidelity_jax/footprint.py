@@ -22,8 +22,13 @@ from fidelity_jax import (
   throughput,
   train,
 )
+from fidelity_jax.datasets import Datasets
 
 PyTree = Any
+
+# Of what is in a device's memory.
+_PARTS = ("parameters", "optimizer", "frozen", "batch", "activations")
+_COLUMNS = ("stage", "devices", *_PARTS, "in all", "reduced", "operations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +149,36 @@ def compile(step: Step) -> jax.stages.Compiled:
   place = jax.tree.leaves(step.state)[0].sharding.mesh.devices.flat[0]
   options = platform.compiler_options() if place.platform == "cpu" else None
   return step.lowered.compile(compiler_options=options)
+
+
+def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
+  """Returns a table of what the steps of stages hold and send, each compiled for it.
+
+  Args:
+    planned: the stages; what nothing is left to do for is left out.
+    datasets: what loads their images.
+  """
+  lines = [_COLUMNS]
+  for stage in planned:
+    config = stage.config
+    if stage.finished() or not config.epochs:
+      continue
+    classes = datasets.encoded(config.dataset, "train").num_classes
+    mesh = sharding.make_mesh(config.batch_size)
+    seen = measure(lower(stage, classes, mesh))
+    sizes = (getattr(seen, name) for name in (*_PARTS, "total", "reduced"))
+    cells = [f"{size / 2**20:.1f}" for size in sizes]
+    operations = str(len(seen.collectives))
+    lines.append((stage.name, str(mesh.size), *cells, operations))
+  if len(lines) == 1:
+    return "\nNothing is left to train."
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  table = [
+    "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+    for line in lines
+  ]
+  title = "Training steps: MiB per device, and reduced over devices in each step"
+  return "\n".join(["", title, "", *(line.rstrip() for line in table)])
 
 
 def _placed(shapes: PyTree, place: jax.sharding.Sharding) -> PyTree:
