@@ -1,7 +1,9 @@
 """From stages to networks: made to be trained, or loaded, folded and frozen."""
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,14 +125,21 @@ class Loader:
     return self._loaded[key]
 
   def _load(self, stage: stages.Stage, dtype: Any) -> Frozen:
-    network, variables = trained(stage, self._num_classes)
+    network, variables = self._trained(stage)
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
     if isinstance(network, Method):
       task, _ = self.with_parents(stage)
-      cast = jax.tree.map(lambda x: x.astype(dtype), variables["params"])
-      own = {role: {"params": params} for role, params in cast.items()}
+      own = self._apply(cast, variables["params"])
+      own = {role: {"params": params} for role, params in own.items()}
       return Frozen(task.network, task.frozen | own)
-    fold = lambda v: jax.tree.map(lambda x: x.astype(dtype), models.fold(network, v)[1])
-    return Frozen(network.folded(), jax.jit(fold)(variables))
+    fold = lambda v: cast(models.fold(network, v)[1])
+    return Frozen(network.folded(), self._apply(fold, variables))
+
+  def _trained(self, stage: stages.Stage) -> tuple[Any, PyTree]:
+    return trained(stage, self._num_classes)
+
+  def _apply(self, function: Callable[[PyTree], PyTree], variables: PyTree) -> PyTree:
+    return jax.jit(function)(variables)
 
   def with_parents(
     self, stage: stages.Stage, sharding: jax.sharding.Sharding | None = None
@@ -156,6 +165,17 @@ class Loader:
         (initial if role in trained else frozen)[role] = parent.variables
     task = _make(stage, networks, self._num_classes, sharding)
     return dataclasses.replace(task, frozen=frozen), initial
+
+
+class Shapes(Loader):
+  """The same of stages that need not be finished: shapes in place of arrays."""
+
+  def _trained(self, stage: stages.Stage) -> tuple[Any, PyTree]:
+    task = task_of(stage, self._num_classes)
+    return task.network, _start(task, None)
+
+  def _apply(self, function: Callable[[PyTree], PyTree], variables: PyTree) -> PyTree:
+    return jax.eval_shape(function, variables)
 
 
 def weights_of(config: ConfigDict) -> str | None:

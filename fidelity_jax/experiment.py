@@ -15,6 +15,7 @@ from fidelity_jax import (
   data,
   errors,
   files,
+  footprint,
   hosts,
   measurements,
   plan,
@@ -39,7 +40,11 @@ _LAG = 90.0
 
 
 def run(
-  config: ConfigDict, workdir: str, command: str = "", dry_run: bool = False
+  config: ConfigDict,
+  workdir: str,
+  command: str = "",
+  dry_run: bool = False,
+  memory: bool = False,
 ) -> None:
   """Runs an experiment or a study: trains what is not trained yet, evaluates, reports.
 
@@ -48,6 +53,7 @@ def run(
     workdir: directory for stages, results and pictures; made where absent.
     command: the command, for the record.
     dry_run: only print what there is to do.
+    memory: and, then, what training steps hold and send.
 
   Raises:
     UsageError: the config asks for something impossible.
@@ -68,6 +74,8 @@ def run(
     planned, _ = _plan(work, place, datasets)
     if hosts.first():
       print(plan.describe(planned, datasets, place))
+      if memory:
+        print(footprint.describe(planned.stages, datasets))
     return
   with files.locked(place, shared=work.shard is not None), _staying(place):
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))

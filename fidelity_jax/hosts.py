@@ -306,6 +306,7 @@ def _watch_coordinator() -> None:
   _give_up(
     1,
     f"process 0, which coordinates all, has not answered for {_patience:g} s: {_KEPT}",
+    silent=True,
   )
 
 
@@ -333,18 +334,24 @@ def _tell(status: int, line: str) -> bool:
   return True
 
 
-def _give_up(status: int, line: str) -> None:
+def _give_up(status: int, line: str, silent: bool = False) -> None:
   """Ends this process, unless it is ending by itself.
 
   Its main thread may be in a collective operation that will never end.
+
+  Args:
+    status: exit status.
+    line: why.
+    silent: nobody can be told.
   """
   # It may be about to tell its own reason.
   if _ending.wait(1.0):
     return
   print(f"fidelity_jax: {line}", file=streams.user())
-  _note_left()
-  if first():
-    _wait_for_others()
+  if not silent:
+    _note_left()
+    if first():
+      _wait_for_others()
   os._exit(status)
 
 

@@ -1,13 +1,15 @@
 r"""Runs an experiment, or a study of several.
 
   python -m fidelity_jax.main --config=configs/oracle.py:demo --workdir=DIR \
-    [--config.any.field=value ...] [--dry_run]
+    [--config.any.field=value ...] [--dry_run [--memory]]
 
 --config=FILE[:VARIANT]: an experiment's or a study's config; those of configs/ are also
 found where the package is installed. Any field can be set, in parents too
 (--config.parents.restorer.epochs=3); None unsets a field that may be unset.
 --workdir=DIR: for stages, results and pictures; made where absent.
 --dry_run: print what there is to do, and about how long it takes; change nothing.
+--memory: with --dry_run, compile each training step, too, and print what it needs in a
+  device's memory, and what devices send each other.
 
 Several processes, named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID, or started by SLURM, Open MPI or on a TPU slice's hosts, work as one:
@@ -47,18 +49,20 @@ def _run(arguments: list[str]) -> None:
   if {"--help", "-help", "-h"} & set(arguments):
     print(__doc__)
     return
-  config, workdir, dry_run = parse(arguments)
+  config, workdir, dry_run, memory = parse(arguments)
   from fidelity_jax import experiment, hosts, platform
 
   signals.interrupt("while it looked at its inputs", "nothing is lost")
   hosts.join()
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
-  experiment.run(config, workdir, command, dry_run)
+  experiment.run(config, workdir, command, dry_run, memory)
 
 
-def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
+def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool, bool]":
   """Returns the config, with all fields set, the workdir, and whether only to plan.
+
+  And whether to tell, then, what steps need.
 
   Args:
     arguments: as in `sys.argv`.
@@ -82,6 +86,7 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
   parser.parse = lambda path: _with_own_fields(load(path), file, settings)
   flags.DEFINE_string("workdir", None, "directory to work in", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "only print the plan", flag_values=values)
+  flags.DEFINE_bool("memory", False, "and what steps need", flag_values=values)
   try:
     rest = values(arguments)
     config = values["config"].value
@@ -131,7 +136,10 @@ def parse(arguments: list[str]) -> "tuple[ConfigDict, str, bool]":
       raise errors.UsageError(
         f'config.{path} = {value}: write values in brackets, as "({shown})".'
       )
-  return config, values["workdir"].value, values["dry_run"].value
+  dry_run, memory = values["dry_run"].value, values["memory"].value
+  if memory and not dry_run:
+    raise errors.UsageError("--memory only plans: add --dry_run.")
+  return config, values["workdir"].value, dry_run, memory
 
 
 def _with_own_fields(

@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import json
+import re
+import sys
 
 import jax
 import numpy as np
@@ -48,6 +50,8 @@ def _imported(monkeypatch, name):
   path = ROOT / "benchmarks" / f"{name}.py"
   spec = importlib.util.spec_from_file_location(name, path)
   benchmark = importlib.util.module_from_spec(spec)
+  # Where dataclasses look for it.
+  monkeypatch.setitem(sys.modules, name, benchmark)
   spec.loader.exec_module(benchmark)
   return benchmark
 
@@ -112,6 +116,68 @@ def test_evaluation_refuses_to_compare_different_work(monkeypatch):
   for other in (1.01 * logits, np.full_like(logits, np.nan)):
     with pytest.raises(SystemExit, match="compute different things"):
       benchmark.check_agreement("clean", other, logits)
+
+
+@pytest.mark.slow
+def test_scaling(command, tmp_path):
+  small = ("--dry", "--steps=classifier", "--devices=1,2", "--batch=2", "--repeats=1")
+  one, two = _run(command, tmp_path, "scaling", *small)["rows"]["classifier"]
+  assert not one["collectives"] and one["sent_bytes"] == 0
+  assert two["reduced_bytes"] > two["trained_bytes"] == one["trained_bytes"]
+  # Half of the batch is on each.
+  assert two["memory"]["batch"] * 2 == one["memory"]["batch"]
+  assert two["flops"] == pytest.approx(one["flops"], rel=0.01)
+  assert one["seconds"] > 0 and two["seconds"] > 0
+
+
+def test_scaling_reports_a_row_that_takes_too_long(monkeypatch):
+  benchmark = _imported(monkeypatch, "scaling")
+  args = ["scaling", "--dry", "--limit=0.1"]
+  monkeypatch.setattr("sys.argv", args)
+  found = benchmark.in_a_process(benchmark.parse(), "oracle", 2)
+  assert found == "not done after 0.1 s"
+
+
+def test_scaling_reports_a_row_that_fails(monkeypatch):
+  benchmark = _imported(monkeypatch, "scaling")
+  monkeypatch.setattr("sys.argv", ["scaling", "--dry", "--batch=3"])
+  with pytest.raises(SystemExit):
+    benchmark.parse()
+  monkeypatch.setattr("sys.argv", ["scaling", "--topology=v5e:3x1000"])
+  found = benchmark.in_a_process(benchmark.parse(), "oracle", 1)
+  assert found.startswith("exit status 1: ")
+
+
+def test_scaling_model(monkeypatch):
+  """Worked out by hand: 256 chips in rings of 16, and eight in lines."""
+  model = _imported(monkeypatch, "scaling_model")
+  step = model.Step("some", flops=78.8e9, reduced=180_000_000, operations=10)
+  # 78.8 GFLOP at 40 % of 197 TFLOP/s are a millisecond.
+  t = model.time(step, model.V5E, images=1, share=0.4)
+  assert t.computing == pytest.approx(1e-3)
+  # Four links of 45 GB/s; 16 hops to scatter, 16 to gather.
+  assert t.sending == pytest.approx(2 * 255 / 256 * 1e-3)
+  assert t.waiting == pytest.approx(10 * 32e-6)
+  assert t.efficiency == pytest.approx(1 / (1 + 2 * 255 / 256 + 0.32))
+  few = model.enough(step, model.V5E, 0.9, share=0.4)
+  assert model.time(step, model.V5E, few, 0.4).efficiency == pytest.approx(0.9)
+  small = model.slice_of_v5e(2, 4)
+  assert (small.devices, small.bandwidth) == (8, 90e9)
+  assert small.wait == pytest.approx(8e-6)
+
+
+def test_the_page_on_scaling_has_what_the_model_gives(monkeypatch):
+  model = _imported(monkeypatch, "scaling_model")
+  text = (ROOT / "docs" / "scaling.md").read_text()
+  row = r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$"
+  steps = [
+    model.Step(name, 1e9 * float(flops), *(int(n.replace(",", "")) for n in numbers))
+    for name, *numbers, flops in re.findall(row, text, re.MULTILINE)
+  ]
+  assert [step.name for step in steps] == ["classifier", "oracle", "end_to_end"]
+  lines = text.splitlines()
+  for line in model.tables(steps, share=0.4):
+    assert line in lines, line
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ MORE = """  depth: int = 3
 
 def _parsed(*flags):
   sys.modules.pop("config_config", None)
-  config, _, _ = main.parse(["main", *flags, "--workdir=w"])
+  config, *_ = main.parse(["main", *flags, "--workdir=w"])
   return config
 
 

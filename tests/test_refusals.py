@@ -285,7 +285,7 @@ def test_a_config_file_of_ones_own_works(tmp_path, monkeypatch):
   path = tmp_path / "mine.py"
   path.write_text(f"{_DEMO}  c.seed = 5\n  return c\n")
   arguments = ["", f"--config={path}", "--workdir=w", "--config.epochs=3"]
-  config, workdir, _ = main.parse(arguments)
+  config, workdir, *_ = main.parse(arguments)
   assert (config.seed, config.parents.restorer.seed, config.epochs) == (5, 5, 3)
   assert workdir == "w"
 
