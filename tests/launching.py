@@ -29,7 +29,7 @@ class StandIns:
     for name in "gcloud kubectl sbatch srun scontrol squeue scancel".split():
       program = PLACE / f"{NAMES.get(name, name)}.py"
       path = folder / name
-      path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+      path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{program}" "$@"\n')
       path.chmod(0o755)
     self.environment = os.environ | {
       "PATH": f"{folder}:{os.environ['PATH']}",
@@ -48,8 +48,8 @@ class StandIns:
 
 
 def launch(*words, check=0, program=None, **options) -> subprocess.CompletedProcess:
-  """Runs launch/run to its end."""
-  program = program or [sys.executable, str(ROOT / "launch" / "run")]
+  """Runs launch/run to its end, by a Python that finds no packages."""
+  program = program or [sys.executable, "-S", "-E", str(ROOT / "launch" / "run")]
   done = subprocess.run(
     [*program, *map(str, words)], capture_output=True, text=True, timeout=300, **options
   )

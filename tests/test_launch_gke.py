@@ -1,6 +1,7 @@
 """launch/run gke: its JobSets against the schemas, its commands against stand-ins."""
 
 import json
+import pathlib
 
 import jsonschema
 import pytest
@@ -20,7 +21,7 @@ def standins(tmp_path):
 def _manifest(*words, arguments=ARGUMENTS):
   """Returns the JobSet that a dry run prints."""
   done = launch(*GKE, "--dry_run", *words, *arguments, env=nothing_installed())
-  text = done.stdout.split("+ kubectl apply --filename=-\n", 1)[1]
+  text = done.stdout.split(" create --filename=-\n", 1)[1]
   return yaml.safe_load(text.rsplit("it runs without", 1)[0])
 
 
@@ -161,12 +162,22 @@ def test_any_argument_arrives_as_it_is():
 )
 def test_a_cluster_from_first_to_last(standins, words, expected):
   env = standins.environment
-  launch(*GKE, "create", "image", "run", *words, *ARGUMENTS, env=env)
-  launch(*GKE, "logs", "status", "fetch", "stop", "delete", *ARGUMENTS, env=env)
+  there = {f"container {kind} describe": [1] for kind in ("clusters", "node-pools")}
+  standins.answer(there)
+  done = launch(*GKE, "create", "image", "run", *words, *ARGUMENTS, env=env)
+  assert done.stdout.endswith(
+    "What was made stays and costs until: launch/run gke delete "
+    "--cluster=fidelity-jax --zone=us-east5-b --project=my-project\n"
+  )
+  last = ["logs", "status", "fetch", "stop", "delete", "--to=here"]
+  done = launch(*GKE, *last, *ARGUMENTS, env=env, cwd=standins.place)
+  assert "costs until" not in done.stdout
   calls = standins.calls()
   names = [call.get("command", "kubectl") for call in calls]
   assert names == [
+    "container clusters describe",
     "container clusters create",
+    "container node-pools describe",
     "container node-pools create",
     "container clusters get-credentials",
     "kubectl",
@@ -178,7 +189,14 @@ def test_a_cluster_from_first_to_last(standins, words, expected):
     "kubectl",
     "container clusters delete",
   ]
-  pool = calls[1]["flags"]
+  # Whatever cluster was used last.
+  context = "--context=gke_my-project_us-east5-b_fidelity-jax"
+  commands = [call["kubectl"] for call in calls if "kubectl" in call]
+  assert all(command[0] == context for command in commands)
+  assert sum("--namespace=default" in command for command in commands) == 5
+  # The pods' save is waited for.
+  assert "--cascade=foreground" in commands[-1]
+  pool = calls[3]["flags"]
   assert expected.items() <= pool.items()
   given = {"accelerator", "spot", "tpu-topology"}
   assert given & set(pool) == given & set(expected)
@@ -194,6 +212,28 @@ def test_a_registry_is_made_where_there_is_none(standins):
   assert create["command"] == "artifacts repositories create"
   assert create["flags"]["location"] == "us-east5"
   assert build["flags"]["substitutions"].endswith("/cuda:latest,_VARIANT=cuda")
+  assert pathlib.Path(build["flags"]["ignore-file"]).exists()
+
+
+def test_create_goes_on_where_it_ended(standins):
+  pools = "container node-pools describe"
+  standins.answer({pools: [1], "container node-pools create": [1]})
+  done = launch(*GKE, "create", check=1, env=standins.environment)
+  assert "container node-pools create" in one_line(done.stderr)
+  assert "costs until: launch/run gke delete" in done.stdout
+  standins.answer({pools: ["fidelity-jax"]})
+  launch(*GKE, "create", env=standins.environment)
+  names = [call.get("command") for call in standins.calls()]
+  assert "container clusters create" not in names
+  assert names[-3:] == ["container clusters get-credentials", None, None]
+
+
+def test_a_job_that_is_there_already_is_no_new_one(standins):
+  program = standins.place / "bin" / "kubectl"
+  program.write_text("#!/bin/sh\necho AlreadyExists >&2\nexit 1\n")
+  done = launch(*GKE, "run", *ARGUMENTS, check=1, env=standins.environment)
+  assert "the step stop comes first" in done.stderr.splitlines()[-1]
+  assert "it runs without" not in done.stdout
 
 
 def test_a_dry_run_needs_neither_an_account_nor_tools():
@@ -206,14 +246,18 @@ def test_a_dry_run_needs_neither_an_account_nor_tools():
   "words, said",
   [
     (["--accelerator=v7"], "unknown accelerator 'v7'"),
-    (["--topology=4x4x4"], "write 2x4 or 4x4"),
-    (["--topology=1x1"], "1 chips do not fill nodes of 4"),
+    (["--topology=4x4x4"], "unknown topology '4x4x4'"),
+    (["--topology=3x4"], "unknown topology '3x4'"),
+    (["--zone=us-east5"], "'us-east5' is no zone"),
     (["--nodes=3"], "has those of its --topology"),
     (["--name=Big_Job"], "small letters"),
     (["--", "--workdir=runs"], "pods leave nothing behind"),
+    (["--", "--workdir=s3://bucket/demo"], "pods leave nothing behind"),
+    (["fetch", "--", "--workdir=runs"], "fetch needs"),
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, said):
   arguments = [] if "--" in words else ARGUMENTS
-  done = launch(*GKE, "run", *words, *arguments, check=2, env=nothing_installed())
+  step = [] if "fetch" in words else ["run"]
+  done = launch(*GKE, *step, *words, *arguments, check=2, env=nothing_installed())
   assert said in one_line(done.stderr)

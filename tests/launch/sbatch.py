@@ -4,7 +4,7 @@ import os
 import sys
 
 KNOWN = (
-  "--account --gpus-per-node --job-name --mem --nodes --ntasks-per-node --partition "
+  "--account --cpus-per-task --gpus-per-node --job-name --mem --nodes --ntasks-per-node --partition "
   "--time"
 ).split()
 environment, words = dict(os.environ), sys.argv[1:]
