@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 from conftest import one_line
-from launching import PLACE, StandIns, launch, nothing_installed, printed
+from launching import PLACE, StandIns, here, launch, nothing_installed, printed, refusal
 
 GKE = ["gke", "--project=my-project", "--zone=us-east5-b"]
 ARGUMENTS = ["--", "--config=configs/oracle.py:demo", "--workdir=gs://bucket/demo"]
@@ -20,8 +20,8 @@ def standins(tmp_path):
 
 def _manifest(*words, arguments=ARGUMENTS):
   """Returns the JobSet that a dry run prints."""
-  done = launch(*GKE, "--dry_run", *words, *arguments, env=nothing_installed())
-  text = done.stdout.split(" create --filename=-\n", 1)[1]
+  text = here(*GKE, "--dry_run", *words, *arguments)
+  text = text.split(" create --filename=-\n", 1)[1]
   return yaml.safe_load(text.rsplit("it runs without", 1)[0])
 
 
@@ -163,8 +163,8 @@ def test_any_argument_arrives_as_it_is():
   ],
 )
 def test_nodes_are_those_that_are_asked_for(standins, words, expected):
-  done = launch(*GKE, "create", "--dry_run", *words, env=nothing_installed())
-  (pool,) = [line for line in printed(done) if "node-pools create" in line]
+  commands = printed(here(*GKE, "create", "--dry_run", *words))
+  (pool,) = [line for line in commands if "node-pools create" in line]
   program = [str(standins.place / "bin" / "gcloud")]
   launch(*pool.split()[1:], program=program, env=standins.environment)
   (call,) = standins.calls()
@@ -268,5 +268,4 @@ def test_a_dry_run_needs_neither_an_account_nor_tools():
 def test_what_is_wrong_is_said_in_one_line(words, said):
   arguments = [] if "--" in words else ARGUMENTS
   step = [] if "fetch" in words else ["run"]
-  done = launch(*GKE, *step, *words, *arguments, check=2, env=nothing_installed())
-  assert said in one_line(done.stderr)
+  assert said in refusal(*GKE, *step, *words, *arguments)
