@@ -4,6 +4,7 @@ On every host JAX finds the others by itself, from the TPU's metadata.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from fidelity_jax import errors, signals
@@ -106,13 +108,10 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> None:
   place = commands.workdir(arguments)
   bucket = place.startswith("gs://")
   if "run" in options.steps and not bucket and (options.slice or options.restarts):
-    why = "the hosts of a slice share no disk; use --workdir=gs://BUCKET/DIR."
-    if not options.slice:
-      why = (
-        "what is on a preempted machine is lost; use --workdir=gs://BUCKET/DIR, or "
-        "--restarts=0."
-      )
-    raise errors.UsageError(f"--workdir={place}: {why}")
+    why = "what is on a preempted machine is lost; --restarts=0, or"
+    if options.slice:
+      why = "the hosts of a slice share no disk;"
+    raise errors.UsageError(f"--workdir={place}: {why} use --workdir=gs://BUCKET/DIR.")
   if "fetch" in options.steps:
     commands.check_fetch(arguments, bucket=options.slice)
 
@@ -141,21 +140,22 @@ def _create(options: argparse.Namespace, arguments: list[str], shell: Shell) -> 
     shell.run(*_gcloud(options, "tpu-vm", "create", options.name, version, *ends))
     return
   ends = [f"--node-id={options.name}", f"--runtime-version={runtime}", *ends]
-  words = ["queued-resources", "create", options.name]
-  try:
-    shell.run(*_gcloud(options, *words, *ends))
-  except signals.Stopped as stopped:
-    raise _stands(stopped) from None
+  with _request():
+    shell.run(*_gcloud(options, "queued-resources", "create", options.name, *ends))
   _wait(options, shell)
 
 
-def _stands(stopped: signals.Stopped) -> signals.Stopped:
-  """Returns a stop with the words of one who waits for a slice."""
-  stopped.args = (
-    f"stopped by {signal.Signals(stopped.number).name} while it waited: the request "
-    "stands and costs once granted. Go on with the steps wait setup run, or delete it.",
-  )
-  return stopped
+@contextlib.contextmanager
+def _request() -> Iterator[None]:
+  """Has a stop say what is left of a request for a slice."""
+  try:
+    yield
+  except signals.Stopped as stopped:
+    stopped.args = (
+      f"stopped by {signal.Signals(stopped.number).name} while it waited: the request "
+      "stands and costs once granted. Go on with steps wait setup run, or delete it.",
+    )
+    raise
 
 
 def _look(options: argparse.Namespace, shell: Shell) -> dict[str, Any]:
@@ -172,19 +172,13 @@ def _state(found: dict[str, Any]) -> str:
   return state if isinstance(state, str) else state.get("state", "")
 
 
+@_request()
 def _wait(options: argparse.Namespace, shell: Shell) -> None:
   """Waits until a slice has been given.
 
   Raises:
     RunError: it will not be, or was not in time.
   """
-  try:
-    _wait_until_active(options, shell)
-  except signals.Stopped as stopped:
-    raise _stands(stopped) from None
-
-
-def _wait_until_active(options: argparse.Namespace, shell: Shell) -> None:
   until, unknown = time.monotonic() + 3600 * options.wait_hours, 0
   while (state := _state(_look(options, shell))) != "ACTIVE":
     print(f"{options.name}: {state or 'unknown'}", flush=True)
@@ -205,6 +199,12 @@ def _wait_until_active(options: argparse.Namespace, shell: Shell) -> None:
         "with the step wait, or delete it."
       )
     time.sleep(options.poll)
+
+
+def _prepare(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
+  # Where `run` follows, it sets up, and anew if the machines are taken meanwhile.
+  if "run" not in options.steps:
+    _set_up(options, arguments, shell)
 
 
 def _set_up(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
@@ -231,11 +231,10 @@ def _set_up_once(options: argparse.Namespace, shell: Shell) -> None:
     shell.run(*words, *_FILES)
     target = f"{options.name}:{_REMOTE}.tar.gz"
     shell.run(*_gcloud(options, "tpu-vm", "scp", archive, target, "--worker=all"))
-  folders = [f"{_REMOTE}/{name}" for name in ("configs", "fidelity_jax", "launch")]
   steps = [
     f"mkdir -p {_REMOTE}",
     # Modules that are gone here must not be found there.
-    f"rm -rf {' '.join(folders)}",
+    f"rm -rf {_REMOTE}/configs {_REMOTE}/fidelity_jax {_REMOTE}/launch",
     f"tar -xzf {_REMOTE}.tar.gz -C {_REMOTE}",
     f"{_REMOTE}/launch/setup.sh tpu",
   ]
@@ -254,7 +253,7 @@ def _run(options: argparse.Namespace, arguments: list[str], shell: Shell) -> Non
     RunError: it was preempted too often, or the connection broke.
     SystemExit: it failed, with its status.
   """
-  ready = True
+  ready = "setup" not in options.steps
   for left in range(options.restarts, -1, -1):
     try:
       gone = _attempt(options, arguments, shell, ready)
@@ -272,7 +271,7 @@ def _run(options: argparse.Namespace, arguments: list[str], shell: Shell) -> Non
       )
     print(f"{options.name} was preempted; {left} restarts are left.", flush=True)
     _take_over(options, gone)
-    # A preempted machine cannot be started again, only made anew.
+    # It cannot be started again.
     _delete(options, arguments, shell)
     _create(options, arguments, shell)
     ready = False
@@ -372,7 +371,7 @@ def _delete(options: argparse.Namespace, arguments: list[str], shell: Shell) -> 
 
 _STEPS = {
   "create": _create,
-  "setup": _set_up,
+  "setup": _prepare,
   "run": _run,
   "fetch": _fetch,
   "status": _show,

@@ -215,14 +215,19 @@ def test_a_slice_preempted_during_set_up_is_made_anew(standins):
   standins.answer(
     {
       JOB: [255, 0],
-      "compute tpus tpu-vm scp": [1, 1, 1, 0],
-      LOOK: _found("SUSPENDED", "ACTIVE", "SUSPENDED", "ACTIVE"),
+      "compute tpus tpu-vm scp": [1, 1, 1, 0, 1, 1, 1, 0],
+      LOOK: _found(
+        "ACTIVE",
+        # At the first set-up, after it, at the second: three times.
+        *["SUSPENDED", "ACTIVE"] * 3,
+      ),
     }
   )
-  done = launch(*SLICE, "run", *ARGUMENTS, env=standins.environment)
-  assert "19 restarts are left" in done.stdout
+  done = launch(*SLICE, *ARGUMENTS, env=standins.environment)
+  assert "18 restarts are left" in done.stdout
   names = [name.split()[-1] for name in _commands(standins)]
-  assert names.count("create") == names.count("delete") == 2
+  assert names.count("create") == names.count("delete") + 1 == 4
+  assert names[:6] == ["create", "describe", "scp", "scp", "scp", "describe"]
 
 
 def test_restarts_end(standins):
