@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ class Shell:
 
   def __init__(self, dry_run: bool):
     self.dry_run = dry_run
+    # Whether anything ran.
+    self.ran = False
 
   def status(self, *words: str, text: str | None = None) -> int:
     """Prints a command and runs it.
@@ -47,7 +50,7 @@ class Shell:
       print(text, end="", flush=True)
     if self.dry_run:
       return 0
-    _require(words[0])
+    self._begin(words[0])
     return subprocess.run(words, input=text, text=True).returncode
 
   def run(self, *words: str, text: str | None = None) -> None:
@@ -75,16 +78,19 @@ class Shell:
     print("+", shlex.join(words), flush=True)
     if self.dry_run:
       return dry
-    _require(words[0])
+    self._begin(words[0])
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     return None if done.returncode else done.stdout.strip()
 
+  def _begin(self, program: str) -> None:
+    if shutil.which(program) is None:
+      known = _TOOLS.get(program, "install it")
+      raise errors.RunError(f"there is no {program} here: {known}. Or try --dry_run.")
+    self.ran = True
 
-def _require(program: str) -> None:
-  if shutil.which(program) is None:
-    known = _TOOLS.get(program, "install it")
-    raise errors.RunError(f"there is no {program} here: {known}. Or try --dry_run.")
 
+# Steps after which machines may be there.
+_COSTLY = {"create", "wait", "setup", "run", "stop", "delete"}
 
 Step = Callable[[argparse.Namespace, list[str], Shell], None]
 
@@ -99,6 +105,7 @@ class Launcher:
     steps: what can be asked for, by name.
     default: the steps if none is.
     check: looks at options and arguments of main before anything runs.
+    place: options that say what the step delete deletes; none if nothing costs.
   """
 
   about: str
@@ -106,6 +113,7 @@ class Launcher:
   steps: Mapping[str, Step]
   default: tuple[str, ...]
   check: Callable[[argparse.Namespace, list[str]], None] = lambda options, rest: None
+  place: tuple[str, ...] = ()
 
 
 def start(name: str, launcher: Launcher, words: list[str]) -> None:
@@ -147,10 +155,20 @@ def start(name: str, launcher: Launcher, words: list[str]) -> None:
       "--workdir=DIR"
     )
   launcher.check(options, rest)
-  signals.interrupt("while it waited for a step", "machines that were made stay")
+  signals.interrupt("while it waited for a step", "what was made stays")
   shell = Shell(options.dry_run)
-  for step in options.steps:
-    launcher.steps[step](options, rest, shell)
+  begun: set[str] = set()
+  try:
+    for step in options.steps:
+      begun.add(step)
+      launcher.steps[step](options, rest, shell)
+      if step == "delete":
+        begun.clear()
+  finally:
+    if launcher.place and shell.ran and begun & _COSTLY:
+      flags = [f"--{k}={v}" for k in launcher.place if (v := getattr(options, k))]
+      command = shlex.join(["launch/run", name, "delete", *flags])
+      print(f"What was made stays and costs until: {command}", flush=True)
 
 
 def workdir(arguments: list[str]) -> str:
@@ -163,21 +181,43 @@ def workdir(arguments: list[str]) -> str:
   return found
 
 
-def fetch(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
-  """Copies a workdir on gs:// to `options.to`.
+def check_fetch(arguments: list[str], bucket: bool) -> None:
+  """Checks that arguments of main name a workdir to fetch.
+
+  Args:
+    arguments: of main.
+    bucket: whether it has to be on gs://.
 
   Raises:
-    UsageError: the arguments name no such workdir.
+    UsageError: they name none, or another one.
   """
   place = workdir(arguments)
-  if not place.startswith("gs://"):
+  if not place or (bucket and not place.startswith("gs://")):
+    example = "gs://BUCKET/DIR" if bucket else "DIR, as given to run"
     raise errors.UsageError(
       "fetch needs the arguments of main that name the workdir: launch/run ... fetch "
-      "-- --workdir=gs://BUCKET/DIR"
+      f"-- --workdir={example}"
     )
+
+
+def fetch(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
+  """Copies a workdir on gs:// into `options.to`, under its own name."""
+  place = workdir(arguments).rstrip("/")
+  target = os.path.join(options.to, place.rpartition("/")[2])
   if not shell.dry_run:
-    os.makedirs(options.to, exist_ok=True)
-  shell.run("gcloud", "storage", "rsync", "--recursive", place, options.to)
+    os.makedirs(target, exist_ok=True)
+  shell.run("gcloud", "storage", "rsync", "--recursive", place, target)
+
+
+def zone(text: str) -> str:
+  """Returns the name of a zone of Google Cloud, for argparse.
+
+  Raises:
+    ArgumentTypeError: it is none; a region would give machines in three zones.
+  """
+  if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", text):
+    raise argparse.ArgumentTypeError(f"{text!r} is no zone, such as us-west4-a")
+  return text
 
 
 def positive(text: str) -> int:

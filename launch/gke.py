@@ -16,6 +16,8 @@ _PLACE = pathlib.Path(__file__).parent
 # https://github.com/kubernetes-sigs/jobset/releases
 _JOBSET = "v0.11.1"
 _PORT = 8476
+# Of v5e and v6e, in nodes of 4 chips.
+_TOPOLOGIES = "2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--name", default="fidelity-jax", help="%(default)s")
   parser.add_argument("--cluster", default="fidelity-jax", help="%(default)s")
   parser.add_argument("--project", required=True, help="such as my-project")
-  parser.add_argument("--zone", required=True, help="such as us-east5-b")
+  parser.add_argument(
+    "--zone", type=commands.zone, required=True, help="such as us-east5-b"
+  )
   parser.add_argument(
     "--accelerator", default="v5e", help=f"{' '.join(NODES)} (%(default)s)"
   )
@@ -93,15 +97,8 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> None:
   if kind.variant == "tpu":
     if options.nodes:
       raise errors.UsageError("--nodes: a TPU slice has those of its --topology.")
-    sides = options.topology.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-      raise errors.UsageError(f"--topology={options.topology}: write 2x4 or 4x4.")
-    chips = math.prod(map(int, sides))
-    if not chips or chips % kind.chips:
-      raise errors.UsageError(
-        f"--topology={options.topology}: {chips} chips do not fill nodes of "
-        f"{kind.chips}."
-      )
+    errors.check_choice("topology", options.topology, _TOPOLOGIES)
+    chips = math.prod(map(int, options.topology.split("x")))
     options.nodes = chips // kind.chips
   options.nodes = options.nodes or 2
   region = options.zone.rpartition("-")[0]
@@ -109,10 +106,12 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> None:
     f"{region}-docker.pkg.dev/{options.project}/fidelity-jax/{kind.variant}:latest"
   )
   place = commands.workdir(arguments)
-  if "run" in options.steps and "://" not in place:
+  if "run" in options.steps and not place.startswith("gs://"):
     raise errors.UsageError(
       f"--workdir={place}: pods leave nothing behind; use --workdir=gs://BUCKET/DIR."
     )
+  if "fetch" in options.steps:
+    commands.check_fetch(arguments, bucket=True)
 
 
 def manifest(options: argparse.Namespace, arguments: list[str]) -> str:
@@ -166,31 +165,53 @@ def _gcloud(options: argparse.Namespace, *words: str) -> list[str]:
   return ["gcloud", *words, f"--project={options.project}", "--quiet"]
 
 
+def _kubectl(options: argparse.Namespace, *words: str) -> list[str]:
+  """Returns a command on this cluster, whichever was used last."""
+  context = f"gke_{options.project}_{options.zone}_{options.cluster}"
+  return ["kubectl", f"--context={context}", *words]
+
+
+def _on_jobs(options: argparse.Namespace, *words: str) -> list[str]:
+  return _kubectl(options, "--namespace=default", *words)
+
+
+def _make(
+  options: argparse.Namespace, shell: Shell, *group: str, name: str, flags: list[str]
+) -> None:
+  """Makes a part of a cluster, unless it is there: `create` can be repeated."""
+  where = [name, f"--location={options.zone}"]
+  if group[-1] == "node-pools":
+    where.append(f"--cluster={options.cluster}")
+  look = _gcloud(options, *group, "describe", *where, "--format=value(name)")
+  if shell.read(*look, dry=None) is None:
+    shell.run(*_gcloud(options, *group, "create", *where, *flags))
+
+
 def _create(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
   """Makes a cluster with a small node for JobSet, and the nodes of the job."""
-  kind, where = NODES[options.accelerator], f"--location={options.zone}"
+  kind = NODES[options.accelerator]
   pool = f"{options.project}.svc.id.goog"
-  words = ["container", "clusters", "create", options.cluster, where, "--num-nodes=1"]
-  words += ["--machine-type=e2-standard-4", f"--workload-pool={pool}"]
-  shell.run(*_gcloud(options, *words, "--release-channel=regular"))
-  words = ["container", "node-pools", "create", options.name, where]
-  words += [f"--cluster={options.cluster}", f"--machine-type={kind.machine}"]
-  words += [f"--num-nodes={options.nodes}", "--workload-metadata=GKE_METADATA"]
+  flags = ["--num-nodes=1", "--machine-type=e2-standard-4", f"--workload-pool={pool}"]
+  flags.append("--release-channel=regular")
+  _make(options, shell, "container", "clusters", name=options.cluster, flags=flags)
+  flags = [f"--machine-type={kind.machine}", f"--num-nodes={options.nodes}"]
+  flags.append("--workload-metadata=GKE_METADATA")
   if kind.variant == "tpu" and options.nodes > 1:
-    words.append(f"--tpu-topology={options.topology}")
+    flags.append(f"--tpu-topology={options.topology}")
   if kind.variant == "cuda":
     accelerator = f"type={kind.label},count={kind.chips},gpu-driver-version=latest"
-    words.append(f"--accelerator={accelerator}")
-  shell.run(*_gcloud(options, *words, *["--spot"] * options.spot))
-  words = ["container", "clusters", "get-credentials", options.cluster, where]
-  shell.run(*_gcloud(options, *words))
+    flags.append(f"--accelerator={accelerator}")
+  flags += ["--spot"] * options.spot
+  _make(options, shell, "container", "node-pools", name=options.name, flags=flags)
+  words = ["container", "clusters", "get-credentials", options.cluster]
+  shell.run(*_gcloud(options, *words, f"--location={options.zone}"))
   releases = "https://github.com/kubernetes-sigs/jobset/releases/download"
   source = f"--filename={releases}/{_JOBSET}/manifests.yaml"
-  shell.run("kubectl", "apply", "--server-side", source)
+  shell.run(*_kubectl(options, "apply", "--server-side", source))
   # JobSets are refused until what checks them is there.
   manager = "deployment/jobset-controller-manager"
   words = ["--namespace=jobset-system", "--for=condition=Available", manager]
-  shell.run("kubectl", "wait", *words, "--timeout=300s")
+  shell.run(*_kubectl(options, "wait", *words, "--timeout=300s"))
 
 
 def _image(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
@@ -203,30 +224,39 @@ def _image(options: argparse.Namespace, arguments: list[str], shell: Shell) -> N
     shell.run(*_gcloud(options, *words))
   values = f"--substitutions=_IMAGE={options.image},_VARIANT={kind.variant}"
   config = f"--config={_PLACE / 'container' / 'cloudbuild.yaml'}"
-  shell.run(*_gcloud(options, "builds", "submit", str(ROOT), config, values))
+  # Only what the image is made of leaves this machine.
+  ignored = f"--ignore-file={_PLACE / 'container' / 'gcloudignore'}"
+  words = ["builds", "submit", str(ROOT), config, ignored, values]
+  shell.run(*_gcloud(options, *words))
 
 
 def _run(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
-  shell.run("kubectl", "apply", "--filename=-", text=manifest(options, arguments))
+  words = _on_jobs(options, "create", "--filename=-")
+  if shell.status(*words, text=manifest(options, arguments)):
+    raise errors.RunError(
+      f"the job {options.name} was not made: what kubectl printed above says why. If "
+      "there is one already, even one that ended, the step stop comes first."
+    )
   print("it runs without this terminal; follow it with the step logs.", flush=True)
 
 
 def _logs(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
   pods = f"jobset.sigs.k8s.io/jobset-name={options.name}"
   first = "batch.kubernetes.io/job-completion-index=0"
-  words = ["kubectl", "logs", "--follow", "--tail=-1", f"--selector={pods},{first}"]
-  shell.run(*words)
+  words = ["logs", "--follow", "--tail=-1", f"--selector={pods},{first}"]
+  shell.run(*_on_jobs(options, *words))
 
 
 def _show(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
-  shell.run("kubectl", "get", f"jobset/{options.name}")
+  shell.run(*_on_jobs(options, "get", f"jobset/{options.name}"))
   pods = f"--selector=jobset.sigs.k8s.io/jobset-name={options.name}"
-  shell.run("kubectl", "get", "pods", pods, "--output=wide")
+  shell.run(*_on_jobs(options, "get", "pods", pods, "--output=wide"))
 
 
 def _stop(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
-  # Pods get SIGTERM, and time to save.
-  shell.run("kubectl", "delete", f"jobset/{options.name}", "--ignore-not-found")
+  # Pods get SIGTERM, and time to save, which is waited for.
+  words = ["delete", f"jobset/{options.name}", "--ignore-not-found"]
+  shell.run(*_on_jobs(options, *words, "--cascade=foreground"))
 
 
 def _delete(options: argparse.Namespace, arguments: list[str], shell: Shell) -> None:
@@ -249,4 +279,5 @@ LAUNCHER = Launcher(
   },
   default=("run",),
   check=_check,
+  place=("cluster", "zone", "project"),
 )

@@ -41,6 +41,26 @@ def _options(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def _check(options: argparse.Namespace, arguments: list[str]) -> None:
+  """Looks at whether there are GPUs enough, where that is known.
+
+  Raises:
+    UsageError: there are not.
+  """
+  given = os.environ.get("CUDA_VISIBLE_DEVICES")
+  if options.gpus and given is not None:
+    needed, there = options.processes * options.gpus, len(_listed(given))
+    if needed > there:
+      raise errors.UsageError(
+        f"--processes={options.processes} --gpus={options.gpus} are {needed} GPUs, but "
+        f"CUDA_VISIBLE_DEVICES={given} lists {there}."
+      )
+
+
+def _listed(devices: str) -> list[str]:
+  return [name.strip() for name in devices.split(",") if name.strip()]
+
+
 def environments(options: argparse.Namespace, port: int) -> list[dict[str, str]]:
   """Returns the environment variables that each process is given besides ours.
 
@@ -49,6 +69,8 @@ def environments(options: argparse.Namespace, port: int) -> list[dict[str, str]]
     port: of the coordinator, which is process 0.
   """
   made = []
+  needed = options.processes * (options.gpus or 0)
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(needed))))
   for index in range(options.processes):
     variables = {
       "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -61,7 +83,7 @@ def environments(options: argparse.Namespace, port: int) -> list[dict[str, str]]
       variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {count}".strip()}
     if options.gpus:
       first = index * options.gpus
-      devices = map(str, range(first, first + options.gpus))
+      devices = _listed(visible)[first : first + options.gpus]
       variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     made.append(variables)
   return made
@@ -198,11 +220,11 @@ class _Watch:
         if status and not first:
           first = 128 - status if status < 0 else status
           self.say(f"process {index} {_said(status)}.")
-          if len(ended) < len(self.processes):
+          # Who was asked to stop already may still save, and a second signal would end
+          # it at once.
+          if len(ended) < len(self.processes) and not self.asked:
             self.say(f"the others have {self.grace} s to end.")
-            # A second signal would end them at once, without saving.
-            if not self.asked:
-              self.signal(signal.SIGTERM)
+            self.signal(signal.SIGTERM)
             until = time.monotonic() + self.grace
         elif status:
           self.say(f"process {index} {_said(status)}.")
@@ -263,4 +285,5 @@ LAUNCHER = Launcher(
   options=_options,
   steps={"run": _run},
   default=("run",),
+  check=_check,
 )

@@ -38,4 +38,4 @@ if [ ! -x .venv/bin/python ]; then
   fi
 fi
 .venv/bin/python -m pip install --quiet --constraint constraints.txt "$jax" -e "$package"
-.venv/bin/python -c 'import fidelity_jax.main; print("fidelity_jax is set up")'
+.venv/bin/python -c 'import fidelity_jax.experiment; print("fidelity_jax is set up")'

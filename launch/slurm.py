@@ -21,6 +21,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     default=8,
     help="one process each; 0: one process per node, on its CPUs (%(default)s)",
   )
+  parser.add_argument(
+    "--cpus_per_task",
+    type=commands.positive,
+    help="cores of each process, to read images with; often 1, if not given",
+  )
   parser.add_argument("--time", default="24:00:00", help="limit (%(default)s)")
   parser.add_argument("--partition", help="the cluster's own, if not given")
   parser.add_argument("--account", help="yours, if not given")
@@ -74,6 +79,7 @@ def _submit(options: argparse.Namespace, arguments: list[str], shell: Shell) -> 
     # JAX gives the process of number i on a node the GPU of number i.
     f"--ntasks-per-node={options.gpus_per_node or 1}",
     *[f"--gpus-per-node={options.gpus_per_node}"] * bool(options.gpus_per_node),
+    *[f"--cpus-per-task={options.cpus_per_task}"] * bool(options.cpus_per_task),
     f"--time={options.time}",
     *[f"--partition={options.partition}"] * bool(options.partition),
     *[f"--account={options.account}"] * bool(options.account),

@@ -69,6 +69,19 @@ def test_what_is_copied_is_there_and_not_ignored():
   assert all((ROOT / name).exists() for name in copied)
 
 
+def test_the_cloud_is_sent_what_it_needs():
+  lines = (FOLDER / "gcloudignore").read_text().splitlines()
+  assert "/*" in lines
+  sent = {line[2:] for line in lines if line.startswith("!/")}
+  copied = {
+    source
+    for name, value in _instructions()
+    if name == "COPY"
+    for source in value.split()[:-1]
+  }
+  assert sent == copied | {"launch"}
+
+
 def test_the_cloud_builds_the_same():
   build = yaml.safe_load((FOLDER / "cloudbuild.yaml").read_text())
   (step,) = build["steps"]

@@ -1,12 +1,13 @@
 """launch/run gke: its JobSets against the schemas, its commands against stand-ins."""
 
 import json
+import pathlib
 
 import jsonschema
 import pytest
 import yaml
 from conftest import one_line
-from launching import PLACE, StandIns, launch, nothing_installed, printed
+from launching import PLACE, StandIns, here, launch, nothing_installed, printed, refusal
 
 GKE = ["gke", "--project=my-project", "--zone=us-east5-b"]
 ARGUMENTS = ["--", "--config=configs/oracle.py:demo", "--workdir=gs://bucket/demo"]
@@ -19,8 +20,8 @@ def standins(tmp_path):
 
 def _manifest(*words, arguments=ARGUMENTS):
   """Returns the JobSet that a dry run prints."""
-  done = launch(*GKE, "--dry_run", *words, *arguments, env=nothing_installed())
-  text = done.stdout.split("+ kubectl apply --filename=-\n", 1)[1]
+  text = here(*GKE, "--dry_run", *words, *arguments)
+  text = text.split(" create --filename=-\n", 1)[1]
   return yaml.safe_load(text.rsplit("it runs without", 1)[0])
 
 
@@ -47,10 +48,12 @@ def _pod(manifest):
   return job["template"]["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("spot", [[], ["--spot"]])
-@pytest.mark.parametrize("accelerator", ["v5e", "v6e", "h100", "h200", "cpu"])
-def test_manifests_are_valid(accelerator, spot):
-  _check(_manifest(f"--accelerator={accelerator}", *spot))
+@pytest.mark.parametrize(
+  "words", ["v5e", "v6e --spot", "h100 --spot", "h200", "cpu --spot"]
+)
+def test_manifests_are_valid(words):
+  accelerator, *others = words.split()
+  _check(_manifest(f"--accelerator={accelerator}", *others))
 
 
 def test_the_schemas_refuse_what_is_wrong():
@@ -159,14 +162,35 @@ def test_any_argument_arrives_as_it_is():
     (["--accelerator=cpu", "--nodes=3"], {"num-nodes": "3"}),
   ],
 )
-def test_a_cluster_from_first_to_last(standins, words, expected):
+def test_nodes_are_those_that_are_asked_for(standins, words, expected):
+  commands = printed(here(*GKE, "create", "--dry_run", *words))
+  (pool,) = [line for line in commands if "node-pools create" in line]
+  program = [str(standins.place / "bin" / "gcloud")]
+  launch(*pool.split()[1:], program=program, env=standins.environment)
+  (call,) = standins.calls()
+  assert expected.items() <= call["flags"].items()
+  given = {"accelerator", "spot", "tpu-topology"}
+  assert given & set(call["flags"]) == given & set(expected)
+
+
+def test_a_cluster_from_first_to_last(standins):
   env = standins.environment
-  launch(*GKE, "create", "image", "run", *words, *ARGUMENTS, env=env)
-  launch(*GKE, "logs", "status", "fetch", "stop", "delete", *ARGUMENTS, env=env)
+  there = {f"container {kind} describe": [1] for kind in ("clusters", "node-pools")}
+  standins.answer(there)
+  done = launch(*GKE, "create", "image", "run", *ARGUMENTS, env=env)
+  assert done.stdout.endswith(
+    "What was made stays and costs until: launch/run gke delete "
+    "--cluster=fidelity-jax --zone=us-east5-b --project=my-project\n"
+  )
+  last = ["logs", "status", "fetch", "stop", "delete", "--to=here"]
+  done = launch(*GKE, *last, *ARGUMENTS, env=env, cwd=standins.place)
+  assert "costs until" not in done.stdout
   calls = standins.calls()
   names = [call.get("command", "kubectl") for call in calls]
   assert names == [
+    "container clusters describe",
     "container clusters create",
+    "container node-pools describe",
     "container node-pools create",
     "container clusters get-credentials",
     "kubectl",
@@ -178,10 +202,13 @@ def test_a_cluster_from_first_to_last(standins, words, expected):
     "kubectl",
     "container clusters delete",
   ]
-  pool = calls[1]["flags"]
-  assert expected.items() <= pool.items()
-  given = {"accelerator", "spot", "tpu-topology"}
-  assert given & set(pool) == given & set(expected)
+  # Whatever cluster was used last.
+  context = "--context=gke_my-project_us-east5-b_fidelity-jax"
+  commands = [call["kubectl"] for call in calls if "kubectl" in call]
+  assert all(command[0] == context for command in commands)
+  assert sum("--namespace=default" in command for command in commands) == 5
+  # The pods' save is waited for.
+  assert "--cascade=foreground" in commands[-1]
   applied = [call for call in calls if call.get("text")]
   assert len(applied) == 1
   _check(yaml.safe_load(applied[0]["text"]))
@@ -194,6 +221,28 @@ def test_a_registry_is_made_where_there_is_none(standins):
   assert create["command"] == "artifacts repositories create"
   assert create["flags"]["location"] == "us-east5"
   assert build["flags"]["substitutions"].endswith("/cuda:latest,_VARIANT=cuda")
+  assert pathlib.Path(build["flags"]["ignore-file"]).exists()
+
+
+def test_create_goes_on_where_it_ended(standins):
+  pools = "container node-pools describe"
+  standins.answer({pools: [1], "container node-pools create": [1]})
+  done = launch(*GKE, "create", check=1, env=standins.environment)
+  assert "container node-pools create" in one_line(done.stderr)
+  assert "costs until: launch/run gke delete" in done.stdout
+  standins.answer({pools: ["fidelity-jax"]})
+  launch(*GKE, "create", env=standins.environment)
+  names = [call.get("command") for call in standins.calls()]
+  assert "container clusters create" not in names
+  assert names[-3:] == ["container clusters get-credentials", None, None]
+
+
+def test_a_job_that_is_there_already_is_no_new_one(standins):
+  program = standins.place / "bin" / "kubectl"
+  program.write_text("#!/bin/sh\necho AlreadyExists >&2\nexit 1\n")
+  done = launch(*GKE, "run", *ARGUMENTS, check=1, env=standins.environment)
+  assert "the step stop comes first" in done.stderr.splitlines()[-1]
+  assert "it runs without" not in done.stdout
 
 
 def test_a_dry_run_needs_neither_an_account_nor_tools():
@@ -206,14 +255,17 @@ def test_a_dry_run_needs_neither_an_account_nor_tools():
   "words, said",
   [
     (["--accelerator=v7"], "unknown accelerator 'v7'"),
-    (["--topology=4x4x4"], "write 2x4 or 4x4"),
-    (["--topology=1x1"], "1 chips do not fill nodes of 4"),
+    (["--topology=4x4x4"], "unknown topology '4x4x4'"),
+    (["--topology=3x4"], "unknown topology '3x4'"),
+    (["--zone=us-east5"], "'us-east5' is no zone"),
     (["--nodes=3"], "has those of its --topology"),
     (["--name=Big_Job"], "small letters"),
     (["--", "--workdir=runs"], "pods leave nothing behind"),
+    (["--", "--workdir=s3://bucket/demo"], "pods leave nothing behind"),
+    (["fetch", "--", "--workdir=runs"], "fetch needs"),
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, said):
   arguments = [] if "--" in words else ARGUMENTS
-  done = launch(*GKE, "run", *words, *arguments, check=2, env=nothing_installed())
-  assert said in one_line(done.stderr)
+  step = [] if "fetch" in words else ["run"]
+  assert said in refusal(*GKE, *step, *words, *arguments)

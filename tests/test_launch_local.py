@@ -12,7 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, one_line
-from launching import PLACE, launch, nothing_installed, printed
+from launching import PLACE, launch, nothing_installed, printed, refusal
 
 sys.path.insert(0, str(ROOT))
 from launch import local
@@ -88,6 +88,18 @@ def test_one_process_has_no_prefix_and_its_own_gpus_are_named():
   assert "[1] CUDA_VISIBLE_DEVICES=2,3" in done.stdout.splitlines()
 
 
+def test_gpus_are_dealt_out_from_those_that_are_allowed():
+  allowed = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": "4, 6,GPU-7"}
+  words = [*WORDS, "--processes=2", "--gpus=1", "--", "end"]
+  done = launch(*words, env=allowed)
+  assert "[0] CUDA_VISIBLE_DEVICES=4" in done.stdout.splitlines()
+  assert "[1] CUDA_VISIBLE_DEVICES=6" in done.stdout.splitlines()
+  words[-3] = "--gpus=2"
+  done = launch(*words, check=2, env=allowed)
+  said = "are 4 GPUs, but CUDA_VISIBLE_DEVICES=4, 6,GPU-7 lists 3"
+  assert said in one_line(done.stderr)
+
+
 @pytest.mark.parametrize(
   "processes, devices, cores, expected",
   [
@@ -142,6 +154,15 @@ def test_a_signal_reaches_all(number):
   assert all(map(_gone, pids))
 
 
+def test_who_still_saves_after_a_signal_is_not_killed():
+  with _running("--processes=2", "--grace=1", "--", "wait", "slow") as (process, _):
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=20)
+  assert process.returncode == 143, stderr
+  assert stdout.count("saved") == 2
+  assert "killing" not in stderr
+
+
 def test_none_outlives_a_launcher_that_is_killed():
   with _running("--processes=2", "--", "wait") as (process, pids):
     process.kill()
@@ -162,6 +183,7 @@ def test_a_dry_run_starts_nothing_and_needs_nothing():
   "words, said",
   [
     (["nowhere"], "unknown launcher 'nowhere'"),
+    (["--dry_run", "local"], "--dry_run comes after the launcher"),
     (["locl"], "did you mean 'local'?"),
     (["local"], "no arguments of main"),
     (["local", "walk", "--", "x"], "unknown step 'walk'"),
@@ -171,7 +193,7 @@ def test_a_dry_run_starts_nothing_and_needs_nothing():
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, said):
-  assert said in one_line(launch(*words, check=2).stderr)
+  assert said in refusal(*words)
 
 
 def test_a_program_that_is_not_there_is_named():

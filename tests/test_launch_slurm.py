@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, one_line
@@ -31,7 +30,8 @@ def test_every_gpu_gets_a_process_that_knows_its_place(standins):
   # JAX's own detection has all that it asks for.
   for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES"):
     assert sum(line.startswith(f"{name}=") for line in lines) == 4
-  assert "+ srun --kill-on-bad-exit=1" in done.stdout
+  # Unless they are asked for, nothing is said of cores.
+  assert "CPUS_PER_TASK" not in done.stdout
   assert not (standins.place / "calls.jsonl").exists()
 
 
@@ -42,26 +42,33 @@ def test_without_gpus_a_node_has_one_process(standins):
   assert "--gpus-per-node" not in done.stdout
 
 
-def test_one_that_fails_ends_the_job(standins):
-  words = [*SLURM, "--nodes=2", "--gpus_per_node=1", "--", "wait", "fail=7"]
-  begin = time.monotonic()
+def test_every_process_gets_its_cores(standins):
+  words = [*SLURM, "--nodes=1", "--gpus_per_node=2", "--cpus_per_task=6", "--", "end"]
+  done = launch(*words, env=standins.environment)
+  assert done.stdout.splitlines().count("SRUN_CPUS_PER_TASK=6") == 2
+
+
+def test_a_job_that_failed_is_not_put_back(standins):
+  words = [*SLURM, "--nodes=2", "--gpus_per_node=1", "--", "end", "fail=7"]
   done = launch(*words, check=1, env=standins.environment)
-  assert time.monotonic() - begin < 20
   assert not (standins.place / "calls.jsonl").exists()
   assert "sbatch" in one_line(done.stderr.replace("not a whole line", "\n"))
 
 
-@pytest.mark.parametrize("restarts, again", [("0", True), ("1", True), ("2", False)])
-def test_a_job_that_was_told_to_stop_is_put_back(standins, restarts, again):
+@pytest.mark.parametrize(
+  "requeues, restarts, again",
+  [("2", "1", True), ("2", "2", False), (None, "19", True)],
+)
+def test_a_job_that_was_told_to_stop_is_put_back(standins, requeues, restarts, again):
   settings = {"SLURM_RESTART_COUNT": restarts, "SLURM_JOB_ID": "4321"}
   process = subprocess.Popen(
-    ["bash", str(ROOT / "launch" / "slurm.sbatch"), "wait"],
+    ["bash", str(ROOT / "launch" / "slurm.sbatch"), "wait", "slow"],
     env=standins.environment
     | settings
     | {
       "FIDELITY_JAX_MODULE": "worker",
       "FIDELITY_JAX_PYTHON": sys.executable,
-      "FIDELITY_JAX_REQUEUES": "2",
+      **({"FIDELITY_JAX_REQUEUES": requeues} if requeues else {}),
       "SLURM_NODES": "1",
       "SLURM_NTASKS_PER_NODE": "2",
     },
@@ -84,6 +91,7 @@ def test_a_job_that_was_told_to_stop_is_put_back(standins, restarts, again):
   finally:
     os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
   assert process.returncode == 143
+  # Also by the one that was still at it when the other had ended.
   assert stdout.count("saved") == 2
   path = standins.place / "calls.jsonl"
   assert path.exists() == again

@@ -53,7 +53,7 @@ if __name__ == "__main__":
   command, others, flags = parse(sys.argv[1:])
   with open(PLACE / "calls.jsonl", "a") as file:
     file.write(json.dumps({"command": command, "words": others, "flags": flags}) + "\n")
-  if command.endswith("ssh") and "job.sh" in flags["command"]:
+  if command.endswith("ssh") and "job.sh" in flags.get("command", ""):
     command += " job"
   given = answer(command)
   if isinstance(given, str):

@@ -4,8 +4,8 @@ import os
 import sys
 
 KNOWN = (
-  "--account --gpus-per-node --job-name --mem --nodes --ntasks-per-node --partition "
-  "--time"
+  "--account --cpus-per-task --gpus-per-node --job-name --mem --nodes "
+  "--ntasks-per-node --partition --time"
 ).split()
 environment, words = dict(os.environ), sys.argv[1:]
 while words[0].startswith("--"):

@@ -14,9 +14,10 @@ import time
 each = int(os.environ["SLURM_NTASKS_PER_NODE"])
 count = each * int(os.environ["SLURM_NODES"])
 words = sys.argv[1:]
-kill = "--kill-on-bad-exit=1" in words
+# A cluster may have set 1 for jobs that say nothing.
+kill = "--kill-on-bad-exit=0" not in words
 while words[0].startswith("--"):
-  if words.pop(0) not in ("--kill-on-bad-exit=1", "--label"):
+  if words.pop(0) not in ("--kill-on-bad-exit=0", "--label"):
     sys.exit("srun: no such option")
 tasks = []
 for rank in range(count):
@@ -41,7 +42,6 @@ def forward(number, frame):
 signal.signal(signal.SIGTERM, forward)
 while any(task.poll() is None for task in tasks):
   if kill and any(task.poll() for task in tasks):
-    time.sleep(0.5)
     for task in tasks:
       task.kill()
   time.sleep(0.05)

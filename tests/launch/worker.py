@@ -19,20 +19,22 @@ def say(text):
 
 
 def leave(number, frame):
-  """Ends as a command does that has saved."""
+  """Ends as a command does that has saved; "slow" takes its time."""
+  if task == "slow":
+    time.sleep(1.2)
   say("saved")
   os._exit(128 + number)
 
 
 # Before anything is said: who reads it may send signals.
 signal.signal(signal.SIGTERM, signal.SIG_IGN if task == "deaf" else leave)
-names = ("JAX_", "SLURM_", "XLA_", "CUDA_VISIBLE")
+names = ("JAX_", "SLURM_", "SRUN_", "XLA_", "CUDA_VISIBLE")
 for name in sorted(os.environ):
   if name.startswith(names):
     say(f"{name}={os.environ[name]}")
 say(f"cores={len(os.sched_getaffinity(0))} pid={os.getpid()}")
 print("not a whole line", end="", file=sys.stderr, flush=True)
-if task in ("wait", "deaf"):
+if task in ("wait", "slow", "deaf"):
   print("", file=sys.stderr, flush=True)
   time.sleep(60)
   sys.exit("nobody stopped it")
