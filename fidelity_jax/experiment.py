@@ -72,10 +72,10 @@ def run(
   if dry_run:
     stages.check_workdir(place)
     planned, _ = _plan(work, place, datasets)
+    lines = [plan.describe(planned, datasets, place)]
+    lines += [footprint.describe(planned.stages, datasets)] if memory else []
     if hosts.first():
-      print(plan.describe(planned, datasets, place))
-      if memory:
-        print(footprint.describe(planned.stages, datasets))
+      print("\n".join(lines))
     return
   with files.locked(place, shared=work.shard is not None), _staying(place):
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))

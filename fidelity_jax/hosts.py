@@ -22,6 +22,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -57,24 +58,29 @@ _ending = threading.Event()
 _heard = 0.0
 
 
-def join() -> None:
+def join(command: str = "") -> None:
   """Joins the other processes of the job, if there are any.
 
   These are those of JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
   JAX_PROCESS_ID, or what JAX finds: SLURM's or Open MPI's tasks, a Cloud TPU slice's
   hosts, a JobSet's on GKE. From here on SIGTERM at any one of them stops all.
 
+  Args:
+    command: what they run, which is the same for all.
+
   Raises:
-    UsageError: what the environment says is wrong.
+    UsageError: what the environment says is wrong, or another runs something else.
     RunError: the others do not come.
   """
   global _index, _count, _patience, _heard
-  named, told = _named(), _told()
-  if not (named or told or _on_tpu()):
+  named = _named()
+  told = [] if named else _told()
+  if named.get("num_processes") == 1 or not (named or told):
     return
   import jax
 
   _patience = _seconds()
+  by = "" if named else f", as {' and '.join(told)} {'say' if told[1:] else 'says'}"
   try:
     jax.distributed.initialize(
       **named,
@@ -83,50 +89,76 @@ def join() -> None:
       heartbeat_timeout_seconds=int(3 * _patience) + 30,
     )
   except ValueError as error:
-    if not (named or told):
-      # A TPU VM that is no part of a slice.
-      return
     raise errors.UsageError(
-      f"the processes of this job cannot be found ({error}): set "
-      "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
-      "start one process alone."
+      f"this is one process of several{by}, but the others cannot be found ({error}): "
+      "set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID; "
+      "JAX_NUM_PROCESSES=1 and JAX_PROCESS_ID=0 to work alone."
     ) from error
   except Exception as error:  # JAX raises RuntimeError and others.
     text = " ".join(str(error).split())[:200]
     raise errors.RunError(
-      f"the processes of this job did not all meet within {_patience:g} s ({text}): "
-      "look at JAX_COORDINATOR_ADDRESS, whether its port is free, and whether all were "
-      "started."
+      f"this is one process of several{by}, but they did not all meet within "
+      f"{_patience:g} s ({text}): look at JAX_COORDINATOR_ADDRESS, whether its port is "
+      "free, and whether all were started; set JAX_NUM_PROCESSES=1 and "
+      "JAX_PROCESS_ID=0 to work alone."
     ) from error
-  _index, _count = jax.process_index(), jax.process_count()
-  if _count == 1:
-    # JAX has taken SIGTERM over.
-    signals.take_back()
-    return
+  # Devices are looked for later.
+  from jax._src import distributed
+
+  state = distributed.global_state
+  _index, _count = state.process_id, state.num_processes
   signals.agree_by(_agreed_signal)
   _heard = time.monotonic()
   for thread in (_watch, _watch_coordinator):
     threading.Thread(target=thread, daemon=True).start()
+  if agree(command) != command:
+    raise errors.UsageError(
+      "this process was given another command than process 0: all processes of a job "
+      "run the same one; set JAX_NUM_PROCESSES=1 and JAX_PROCESS_ID=0 for each that is "
+      "to work alone, as with --config.shard."
+    )
 
 
-def _told() -> bool:
-  """Returns whether a scheduler's variables speak of several processes."""
-  for count, where in _SCHEDULERS:
-    if where in os.environ and os.environ.get(count, "1") != "1":
-      return True
+def _told() -> list[str]:
+  """Returns what speaks of several processes."""
+  found = [
+    f"{count}={os.environ[count]}"
+    for count, where in _SCHEDULERS
+    if where in os.environ and os.environ.get(count, "1") != "1"
+  ]
   # A slice's hosts on GKE: "one,two,...".
-  return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    found.append("TPU_WORKER_HOSTNAMES")
+  if not found and _on_tpu() and slice_hosts() > 1:
+    found.append("the TPU's metadata")
+  return found
 
 
 def _on_tpu() -> bool:
-  """Returns whether this is a TPU host, which may be one of a slice.
-
-  On Cloud TPU VMs only their metadata server knows, which JAX asks.
-  """
+  """Returns whether this is a TPU host, which may be one of a slice."""
   if os.environ.get("JAX_PLATFORMS", "tpu").partition(",")[0] not in ("", "tpu"):
     return False
   chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def slice_hosts() -> int:
+  """Returns how many hosts a Cloud TPU VM's slice has, 1 if that is not known.
+
+  Its metadata server tells, where JAX looks too
+  (https://docs.cloud.google.com/compute/docs/metadata/overview); GCE_METADATA_HOST
+  names another one, as for Google's own libraries.
+  """
+  host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+  path = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+  request = urllib.request.Request(
+    f"http://{host}/{path}", headers={"Metadata-Flavor": "Google"}
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=3) as response:
+      return len(response.read().decode().split(","))
+  except (OSError, ValueError):
+    return 1
 
 
 def _named() -> dict[str, Any]:
@@ -168,9 +200,9 @@ def _seconds() -> float:
     patience = float(text)
   except ValueError:
     patience = 0.0
-  if not 1 <= patience < float("inf"):
+  if not 5 <= patience < float("inf"):
     raise errors.UsageError(
-      f"{_PATIENCE_VARIABLE}={text!r} is no number of seconds from 1 on."
+      f"{_PATIENCE_VARIABLE}={text!r} is no number of seconds from 5 on."
     )
   return patience
 
@@ -264,12 +296,12 @@ def _agreed_signal(number: int | None) -> int | None:
 
   if number is not None and _stopping is None:
     # ^C at a terminal: as if it had been the other one, but for its name.
-    _client().key_value_set(_SIGNAL, str(int(number)), True)
+    _client().key_value_set(f"{_SIGNAL}/{_index}", str(int(number)), True)
     os.kill(os.getpid(), signal.SIGTERM)
   _ticks += 1
   if _stopping is None and multihost_utils.reached_preemption_sync_point(_ticks):
-    known = dict(_client().key_value_dir_get(_ROOT)).get(_SIGNAL)
-    _stopping = int(known or signal.SIGTERM)
+    known = [int(number) for _, number in _client().key_value_dir_get(_SIGNAL)]
+    _stopping = agree(known[0] if known else int(signal.SIGTERM))
   return _stopping
 
 
@@ -312,13 +344,15 @@ def _watch_coordinator() -> None:
 
 def _look_for_lost(client: Any, beats: dict[int, tuple[Any, float]]) -> None:
   """Tells all if one has given no sign of life for too long."""
-  now, known = time.monotonic(), dict(client.key_value_dir_get(_ROOT))
-  limit = min(_SUSPICIOUS, _patience) if _SUSPECT in known else _patience
+  now, alive = time.monotonic(), dict(client.key_value_dir_get(_ALIVE))
+  left = dict(client.key_value_dir_get(_LEFT))
+  suspected = client.key_value_dir_get(_SUSPECT)
+  limit = min(_SUSPICIOUS, _patience) if suspected else _patience
   for number, (beat, when) in beats.items():
-    new = known.get(f"{_ALIVE}/{number}")
+    new = alive.get(f"{_ALIVE}/{number}")
     if new != beat:
       beats[number] = (new, now)
-    elif now - when > limit and f"{_LEFT}/{number}" not in known:
+    elif now - when > limit and f"{_LEFT}/{number}" not in left:
       _tell(
         1,
         f"process {number} has given no sign of life for {limit:g} s: {_KEPT}",
@@ -330,6 +364,10 @@ def _tell(status: int, line: str) -> bool:
   try:
     _client().key_value_set(_FAILED, json.dumps({"status": status, "line": line}))
   except Exception:  # There is one, or nobody to tell.
+    try:
+      _client().key_value_try_get(_FAILED)
+    except Exception:  # Nobody.
+      return True
     return False
   return True
 
@@ -351,7 +389,8 @@ def _give_up(status: int, line: str, silent: bool = False) -> None:
   if not silent:
     _note_left()
     if first():
-      _wait_for_others()
+      # One of them may be lost.
+      _wait_for_others(5.0)
   os._exit(status)
 
 
@@ -371,8 +410,8 @@ def _wait_for_others(seconds: float | None = None) -> None:
     except Exception:  # The first is gone.
       return
     if len(left) == _count:
-      # They hear it a moment later.
-      time.sleep(0.5 if first() else 0.0)
+      # They hear it a moment later, and JAX aborts those that outlive the first.
+      time.sleep(3.0 if first() else 0.0)
       return
     time.sleep(0.1)
 
@@ -425,7 +464,7 @@ def lost(error: BaseException) -> None:
   ):
     return
   try:
-    _client().key_value_set(_SUSPECT, "", True)
+    _client().key_value_set(f"{_SUSPECT}/{_index}", "", True)
   except Exception:  # The first is gone.
     time.sleep(_patience)
   time.sleep(_SUSPICIOUS + 3 * _BEAT)

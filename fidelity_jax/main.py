@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> None:
   from fidelity_jax import experiment, hosts, platform
 
   signals.interrupt("while it looked at its inputs", "nothing is lost")
-  hosts.join()
+  hosts.join(shlex.join(arguments[1:]))
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
   experiment.run(config, workdir, command, dry_run, memory)

@@ -63,11 +63,6 @@ def listen(user: int = 2) -> None:
     signal.signal(number, _receive)
 
 
-def take_back() -> None:
-  """Listens again to SIGTERM, after a library took it over."""
-  signal.signal(signal.SIGTERM, _receive)
-
-
 def interrupt(where: str, kept: str) -> None:
   """From here on a signal raises `Stopped` with these; arguments as for `stop`."""
   global _phase, _where, _kept

@@ -1,5 +1,6 @@
 """Several processes that work as one, over loopback."""
 
+import http.server
 import json
 import os
 import pathlib
@@ -8,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -29,6 +32,7 @@ _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     (("localhost", "2", "0"), "not HOST:PORT"),
     (("localhost:1", "two", "0"), "'two' is no whole number"),
     (("localhost:1", "2", "2"), "must be below JAX_NUM_PROCESSES=2"),
+    (("localhost:1", "1", "1"), "must be below JAX_NUM_PROCESSES=1"),
   ],
 )
 def test_what_names_processes_wrongly_is_refused(monkeypatch, values, said):
@@ -57,6 +61,32 @@ def test_one_process_agrees_with_itself(monkeypatch):
   hosts.wait("here")
 
 
+@pytest.mark.parametrize(("endpoints", "count"), [("a:1:b,c:2:d", 2), ("a:1:b", 1)])
+def test_a_slice_of_tpus_tells_its_hosts(monkeypatch, endpoints, count):
+  asked = []
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked.append((self.path, self.headers["Metadata-Flavor"]))
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(endpoints.encode())
+
+    def log_message(self, *args):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+    assert hosts.slice_hosts() == count
+    server.shutdown()
+  (request,) = asked
+  place = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+  assert request == (place, "Google")
+  # Elsewhere nobody answers.
+  assert hosts.slice_hosts() == 1
+
+
 class _Job:
   """Processes that train the toy together."""
 
@@ -66,6 +96,7 @@ class _Job:
     workdir: pathlib.Path,
     patience: float = 60.0,
     joined: bool | None = None,
+    each: Sequence[Sequence[str]] = (),
     **fields,
   ):
     with socket.socket() as listening:
@@ -80,6 +111,7 @@ class _Job:
       variables |= {"FIDELITY_JAX_PATIENCE": str(patience), "JAX_PLATFORMS": "cpu"}
       words = [sys.executable, "-m", "fidelity_jax.main", f"--workdir={workdir}"]
       words += ["--config=configs/oracle.py:demo", *overrides(TOY | fields)]
+      words += each[i] if each else []
       with open(log, "wb") as file:
         process = subprocess.Popen(
           words, stdout=file, stderr=file, env=os.environ | variables
@@ -257,6 +289,14 @@ def test_a_failure_of_one_is_told_by_all(tmp_path):
   assert job.wait(200) == [1, 1], job.said()
   for said in job.lines():
     assert len(said) == 1 and "config.json is missing" in said[0]
+
+
+@pytest.mark.slow
+def test_another_command_is_refused(tmp_path):
+  workdir = tmp_path / "other"
+  job = _Job(2, workdir, each=[[], ["--config.seed=1"]])
+  assert 2 in job.wait(120), job.said()
+  assert any("another command than process 0" in text for text in job.said())
 
 
 @pytest.mark.slow
