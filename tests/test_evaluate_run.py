@@ -167,6 +167,7 @@ def _check_exports(toy_estimated, tiles, command, directory, names):
       assert "seed" not in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_exports_are_as_good_as_their_experiment(
   toy_estimated, tiles, command, tmp_path
 ):

@@ -188,6 +188,7 @@ def test_a_loaded_file_is_called_with_arrays(places, jax_files):
       network(wrong, images["clean"])
 
 
+@pytest.mark.slow
 def test_a_loaded_file_is_a_model_of_images_of_any_size(places, jax_files):
   """As the run itself is, but for what an export has not."""
   photos = [photograph(40, 50, seed=1), photograph(32, 32, seed=2)]
@@ -430,6 +431,7 @@ def test_bfloat16_networks_are_float32_in_onnx(places):
   assert export.in_precision(half, "float32") == method
 
 
+@pytest.mark.slow
 def test_a_directory_is_read_back(places, tmp_path):
   """The classifier unfolded, and what only the experiment's config said beside it."""
   export.export(places["oracle"], tmp_path / "weights")

@@ -53,6 +53,7 @@ def test_formats(toy_estimated, command, pictures):
     assert abs(one["mean_map"] - expected.fidelity_map.mean()) < 1e-5
 
 
+@pytest.mark.slow
 def test_pictures_resumed_and_broken_images_named(toy_estimated, command, pictures):
   run, out = toy_estimated / "pretrained", pictures.parent / "out"
   arguments = [run, pictures, f"--out={out}", "--format=csv", "--full"]

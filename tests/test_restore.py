@@ -310,6 +310,7 @@ def test_several_images_in_one_file(weights, tmp_path, capsys):
   assert _read(tmp_path / "out" / "a.png").pixels.shape == (20, 30, 3)
 
 
+@pytest.mark.slow
 def test_ended_and_run_again(weights, tmp_path, background, command):
   """Finished images are kept as they are, the rest comes out as without the end."""
   root, out, whole = (tmp_path / name for name in ("photos", "out", "whole"))
