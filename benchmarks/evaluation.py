@@ -318,8 +318,8 @@ class Ours:
       product = saved.check_product(0, variables)
       saved.close()
       stage.finish(0, "none", 0.0, product)
-    mesh = sharding.make_mesh()
-    self._networks = tensors.Networks(self.dataset.num_classes, mesh)
+    layout = sharding.make_layout()
+    self._networks = tensors.Networks(self.dataset.num_classes, layout)
     for one in self._plan.experiments:
       for subject in one.subjects():
         jax.block_until_ready(

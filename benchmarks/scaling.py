@@ -70,23 +70,30 @@ def _stage(config: ConfigDict) -> stages.Stage:
   return stages.Stage(config, parents, content, {}, pathlib.Path(config.kind))
 
 
-def topology(name: str) -> jax.sharding.Mesh:
-  """Returns a mesh of devices that are not here, such as those of "v5e:16x16"."""
+def topology(name: str, model: int) -> sharding.Layout:
+  """Returns a layout on devices that are not here, such as those of "v5e:16x16"."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   from jax.experimental import topologies
 
   found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-  return jax.sharding.Mesh(np.asarray(found.devices), ("data",))
+  devices = np.asarray(found.devices).reshape(-1, model)
+  return sharding.Layout(jax.sharding.Mesh(devices, ("data", "model")))
 
 
 def row(args: argparse.Namespace) -> dict[str, object]:
   """Returns what there is to say of one step, in the process of its own."""
   (name,) = args.steps
-  mesh = topology(args.topology) if args.topology else sharding.make_mesh()
+  if args.topology:
+    layout = topology(args.topology, args.model)
+  else:
+    config = sharding.default_config()
+    config.model = args.model
+    layout = sharding.make_layout(config)
+  mesh = layout.mesh
   size = "demo" if args.dry else ""
   fields = {"precision": args.precision, "batch_size": args.batch}
   stage = stage_of(name, size, fields)
-  step = footprint.lower(stage, CLASSES[size], mesh)
+  step = footprint.lower(stage, CLASSES[size], layout)
   start = time.perf_counter()
   compiled = footprint.compile(step)
   seen = footprint.measure(step, compiled)
@@ -122,7 +129,7 @@ def row(args: argparse.Namespace) -> dict[str, object]:
 def counted(stage: stages.Stage, num_classes: int) -> float | None:
   """Returns the operations of a step; XLA counts them for devices that are here."""
   with cpu.left_out():
-    step = footprint.lower(stage, num_classes, sharding.make_mesh(1))
+    step = footprint.lower(stage, num_classes, sharding.make_layout(size=1))
   return throughput.flops(step.lowered)
 
 
@@ -146,6 +153,7 @@ def in_a_process(
   command += [f"--devices={devices}"]
   command += [f"--batch={args.batch}", f"--repeats={args.repeats}"]
   command += [f"--precision={args.precision}", *["--dry"] * args.dry]
+  command += [f"--model={args.model}"]
   command += [f"--topology={args.topology}"] * bool(args.topology)
   flags = FLAGS.format(devices=devices)
   environment = os.environ | {
@@ -212,6 +220,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--limit", type=float, help="seconds for each row")
   parser.add_argument("--topology", help="compile for TPUs, such as v5e:16x16")
+  parser.add_argument("--model", type=int, default=1, help="devices that share kernels")
   parser.add_argument("--json", type=pathlib.Path, help="file for the results")
   parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict, config_dict
 
-from fidelity_jax import data, errors, models
+from fidelity_jax import data, errors, models, sharding
 
 # And what they are on.
 SIZES = {"": "caltech256", "lite": "folder", "demo": "demo"}
@@ -61,6 +61,8 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
+  # How devices share arrays; docs/sharding.md.
+  config.mesh = sharding.default_config()
   # First and last step of every stage to trace for XProf; docs/observing.md.
   config.profile = ConfigDict({"steps": config_dict.placeholder(tuple)})
   config.degradation = ConfigDict(
@@ -120,6 +122,7 @@ def parent(root: ConfigDict, kind: str) -> ConfigDict:
     config[name] = root.get_oneway_ref(name)
   config.dataset = inherit(root.dataset)
   config.profile = inherit(root.profile)
+  config.mesh = inherit(root.mesh)
   config.degradation = inherit(root.degradation)
   config.parents = ConfigDict()
   return config

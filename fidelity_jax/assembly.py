@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fidelity_jax import errors, files, models, platform, port, stages, tasks
+from fidelity_jax import (
+  errors,
+  files,
+  models,
+  platform,
+  port,
+  sharding,
+  stages,
+  tasks,
+)
 from fidelity_jax.method import Method
 
 PyTree = Any
@@ -46,25 +56,23 @@ def _make(
   stage: stages.Stage,
   parents: dict[str, Any],
   num_classes: int,
-  sharding: jax.sharding.Sharding | None = None,
+  split: jax.sharding.Sharding | None = None,
 ) -> tasks.Task:
-  inputs = tasks.base.make_inputs(stage.config, sharding)
+  inputs = tasks.base.make_inputs(stage.config, split)
   return stage.kind.make(stage.config, parents, num_classes, inputs)
 
 
 def loaded_task(
-  stage: stages.Stage,
-  num_classes: int,
-  sharding: jax.sharding.Sharding | None = None,
+  stage: stages.Stage, num_classes: int, layout: sharding.Layout
 ) -> tasks.Task:
   """Returns what a stage trains, with its finished parents' networks and weights.
 
   Args:
     stage: the stage.
     num_classes: of its dataset.
-    sharding: of the patches over devices.
+    layout: where arrays live.
   """
-  task, initial = Loader(num_classes).with_parents(stage, sharding)
+  task, initial = Loader(num_classes, layout).with_parents(stage)
   if part := given_part(stage.config):
     place = weights_of(stage.config)
     if port.content_digest(place) != stage.content.weights:
@@ -86,7 +94,9 @@ def _start(task: tasks.Task, initial: PyTree) -> PyTree:
   return {"params": params} | ({"batch_stats": state} if state else {})
 
 
-def trained(stage: stages.Stage, num_classes: int) -> tuple[Any, PyTree]:
+def trained(
+  stage: stages.Stage, num_classes: int, layout: sharding.Layout | None = None
+) -> tuple[Any, PyTree]:
   """Returns the network that a finished stage trained, and its variables as trained.
 
   Batch norm is not folded; of a whole method, the variables are those that trained.
@@ -94,21 +104,24 @@ def trained(stage: stages.Stage, num_classes: int) -> tuple[Any, PyTree]:
   Args:
     stage: a finished stage.
     num_classes: of its dataset.
+    layout: where arrays live; None: on this host's first device.
   """
   task = task_of(stage, num_classes)
-  return task.network, stage.load(_start(task, None))
+  shapes = _start(task, None)
+  return task.network, stage.load(layout.shapes(shapes) if layout else shapes)
 
 
 class Loader:
   """Loads what finished stages gave, frozen, each stage once."""
 
-  def __init__(self, num_classes: int):
+  def __init__(self, num_classes: int, layout: sharding.Layout | None = None):
     """Loads nothing yet.
 
     Args:
       num_classes: of the stages' datasets.
+      layout: where arrays live; None: on this host's first device.
     """
-    self._num_classes = num_classes
+    self._num_classes, self._layout = num_classes, layout
     self._loaded: dict[tuple[str, Any], Frozen] = {}
 
   def __call__(self, stage: stages.Stage, dtype: Any = None) -> Frozen:
@@ -129,26 +142,25 @@ class Loader:
     cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
     if isinstance(network, Method):
       task, _ = self.with_parents(stage)
-      own = self._apply(cast, variables["params"])
-      own = {role: {"params": params} for role, params in own.items()}
-      return Frozen(task.network, task.frozen | own)
-    fold = lambda v: cast(models.fold(network, v)[1])
-    return Frozen(network.folded(), self._apply(fold, variables))
+      each = lambda v: {role: {"params": cast(p)} for role, p in v["params"].items()}
+      return Frozen(task.network, task.frozen | self._apply(each, variables))
+    role = stage.kind.name
+    fold = lambda v: {role: cast(models.fold(network, v)[1])}
+    return Frozen(network.folded(), self._apply(fold, variables)[role])
 
   def _trained(self, stage: stages.Stage) -> tuple[Any, PyTree]:
-    return trained(stage, self._num_classes)
+    return trained(stage, self._num_classes, self._layout)
 
   def _apply(self, function: Callable[[PyTree], PyTree], variables: PyTree) -> PyTree:
-    return jax.jit(function)(variables)
+    """Returns what a function makes of variables: others, by role."""
+    where = self._layout and self._layout.of(jax.eval_shape(function, variables))
+    return jax.jit(function, out_shardings=where)(variables)
 
-  def with_parents(
-    self, stage: stages.Stage, sharding: jax.sharding.Sharding | None = None
-  ) -> tuple[tasks.Task, PyTree]:
+  def with_parents(self, stage: stages.Stage) -> tuple[tasks.Task, PyTree]:
     """Returns a stage's task with its parents, and variables of those that train on.
 
     Args:
       stage: a stage whose parents are finished.
-      sharding: of the patches over devices.
     """
     trained = task_of(stage, self._num_classes).trained_parents
     # What trains starts in full precision, whatever it computes in.
@@ -163,7 +175,8 @@ class Loader:
         frozen |= parent.variables
       else:
         (initial if role in trained else frozen)[role] = parent.variables
-    task = _make(stage, networks, self._num_classes, sharding)
+    split = self._layout and self._layout.batch
+    task = _make(stage, networks, self._num_classes, split)
     return dataclasses.replace(task, frozen=frozen), initial
 
 
@@ -216,13 +229,19 @@ def given_part(config: ConfigDict) -> port.Part | None:
   return port.load_part(place, config.kind, config.model, side)
 
 
-def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> None:
+def check(
+  stage: stages.Stage,
+  num_classes: int,
+  given: port.Part | None,
+  layout: sharding.Layout,
+) -> None:
   """Checks what a stage is to train, without computing anything.
 
   Args:
     stage: the stage.
     num_classes: of its dataset.
     given: weights to start from, if any.
+    layout: where arrays live.
 
   Raises:
     UsageError: such a network cannot be made or does not fit the memory, or the weights
@@ -230,7 +249,7 @@ def check(stage: stages.Stage, num_classes: int, given: port.Part | None) -> Non
   """
   task = task_of(stage, num_classes)
   expected = _start(task, None)
-  _check_memory(stage.kind.name, expected)
+  _check_memory(stage.kind.name, layout.shapes(expected))
   if given is None:
     return
   initial = given.variables
@@ -267,15 +286,17 @@ def _differing(
 
 
 def _check_memory(kind: str, shapes: PyTree) -> None:
-  """Raises UsageError if training a network cannot fit the memory.
+  """Raises UsageError if training a network cannot fit the memory of a device.
 
   Parameters, gradients and momentum are the least that has to fit.
   """
-  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  needed, there = 12 * count, platform.memory()
+  leaves = jax.tree.leaves(shapes)
+  count = sum(leaf.size for leaf in leaves)
+  held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  needed, there = 12 * held, platform.memory()
   if needed > there:
     raise errors.UsageError(
       f"{kind}: its {count:,} parameters need at least {needed / 2**30:.3g} GiB to "
       f"train, more than the {there / 2**30:.3g} GiB of this machine: make the network "
-      "smaller (model.width, model.ratio)."
+      "smaller (model.width, model.ratio), or split it over devices (mesh.model)."
     )

@@ -27,9 +27,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, files, sharding
 
 PyTree = Any
+
+# Bytes that are summed up at a time.
+_BLOCK = 2**26
 
 
 class Progress(msgspec.Struct, forbid_unknown_fields=True):
@@ -69,14 +72,69 @@ class _Manager(ocp.CheckpointManager):
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
-  """Returns the CRC-32 of every array's bytes, by its path."""
+  """Returns the CRC-32 of every array's bytes, by its path.
+
+  They do not depend on how arrays are split over devices. Of arrays that are split over
+  hosts, each host reads its own part; all hosts call it then.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  sums = {}
-  for path, leaf in leaves:
-    array = np.ascontiguousarray(leaf)
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    sums[name] = zlib.crc32(array.reshape(-1).view(np.uint8))
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in leaves
+  }
+  split = [name for name, leaf in named.items() if _is_split(leaf)]
+  sums = {name: _crc(named[name]) for name in named if name not in split}
+  if split:
+    own = np.array([_own_crc(named[name]) for name in split], np.uint32)
+    # A CRC is linear but for a constant, which depends on the length alone: where each
+    # host has zeros in place of what others have, that of the whole is all of these
+    # added up (without carry), the constant counted once.
+    nothing = np.array([_zeros_crc(named[name].nbytes) for name in split], np.uint32)
+    each = sharding.gather(own) ^ nothing
+    sums |= dict(
+      zip(split, map(int, np.bitwise_xor.reduce(each) ^ nothing), strict=True)
+    )
   return sums
+
+
+def _is_split(leaf: Any) -> bool:
+  """Returns whether no host has the whole of an array."""
+  return isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  )
+
+
+def _crc(array: Any, before: int = 0) -> int:
+  contiguous = np.ascontiguousarray(array)
+  return zlib.crc32(contiguous.reshape(-1).view(np.uint8), before)
+
+
+def _zeros_crc(size: int) -> int:
+  sum_, block = 0, bytes(_BLOCK)
+  for start in range(0, size, _BLOCK):
+    sum_ = zlib.crc32(memoryview(block)[: size - start], sum_)
+  return sum_
+
+
+def _own_crc(array: jax.Array) -> int:
+  """Returns the CRC-32 of an array with zeros in place of what other hosts have."""
+  # Of copies, the first counts.
+  own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+  parts = [(shard.index, np.asarray(shard.data)) for shard in own]
+  # Some rows at a time: a host may not have the memory for all of them.
+  rows = max(1, _BLOCK * array.shape[0] // array.nbytes)
+  sum_ = 0
+  for start in range(0, array.shape[0], rows):
+    stop = min(start + rows, array.shape[0])
+    block = np.zeros((stop - start, *array.shape[1:]), array.dtype)
+    for (first, *others), part in parts:
+      top = first.start or 0
+      low, high = max(start, top), min(stop, top + len(part))
+      if low < high:
+        inside = part[low - top : high - top]
+        block[(slice(low - start, high - start), *others)] = inside
+    sum_ = _crc(block, sum_)
+  return sum_
 
 
 class Checkpoints:
@@ -194,7 +252,8 @@ class Checkpoints:
     variables = load_variables(variables_directory(self.directory, step), like)
     _compare(path, self._progress(step), {"variables": variables})
     for name, leaf in jax.tree_util.tree_leaves_with_path(variables):
-      if not np.isfinite(np.asarray(leaf)).all():
+      parts = (shard.data for shard in leaf.addressable_shards)
+      if not all(np.isfinite(np.asarray(part)).all() for part in parts):
         raise errors.RunError(
           f"{path} holds numbers that are not finite, in "
           f"{jax.tree_util.keystr(name, simple=True, separator='/')}: lower the "

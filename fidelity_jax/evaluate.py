@@ -95,11 +95,12 @@ class Evaluation:
     configs = [subject.config for subject in self.subjects]
     self._image_size = configs[0].dataset.image_size
     self._patience = min(config.checkpoint_seconds for config in configs)
-    self.mesh = sharding.make_mesh()
-    self._sharding = sharding.batch(self.mesh)
+    # Experiments of earlier versions had no such field.
+    self.layout = sharding.make_layout(configs[0].get("mesh"))
+    self._sharding = self.layout.batch
     batch_size = min(config.evaluation.batch_size for config in configs)
-    self._batch_size = sharding.round_up(self.mesh, batch_size)
-    self.networks = Networks(dataset.num_classes, self.mesh)
+    self._batch_size = sharding.round_up(self.layout, batch_size)
+    self.networks = Networks(dataset.num_classes, self.layout)
     # Several experiments may ask for the same, and one of them for more of it.
     same: dict[pathlib.Path, measurements.Measurements] = {}
     self._measured, self._names = {}, {}

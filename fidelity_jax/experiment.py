@@ -270,14 +270,14 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     stage.begin()
   hosts.wait(f"{stage.name} begins")
   train_data = datasets.load(config.dataset, "train")
-  mesh = sharding.make_mesh(config.batch_size)
-  if mesh.size < jax.device_count():
+  layout = sharding.make_layout(config.mesh, config.batch_size)
+  used = layout.mesh.size
+  if config.mesh.data == -1 and used < jax.device_count():
     progress.say(
-      f"{stage.name}: batch_size {config.batch_size} splits evenly over {mesh.size} of "
+      f"{stage.name}: batch_size {config.batch_size} splits evenly over {used} of "
       f"{jax.device_count()} devices: the others wait."
     )
-  patches = sharding.batch(mesh)
-  task = assembly.loaded_task(stage, train_data.num_classes, patches)
+  task = assembly.loaded_task(stage, train_data.num_classes, layout)
   trainer = train.Trainer(
     title=f"{prefix}{stage.name}",
     task=task,
@@ -302,7 +302,7 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
     train_data=train_data,
     validation_data=datasets.load(config.dataset, "validation"),
     directory=stage.directory,
-    mesh=mesh,
+    layout=layout,
   )
   result = trainer.run()
   if hosts.first():

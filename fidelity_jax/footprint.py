@@ -90,18 +90,17 @@ class Footprint:
     return collectives.total(self.collectives)
 
 
-def lower(stage: stages.Stage, num_classes: int, mesh: jax.sharding.Mesh) -> Step:
+def lower(stage: stages.Stage, num_classes: int, layout: sharding.Layout) -> Step:
   """Returns a stage's training step, lowered for the devices of a mesh.
 
   Args:
     stage: the stage; neither it nor its parents need be finished.
     num_classes: of its dataset.
-    mesh: the devices, which may be others than there are here
+    layout: where arrays live, on devices that need not be here
       (`jax.experimental.topologies`).
   """
   config = stage.config
-  split = sharding.batch(mesh)
-  task, initial = assembly.Shapes(num_classes).with_parents(stage, split)
+  task, initial = assembly.Shapes(num_classes, layout).with_parents(stage)
   task = dataclasses.replace(task, initial=initial or None)
   size, images = config.dataset.image_size, tasks.base.images_per_step(config)
   tx = optimizer.create(config.optimizer, lambda step: config.learning_rate)
@@ -115,12 +114,13 @@ def lower(stage: stages.Stage, num_classes: int, mesh: jax.sharding.Mesh) -> Ste
     },
     "mask": jax.ShapeDtypeStruct((images,), jnp.float32),
   }
-  replicated = sharding.replicated(mesh)
-  state, frozen = _placed(state, replicated), _placed(task.frozen, replicated)
-  batch = _placed(batch, sharding.images(mesh, images))
+  where = train.state_sharding(state, tx, layout)
+  state, frozen = _placed(state, where), layout.shapes(task.frozen)
+  split = layout.images(images)
+  batch = _placed(batch, jax.tree.map(lambda _: split, batch))
   step = train.make_train_step(task, tx, jax.random.key(0))
-  lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, batch)
-  return Step(lowered, state, frozen, batch, mesh.size)
+  step = jax.jit(step, donate_argnums=0, out_shardings=where)
+  return Step(step.lower(state, frozen, batch), state, frozen, batch, layout.mesh.size)
 
 
 def measure(step: Step, compiled: jax.stages.Compiled | None = None) -> Footprint:
@@ -164,12 +164,12 @@ def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
     if stage.finished() or not config.epochs:
       continue
     classes = datasets.encoded(config.dataset, "train").num_classes
-    mesh = sharding.make_mesh(config.batch_size)
-    seen = measure(lower(stage, classes, mesh))
+    layout = sharding.make_layout(config.mesh, config.batch_size)
+    seen = measure(lower(stage, classes, layout))
     sizes = (getattr(seen, name) for name in (*_PARTS, "total", "reduced"))
     cells = [f"{size / 2**20:.1f}" for size in sizes]
     operations = str(len(seen.collectives))
-    lines.append((stage.name, str(mesh.size), *cells, operations))
+    lines.append((stage.name, str(layout.mesh.size), *cells, operations))
   if len(lines) == 1:
     return "\nNothing is left to train."
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -181,9 +181,9 @@ def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
   return "\n".join(["", title, "", *(line.rstrip() for line in table)])
 
 
-def _placed(shapes: PyTree, place: jax.sharding.Sharding) -> PyTree:
-  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-  return jax.tree.map(put, shapes)
+def _placed(shapes: PyTree, where: PyTree) -> PyTree:
+  put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(put, shapes, where)
 
 
 def _held(shapes: PyTree) -> int:

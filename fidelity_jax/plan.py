@@ -211,9 +211,9 @@ def check(plan: list[stages.Stage], datasets: Datasets) -> None:
       with noting():
         given = assembly.given_part(stage.config)
       classes = _check_data(stage, datasets)
-      mesh = sharding.make_mesh(stage.config.batch_size)
-      sharding.check_batch(mesh, stage.config.batch_size, stage.kind.name)
-      assembly.check(stage, classes, given)
+      layout = sharding.make_layout(stage.config.mesh, stage.config.batch_size)
+      sharding.check_batch(layout, stage.config.batch_size, stage.kind.name)
+      assembly.check(stage, classes, given, layout)
       _check_names(stage, datasets, given)
 
 

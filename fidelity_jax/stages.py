@@ -29,6 +29,7 @@ _IMMATERIAL = (
   "evaluation",
   "experiment",
   "labels",
+  "mesh",
   "parents",
   "profile",
 )

@@ -46,9 +46,9 @@ class _Part(NamedTuple):
 class Networks:
   """The networks of finished stages and of checkpoints, each loaded once."""
 
-  def __init__(self, num_classes: int, mesh: jax.sharding.Mesh):
-    self._load = assembly.Loader(num_classes)
-    self._mesh = mesh
+  def __init__(self, num_classes: int, layout: sharding.Layout):
+    self._load = assembly.Loader(num_classes, layout)
+    self._layout = layout
     self._parts: dict[tuple[str, str], _Part] = {}
 
   def of(self, subject: Subject) -> dict[str, _Part]:
@@ -68,7 +68,7 @@ class Networks:
   def _given(self, given: Given, role: str) -> _Part:
     if (given.digest, role) not in self._parts:
       network, variables = given.parts[role]
-      variables = sharding.everywhere(self._mesh, variables)
+      variables = self._layout.place({role: variables})[role]
       self._parts[given.digest, role] = _Part(given.digest, network, variables)
     return self._parts[given.digest, role]
 
@@ -77,7 +77,6 @@ class Networks:
       network, variables = self._load(stage)
       if isinstance(network, Method):
         network, variables = getattr(network, role), variables[role]
-      variables = sharding.everywhere(self._mesh, variables)
       self._parts[stage.name, role] = _Part(stage.name, network, variables)
     return self._parts[stage.name, role]
 

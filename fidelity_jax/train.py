@@ -205,6 +205,34 @@ def make_initial_state(task: Task, tx: optax.GradientTransformation, image_size:
   return init
 
 
+def state_sharding(
+  state: TrainState, tx: optax.GradientTransformation, layout: sharding.Layout
+) -> TrainState:
+  """Returns where the arrays of a state live; the optimizer's beside the parameters.
+
+  Args:
+    state: the state or its shapes.
+    tx: the optimizer.
+    layout: where arrays live.
+  """
+  where, whole = layout.of(state.variables()), layout.replicated
+  opt_state = optax.tree_utils.tree_map_params(
+    tx,
+    lambda _, place: place,
+    state.opt_state,
+    where["params"],
+    transform_non_params=lambda _: whole,
+  )
+  return TrainState(
+    step=whole,
+    params=where["params"],
+    model_state=where.get("batch_stats", {}),
+    opt_state=opt_state,
+    averages=jax.tree.map(lambda _: whole, state.averages),
+    bad_step=whole,
+  )
+
+
 class Trainer:
   """One stage's training: its compiled functions, data, files and state."""
 
@@ -216,7 +244,7 @@ class Trainer:
     train_data: data.Dataset,
     validation_data: data.Dataset,
     directory: pathlib.Path,
-    mesh: jax.sharding.Mesh,
+    layout: sharding.Layout,
   ):
     """Prepares to train.
 
@@ -227,7 +255,8 @@ class Trainer:
       train_data: training examples.
       validation_data: validation examples.
       directory: the stage's directory, which exists.
-      mesh: the devices, over which a batch's examples (images or patches) are split.
+      layout: where arrays live; over its devices a batch's examples (images or
+        patches) are split.
     """
     self.title, self.task, self.settings = title, task, settings
     self.train_data, self.validation_data = train_data, validation_data
@@ -241,14 +270,22 @@ class Trainer:
       settings.warmup_epochs,
     )
     self.tx = optimizer.create(settings.optimizer, self.schedule)
-    self.mesh = mesh
+    self.layout = layout
     # Where examples are patches, a few images need not split over many devices.
-    self.batch_sharding = sharding.images(mesh, settings.images_per_step)
-    self.frozen = self._everywhere(task.frozen)
+    self.batch_sharding = layout.images(settings.images_per_step)
+    self.frozen = layout.place(task.frozen)
+    self._init = make_initial_state(task, self.tx, settings.image_size)
+    shapes = jax.eval_shape(self._init, jax.random.key(0), task.initial)
+    self._state_sharding = state_sharding(shapes, self.tx, layout)
     dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")
     step = make_train_step(task, self.tx, dropout)
     options = platform.compiler_options()
-    self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
+    self.train_step = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=self._state_sharding,
+      compiler_options=options,
+    )
     self.eval_step = jax.jit(make_eval_step(task), compiler_options=options)
 
   def initial_state(self) -> TrainState:
@@ -256,18 +293,13 @@ class Trainer:
     settings = self.settings
     key = randomness.purpose_key(settings.seed, f"{settings.purpose}/init")
 
-    replicated = sharding.replicated(self.mesh)
-    initial = self._everywhere(self.task.initial)
     # Run once, so compile cheaply: on CPU four times faster, and runs as fast.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    init = make_initial_state(self.task, self.tx, settings.image_size)
-    init = jax.jit(init, out_shardings=replicated, compiler_options=options)
-    return init(key, initial)
-
-  def _everywhere(self, tree: PyTree) -> PyTree:
-    """Returns arrays that every device holds whole."""
-    return sharding.everywhere(self.mesh, tree)
+    init = jax.jit(
+      self._init, out_shardings=self._state_sharding, compiler_options=options
+    )
+    return init(key, self.layout.place(self.task.initial))
 
   def _batches(self, start_step: int) -> data.BatchIterator:
     settings = self.settings
@@ -342,7 +374,7 @@ class Trainer:
       )
       state = state.replace(
         # Where the first step has it, or the next step would be compiled again.
-        step=self._everywhere(jnp.int32(start)),
+        step=self.layout.place(jnp.int32(start)),
         params=variables["params"],
         model_state=variables.get("batch_stats", {}),
         **training,
@@ -356,7 +388,9 @@ class Trainer:
     start = start or 0
     bar = progress.Progress(self.title, self.total_steps, start)
     settings = self.settings
-    meter = throughput.Meter(settings.images_per_step, self.mesh, settings.precision)
+    meter = throughput.Meter(
+      settings.images_per_step, self.layout.mesh, settings.precision
+    )
     tracer = tracing.Tracer(
       self.title,
       self.directory,

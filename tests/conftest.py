@@ -9,6 +9,9 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,6 +87,41 @@ def flip(path: pathlib.Path, place: int = -100) -> None:
   content = bytearray(path.read_bytes())
   content[place] ^= 1
   path.write_bytes(content)
+
+
+def check_same(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+  """Checks losses, parameters and results, to what the order of sums changes."""
+  paths = sorted(expected.glob("*/metrics.jsonl"))
+  assert len(paths) == 4
+  for path in paths:
+    stage = workdir / path.parent.relative_to(expected)
+    for name in ("train/loss", "validation/loss"):
+      values = [
+        [json.loads(line)[name] for line in p.read_text().splitlines()]
+        for p in (path, stage / path.name)
+      ]
+      np.testing.assert_allclose(*values, rtol=1e-5)
+    ours, theirs = (
+      np.concatenate([np.ravel(x) for x in _variables(directory)])
+      for directory in (stage, path.parent)
+    )
+    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+  ours, theirs = (
+    json.loads(results(w).read_text())["rows"] for w in (workdir, expected)
+  )
+  assert [r["accuracy"] for r in ours] == [r["accuracy"] for r in theirs]
+
+
+def _variables(directory: pathlib.Path) -> list[np.ndarray]:
+  """Returns the arrays of a stage's product."""
+  step = json.loads((directory / "finished.json").read_text())["best_step"]
+  reader = ocp.PyTreeCheckpointer()
+  variables = directory / "checkpoints" / str(step) / "variables"
+  as_numpy = lambda tree: jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+  )
+  tree = reader.metadata(variables).item_metadata.tree
+  return jax.tree.leaves(reader.restore(variables, restore_args=as_numpy(tree)))
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ found = {}
 with cpu.left_out():
   for name in scaling.STEPS:
     stage = scaling.stage_of(name, "demo", fields[name])
-    step = footprint.lower(stage, 16, sharding.make_mesh(16))
+    step = footprint.lower(stage, 16, sharding.make_layout(size=16))
     seen = footprint.measure(step)
     shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
     found[name] = {

@@ -1,7 +1,6 @@
 """Several processes that work as one, over loopback."""
 
 import http.server
-import json
 import os
 import pathlib
 import re
@@ -13,11 +12,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import TOY, overrides, results
+from conftest import TOY, check_same, overrides
 
 from fidelity_jax import errors, hosts
 
@@ -96,6 +92,7 @@ class _Job:
     workdir: pathlib.Path,
     patience: float = 60.0,
     joined: bool | None = None,
+    devices: int = 1,
     each: Sequence[Sequence[str]] = (),
     **fields,
   ):
@@ -109,6 +106,8 @@ class _Job:
       joined = count > 1 if joined is None else joined
       variables = dict(zip(_NAMES, own, strict=True)) if joined else {}
       variables |= {"FIDELITY_JAX_PATIENCE": str(patience), "JAX_PLATFORMS": "cpu"}
+      flags = f"--xla_force_host_platform_device_count={devices}"
+      variables["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
       words = [sys.executable, "-m", "fidelity_jax.main", f"--workdir={workdir}"]
       words += ["--config=configs/oracle.py:demo", *overrides(TOY | fields)]
       words += each[i] if each else []
@@ -154,48 +153,13 @@ def _begun(workdir: pathlib.Path, kind: str):
   return lambda: bool(list(workdir.glob(f"{kind}-*/metrics.jsonl")))
 
 
-def _check_same(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-  """Checks losses, parameters and results, to what the order of sums changes."""
-  paths = sorted(expected.glob("*/metrics.jsonl"))
-  assert len(paths) == 4
-  for path in paths:
-    stage = workdir / path.parent.relative_to(expected)
-    for name in ("train/loss", "validation/loss"):
-      values = [
-        [json.loads(line)[name] for line in p.read_text().splitlines()]
-        for p in (path, stage / path.name)
-      ]
-      np.testing.assert_allclose(*values, rtol=1e-5)
-    ours, theirs = (
-      np.concatenate([np.ravel(x) for x in _variables(directory)])
-      for directory in (stage, path.parent)
-    )
-    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
-  ours, theirs = (
-    json.loads(results(w).read_text())["rows"] for w in (workdir, expected)
-  )
-  assert [r["accuracy"] for r in ours] == [r["accuracy"] for r in theirs]
-
-
-def _variables(directory: pathlib.Path) -> list[np.ndarray]:
-  """Returns the arrays of a stage's product."""
-  step = json.loads((directory / "finished.json").read_text())["best_step"]
-  reader = ocp.PyTreeCheckpointer()
-  variables = directory / "checkpoints" / str(step) / "variables"
-  as_numpy = lambda tree: jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-  )
-  tree = reader.metadata(variables).item_metadata.tree
-  return jax.tree.leaves(reader.restore(variables, restore_args=as_numpy(tree)))
-
-
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(toy_run, tmp_path):
   workdir = tmp_path / "two"
   job = _Job(2, workdir)
   assert job.wait(550) == [0, 0], job.said()
   first, second = job.said()
-  _check_same(workdir, toy_run)
+  check_same(workdir, toy_run)
   # One of them speaks, and writes.
   assert "report.html" in first and "steps/s" in first
   assert "fidelity_jax" not in second and "steps" not in second
@@ -221,7 +185,36 @@ def test_a_signal_at_any_stops_all_and_others_go_on(toy_run, tmp_path, before, a
   assert again.wait(550) == [0] * after, again.said()
   if stopped is not None:
     assert f"resuming at step {stopped[1]} of" in again.said()[0]
-  _check_same(workdir, toy_run)
+  check_same(workdir, toy_run)
+
+
+# Two processes share every kernel, or have two devices each that do.
+_SPLIT = {"across": (1, {"mesh.model": 2}), "within": (2, {"mesh.model": 2})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _SPLIT)
+def test_kernels_that_are_split_are_saved_and_go_on_elsewhere(toy_run, tmp_path, name):
+  """Stopped, gone on with by the same, finished by one that has them whole."""
+  devices, fields = _SPLIT[name]
+  fields = fields | {"mesh.min_size": 64}
+  workdir = tmp_path / "split"
+  for kind in ("classifier", "restorer"):
+    job = _Job(2, workdir, devices=devices, **fields)
+    _until(_begun(workdir, kind))
+    time.sleep(1)
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.wait(300) == [143] * 2, job.said()
+  alone = _Job(1, workdir)
+  assert alone.wait(550) == [0], alone.said()
+  check_same(workdir, toy_run)
+
+
+@pytest.mark.slow
+def test_kernels_that_are_split_to_the_end(toy_run, tmp_path):
+  job = _Job(2, tmp_path / "split", **{"mesh.model": 2, "mesh.min_size": 64})
+  assert job.wait(550) == [0, 0], job.said()
+  check_same(tmp_path / "split", toy_run)
 
 
 @pytest.mark.slow
@@ -258,7 +251,7 @@ def test_a_process_that_vanishes_ends_all(toy_run, tmp_path):
   assert "process 1 has given no sign of life" in line
   again = _Job(2, workdir)
   assert again.wait(550) == [0, 0], again.said()
-  _check_same(workdir, toy_run)
+  check_same(workdir, toy_run)
 
 
 @pytest.mark.slow

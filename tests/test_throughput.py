@@ -48,13 +48,13 @@ SPEED = [
 def _trainer(directory, epochs=2, traced=None, **network):
   """A restorer on 16 images, in 4 steps per epoch of 16 patches each."""
   some = data.load(data.default_config("demo"), "validation").select(range(16))
-  mesh = sharding.make_mesh(IMAGES)
+  layout = sharding.make_layout(size=IMAGES)
   awgn = degradations.from_config("awgn")
   return train.Trainer(
     title="restorer",
     task=tasks.RestorationTask(
       restorer=models.DnCNN(**{"depth": 2, "width": 4} | network),
-      inputs=tasks.Inputs(awgn, 0, "restorer", 16, 16, sharding.batch(mesh)),
+      inputs=tasks.Inputs(awgn, 0, "restorer", 16, 16, layout.batch),
       patches_per_image=4,
     ),
     settings=train.Settings(
@@ -77,7 +77,7 @@ def _trainer(directory, epochs=2, traced=None, **network):
     train_data=some,
     validation_data=some,
     directory=directory,
-    mesh=mesh,
+    layout=layout,
   )
 
 
@@ -381,7 +381,7 @@ def test_operations_are_not_known_where_jax_has_changed(plugin, monkeypatch, nam
 
 
 def test_a_meter_leaves_pauses_out_and_keeps_spans_apart():
-  meter = throughput.Meter(8, sharding.make_mesh(1), "float32")
+  meter = throughput.Meter(8, sharding.make_layout(size=1).mesh, "float32")
   batches = iter(lambda: time.sleep(0.02), 1)
   begun = time.monotonic()
   meter.next(batches)
@@ -409,7 +409,7 @@ def test_a_meter_leaves_pauses_out_and_keeps_spans_apart():
 
 def test_a_known_chip_has_a_share_of_its_peak(monkeypatch, plugin):
   monkeypatch.setitem(chips._PEAKS, "cpu", {"bfloat16": 4e9, "float32": 2e9})
-  meter = throughput.Meter(8, sharding.make_mesh(1), "float32")
+  meter = throughput.Meter(8, sharding.make_layout(size=1).mesh, "float32")
   meter.next(iter([None]))
   meter.start(jax.jit(lambda x: x @ x), jnp.zeros((64, 64)))
   found = meter.read("epoch")

@@ -42,7 +42,7 @@ def make_trainer(tmp_path_factory):
       train_data=some,
       validation_data=some,
       directory=tmp_path_factory.mktemp("stage"),
-      mesh=sharding.make_mesh(160),
+      layout=sharding.make_layout(size=160),
     )
 
   return make
@@ -74,12 +74,10 @@ _SHARDED = """
 import sys
 from fidelity_jax import data, degradations, models, sharding, tasks, train
 # As many devices as split a batch evenly.
-assert [sharding.make_mesh(n).size for n in (1, 6, 7, 10, 64)] == [1, 3, 1, 2, 4]
-assert sharding.make_mesh().size == 4
-mesh = sharding.make_mesh(8)
+layout = sharding.make_layout(size=8)
 some = data.load(data.default_config("demo"), "validation")
 inputs = tasks.Inputs(
-  degradations.from_config("awgn"), 0, "restorer", 32, 32, sharding.batch(mesh)
+  degradations.from_config("awgn"), 0, "restorer", 32, 32, layout.batch
 )
 task = tasks.RestorationTask(
   restorer=models.DnCNN(depth=2, width=4), inputs=inputs, patches_per_image=4
@@ -90,7 +88,7 @@ settings = train.Settings(
   checkpoint_seconds=60.0, workers=0, crop_area=(0.5, 1.0), crop_aspect=(1.0, 1.0),
   reduced_decode=False,
 )
-trainer = train.Trainer("t", task, settings, some, some, sys.argv[1], mesh)
+trainer = train.Trainer("t", task, settings, some, some, sys.argv[1], layout)
 state = trainer.initial_state()
 batch = next(data.prefetch_to_device(trainer._batches(0), trainer.batch_sharding))
 step = trainer.train_step.lower(state, trainer.frozen, batch).compile()

@@ -19,6 +19,7 @@ from fidelity_jax import (
   fidelity,
   randomness,
   rules,
+  sharding,
   tracing,
 )
 from fidelity_jax.data import patches
@@ -36,6 +37,7 @@ TRAINING: rules.Table = {
   "precision": rules.choice("auto", "float32", "bfloat16"),
   "checkpoint_seconds": rules.number(0, 1e9),
   "profile": {"steps": tracing.STEPS},
+  "mesh": sharding.FIELDS,
   "optimizer": rules.choice("sgd", "adam"),
   "learning_rate": rules.number(0, 1e30),
   "batch_size": rules.whole(1, 1_000_000),
@@ -65,7 +67,7 @@ class Inputs:
     purpose: names the stage's kind, so that stages draw independently.
     patch_size: side of the square patches to cut, or None for whole images.
     patch_stride: stride of the patches.
-    sharding: of the patches over devices, which images need not fill; None for none.
+    split: of the patches over devices, which images need not fill; None for none.
   """
 
   degradation: Any
@@ -73,7 +75,7 @@ class Inputs:
   purpose: str
   patch_size: int | None = None
   patch_stride: int | None = None
-  sharding: jax.sharding.Sharding | None = None
+  split: jax.sharding.Sharding | None = None
 
   def __call__(self, batch: Batch, train: bool) -> tuple[jax.Array, jax.Array]:
     """Returns (clean, degraded), both float32 [N, H, W, 3] in [0, 1].
@@ -98,8 +100,8 @@ class Inputs:
       clean = patches.extract_patches(clean, self.patch_size, self.patch_stride)
       count = len(clean) // len(index)
       keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
-      if self.sharding is not None:
-        clean, keys = jax.lax.with_sharding_constraint((clean, keys), self.sharding)
+      if self.split is not None:
+        clean, keys = jax.lax.with_sharding_constraint((clean, keys), self.split)
     return clean, self.degradation(keys, clean)
 
   def _keys(self, purpose: str, epoch: jax.Array, index: jax.Array) -> jax.Array:
@@ -208,13 +210,13 @@ class Kind:
 
 
 def make_inputs(
-  config: ConfigDict, sharding: jax.sharding.Sharding | None = None
+  config: ConfigDict, split: jax.sharding.Sharding | None = None
 ) -> Inputs:
   """Returns how a stage sees its images.
 
   Args:
     config: the stage's.
-    sharding: see `Inputs`.
+    split: see `Inputs`.
   """
   return Inputs(
     degradation=degradations.from_config(config.degradation),
@@ -222,7 +224,7 @@ def make_inputs(
     purpose=config.kind,
     patch_size=config.get("patch_size"),
     patch_stride=config.get("patch_stride"),
-    sharding=sharding,
+    split=split,
   )
 
 
