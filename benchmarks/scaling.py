@@ -118,7 +118,7 @@ def row(args: argparse.Namespace) -> dict[str, object]:
       }
       for o in seen.collectives
     ],
-    "reduced_bytes": seen.reduced,
+    "reduced_bytes": seen.exchanged,
     "sent_bytes": sum(o.sent for o in seen.collectives),
   }
   if not args.topology:

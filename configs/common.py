@@ -61,7 +61,7 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   config.precision = "auto"
   # Longest time between two checkpoints.
   config.checkpoint_seconds = 60.0
-  # How devices share arrays; docs/sharding.md.
+  # How devices share arrays; docs/scaling.md.
   config.mesh = sharding.default_config()
   # First and last step of every stage to trace for XProf; docs/observing.md.
   config.profile = ConfigDict({"steps": config_dict.placeholder(tuple)})

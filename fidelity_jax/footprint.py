@@ -28,7 +28,7 @@ PyTree = Any
 
 # Of what is in a device's memory.
 _PARTS = ("parameters", "optimizer", "frozen", "batch", "activations")
-_COLUMNS = ("stage", "devices", *_PARTS, "in all", "reduced", "operations")
+_COLUMNS = ("stage", "devices", *_PARTS, "in all", "exchanged", "operations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Footprint:
     return kept + self.activations
 
   @property
-  def reduced(self) -> int:
+  def exchanged(self) -> int:
     """Bytes of all collective operations; see `collectives.Collective.bytes`."""
     return collectives.total(self.collectives)
 
@@ -166,7 +166,7 @@ def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
     classes = datasets.encoded(config.dataset, "train").num_classes
     layout = sharding.make_layout(config.mesh, config.batch_size)
     seen = measure(lower(stage, classes, layout))
-    sizes = (getattr(seen, name) for name in (*_PARTS, "total", "reduced"))
+    sizes = (getattr(seen, name) for name in (*_PARTS, "total", "exchanged"))
     cells = [f"{size / 2**20:.1f}" for size in sizes]
     operations = str(len(seen.collectives))
     lines.append((stage.name, str(layout.mesh.size), *cells, operations))
@@ -177,7 +177,7 @@ def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
     "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
     for line in lines
   ]
-  title = "Training steps: MiB per device, and reduced over devices in each step"
+  title = "Training steps: MiB per device, and exchanged by devices in each step"
   return "\n".join(["", title, "", *(line.rstrip() for line in table)])
 
 

@@ -88,7 +88,8 @@ def _compiled(function: Callable, *static: Any) -> Callable:
   Networks are compared by structure: those of one share a program.
   """
   bound = functools.partial(function, *static)
-  return jax.jit(bound, compiler_options=platform.compiler_options())
+  options = platform.compiler_options()
+  return platform.in_turn(jax.jit(bound, compiler_options=options))
 
 
 def _restore(restorer, variables, degraded):

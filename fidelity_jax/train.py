@@ -286,7 +286,8 @@ class Trainer:
       out_shardings=self._state_sharding,
       compiler_options=options,
     )
-    self.eval_step = jax.jit(make_eval_step(task), compiler_options=options)
+    eval_step = jax.jit(make_eval_step(task), compiler_options=options)
+    self.eval_step = platform.in_turn(eval_step)
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step, on the devices."""

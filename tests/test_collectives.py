@@ -90,7 +90,7 @@ with cpu.left_out():
         [o.kind, o.devices, a.dtype, a.shape]
         for o in seen.collectives for a in o.arrays
       ],
-      "reduced": seen.reduced,
+      "reduced": seen.exchanged,
     }
 print(json.dumps(found))
 """

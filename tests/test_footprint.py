@@ -39,7 +39,7 @@ def test_a_plan_says_what_steps_need_on_each_device(command, tmp_path):
   for kind, alone in one.items():
     shared = eight[kind]
     assert (alone["devices"], shared["devices"]) == (1, 8)
-    assert alone["reduced"] == alone["operations"] == 0 < shared["operations"]
+    assert alone["exchanged"] == alone["operations"] == 0 < shared["operations"]
     for same in ("parameters", "optimizer", "frozen"):
       assert alone[same] == shared[same]
     parts = ("parameters", "optimizer", "frozen", "batch", "activations")
@@ -47,7 +47,7 @@ def test_a_plan_says_what_steps_need_on_each_device(command, tmp_path):
   trained = one["classifier"]
   # Momentum is of every parameter; gradients of all are reduced.
   assert trained["optimizer"] == pytest.approx(trained["parameters"], rel=0.05)
-  reduced = eight["classifier"]["reduced"]
+  reduced = eight["classifier"]["exchanged"]
   assert reduced == pytest.approx(trained["parameters"], rel=0.05) and reduced > 0.3
   assert one["calibration"]["frozen"] == pytest.approx(trained["parameters"], rel=0.2)
   # An eighth of the images.

@@ -1,6 +1,7 @@
 """Where arrays live on simulated devices, and that it changes no result."""
 
 import json
+import pathlib
 
 import pytest
 from conftest import TOY, check_same, overrides
@@ -135,18 +136,33 @@ _MESHES = {
   "8": (8, {}),
   "2x2": (4, {"mesh.model": 2}),
   "4x2": (8, {"mesh.model": 2}),
+  "2x4": (8, {"mesh.model": 4}),
   "1x8": (8, {"mesh.model": 8}),
   "fsdp": (8, {"mesh.rules": "(('.*','data'),)"}),
   "fsdp 2x4": (8, {"mesh.model": 4, "mesh.rules": "(('.*','data+model'),)"}),
 }
 
 
+# With seed 0 some unit is within rounding of its threshold at the classifier's eighth
+# step, and falls on either side of it; then 1e-6 becomes 1e-2 in a few steps.
+_SEED = {"seed": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a run on one device."""
+  workdir = tmp_path_factory.mktemp("alone")
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  command(*arguments, *overrides(TOY | _SEED), check=0)
+  return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _MESHES)
-def test_meshes_give_what_one_device_gives(command, toy_run, tmp_path, name):
-  """Losses, parameters, and what is evaluated, of all stages of the toy."""
+def test_meshes_give_what_one_device_gives(command, alone, tmp_path, name):
+  """Losses, parameters, and what is evaluated, of all stages of the toy: 54 steps."""
   count, fields = _MESHES[name]
-  fields = TOY | {"mesh.min_size": 64} | fields
+  fields = TOY | _SEED | {"mesh.min_size": 64} | fields
   arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path}"]
   command(*arguments, *overrides(fields), env=_devices(count), check=0)
-  check_same(tmp_path, toy_run)
+  check_same(tmp_path, alone)
