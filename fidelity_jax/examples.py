@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,16 +78,19 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
   batches = list(evaluation.batches(dataset.select(spread)))
   seed, result = config.evaluation.seed, {}
   (clean,) = degradations.conditions("clean")
-  frozen = [s for s in chosen if s.compared == Compared("classifier", False)]
+  # What no condition changes.
+  fixed: list[dict[str, Any]] = []
+  for batch in batches:
+    undegraded = Tensors(evaluation.networks, seed, clean, batch, 0)
+    fixed.append({"clean": undegraded.clean, "label": batch["label"]})
+    for subject in chosen:
+      if subject.compared == Compared("classifier", False):
+        fixed[-1]["value/clean"] = undegraded.values(subject)["prediction"]
   for condition in shown:
     parts: dict[str, list] = {}
-    for batch in batches:
+    for batch, same in zip(batches, fixed, strict=True):
       tensors = Tensors(evaluation.networks, seed, condition, batch, 0)
-      seen = {"degraded": tensors.degraded, "clean": tensors.clean}
-      seen["label"] = batch["label"]
-      for subject in frozen:
-        undegraded = Tensors(evaluation.networks, seed, clean, batch, 0)
-        seen["value/clean"] = undegraded.values(subject)["prediction"]
+      seen = {"degraded": tensors.degraded, **same}
       for subject in chosen:
         compared = subject.compared
         if compared.restored:
