@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fidelity_jax import data, degradations, models, sharding, tasks, train
+from fidelity_jax import data, degradations, errors, models, sharding, tasks, train
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,27 @@ def test_a_validation_batch_is_bounded_in_patches(make_trainer):
     trainer.task = dataclasses.replace(trainer.task, patches_per_image=patches)
     del trainer.__dict__["_validation_size"]
     assert trainer._validation_size == expected
+
+
+def test_the_whole_batch_of_a_loss_that_is_not_finite_is_named(
+  make_trainer, monkeypatch
+):
+  """On each of several hosts, which reads a part of it."""
+  trainer = make_trainer(1)
+  with trainer._batches(1) as batches:
+    index = next(batches)["index"]
+  assert len(set(index)) == 40
+  state = train.TrainState(
+    step=jnp.int32(3),
+    params={},
+    model_state={},
+    opt_state=(),
+    averages={},
+    bad_step=jnp.int32(1),
+  )
+  part = {"shard_index": 1, "shard_count": 2}
+  monkeypatch.setattr(sharding, "host_shard", lambda batch: part)
+  with pytest.raises(errors.RunError, match="not finite at step 2") as caught:
+    trainer._check_finite(state)
+  named = str(caught.value).rpartition("that batch: ")[2].split(", ")
+  assert named == [trainer.train_data.keys[i] for i in index]
