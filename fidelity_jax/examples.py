@@ -59,12 +59,19 @@ def _shown(
 
 def _kept(path: pathlib.Path, of: dict, compute) -> dict[str, np.ndarray]:
   """Returns arrays that a file holds, if they are of this, or computes them."""
-  files.check_file(path)
   digest, again = files.digest(of), "delete it to compute it again."
-  if hosts.agree(path.exists()):
+
+  def look() -> dict[str, np.ndarray] | None:
+    files.check_file(path)
+    if not path.exists():
+      return None
     arrays, record = files.read_arrays(path, again)
-    if record == digest:
-      return arrays
+    return arrays if record == digest else None
+
+  found = look()
+  # All compute, or none does.
+  if hosts.agree(found is not None):
+    return files.seen(lambda: found or look(), f"{path} is written", path.parent)
   arrays = compute()
   files.write_arrays(path, arrays, digest)
   return arrays
