@@ -1,50 +1,25 @@
 """The training loop's own parts; whole runs are in test_main and test_kills."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
+from conftest import ROOT
 
-from fidelity_jax import data, degradations, errors, models, sharding, tasks, train
+from fidelity_jax import data, errors, sharding, train
 
 
 @pytest.fixture(scope="module")
 def make_trainer(tmp_path_factory):
   """Returns a function of validation_rounds that prepares to train a restorer."""
-  some = data.load(data.default_config("demo"), "validation")
-
-  def make(rounds):
-    return train.Trainer(
-      title="restorer",
-      task=tasks.RestorationTask(
-        restorer=models.DnCNN(depth=2, width=4),
-        inputs=tasks.Inputs(degradations.from_config("awgn"), 0, "restorer", 32, 32),
-        patches_per_image=4,
-      ),
-      settings=train.Settings(
-        seed=0,
-        purpose="restorer",
-        image_size=64,
-        images_per_step=40,
-        epochs=1,
-        warmup_epochs=0,
-        validation_rounds=rounds,
-        learning_rate=1e-3,
-        optimizer="adam",
-        checkpoint_seconds=60.0,
-        workers=0,
-        crop_area=(0.5, 1.0),
-        crop_aspect=(1.0, 1.0),
-        reduced_decode=False,
-      ),
-      train_data=some,
-      validation_data=some,
-      directory=tmp_path_factory.mktemp("stage"),
-      mesh=sharding.make_mesh(160),
-    )
-
+  place = tmp_path_factory.mktemp
+  make = lambda rounds: training.restorer(
+    place("stage"), None, 40, 64, validation_rounds=rounds
+  )
   return make
 
 
@@ -71,26 +46,12 @@ def test_validation_is_the_mean_over_rounds_of_fixed_degradations(make_trainer):
 
 
 _SHARDED = """
-import sys
-from fidelity_jax import data, degradations, models, sharding, tasks, train
+import pathlib, sys, training
+from fidelity_jax import data, sharding
 # As many devices as split a batch evenly.
 assert [sharding.make_mesh(n).size for n in (1, 6, 7, 10, 64)] == [1, 3, 1, 2, 4]
 assert sharding.make_mesh().size == 4
-mesh = sharding.make_mesh(8)
-some = data.load(data.default_config("demo"), "validation")
-inputs = tasks.Inputs(
-  degradations.from_config("awgn"), 0, "restorer", 32, 32, sharding.batch(mesh)
-)
-task = tasks.RestorationTask(
-  restorer=models.DnCNN(depth=2, width=4), inputs=inputs, patches_per_image=4
-)
-settings = train.Settings(
-  seed=0, purpose="restorer", image_size=64, images_per_step=2, epochs=1,
-  warmup_epochs=0, validation_rounds=1, learning_rate=1e-3, optimizer="adam",
-  checkpoint_seconds=60.0, workers=0, crop_area=(0.5, 1.0), crop_aspect=(1.0, 1.0),
-  reduced_decode=False,
-)
-trainer = train.Trainer("t", task, settings, some, some, sys.argv[1], mesh)
+trainer = training.restorer(pathlib.Path(sys.argv[1]), None, 2, 64)
 state = trainer.initial_state()
 batch = next(data.prefetch_to_device(trainer._batches(0), trainer.batch_sharding))
 step = trainer.train_step.lower(state, trainer.frozen, batch).compile()
@@ -103,7 +64,8 @@ def test_patches_are_split_where_images_are_too_few(command, make_trainer, tmp_p
   """Two images of four patches each, on four devices."""
   flags = "--xla_force_host_platform_device_count=4"
   program = ("-c", _SHARDED)
-  env = {"XLA_FLAGS": flags}
+  path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+  env = {"XLA_FLAGS": flags, "PYTHONPATH": path}
   result = command(tmp_path, program=program, env=env, check=0)
   loss, *compiled = result.stdout.split()
   # Each device convolves two patches.
