@@ -169,9 +169,6 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
   elif size == "lite":
     config.model.weights = config.model.name
-    # After so few steps the network's own, 0.99, still has statistics of networks long
-    # gone (docs/notebook.md).
-    config.model.bn_momentum = 0.9
     config.head_epochs = 1
     _training(config, learning_rate=0.02, batch_size=32, epochs=5, warmup_epochs=1)
   else:

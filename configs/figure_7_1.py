@@ -20,7 +20,6 @@ def get_config(size: str = ""):
   if size == "lite":
     # These networks have ImageNet weights of their own.
     config.parents.classifier.model.weights = "torchvision"
-    config.parents.classifier.model.bn_momentum = None
   if size == "demo":
     common.narrow(config)
     # The paper's: networks without batch norm diverge at the demo's.

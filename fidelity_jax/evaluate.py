@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fidelity_jax import (
   data,
   degradations,
+  files,
   hosts,
   measurements,
   progress,
@@ -152,15 +153,37 @@ class Evaluation:
     wanted: dict[_Place, dict[measurements.Measurements, _Lacking]] = {}
     # A process that reads while the first writes would measure something else.
     hosts.wait("what is measured")
-    for subject in self.subjects:
-      kept = self._measured[subject]
-      for place in self._places(subject):
-        condition = rows.Condition.of(place.condition)
-        done = kept.done(condition, place.round, self._names[kept])
-        if done < len(self.dataset):
-          lacking = _Lacking(subject, done // self._batch_size)
-          wanted.setdefault(place, {})[kept] = lacking
+    asked = [(s, place) for s in self.subjects for place in self._places(s)]
+    # A shared disk may show it to the others later.
+    told = hosts.agree([self._done(*one) for one in asked])
+    for (subject, place), done in zip(asked, told, strict=True):
+      self._see(subject, place, done)
+      if done < len(self.dataset):
+        lacking = _Lacking(subject, done // self._batch_size)
+        wanted.setdefault(place, {})[self._measured[subject]] = lacking
     return wanted
+
+  def _done(self, subject: Subject, place: _Place) -> int:
+    """Returns how many images are measured."""
+    kept, condition = self._measured[subject], rows.Condition.of(place.condition)
+    return kept.done(condition, place.round, self._names[kept])
+
+  def _see(self, subject: Subject, place: _Place, done: int) -> None:
+    """Waits until as many images are measured as the first process sees.
+
+    Raises:
+      RunError: it takes too long.
+    """
+    kept, condition = self._measured[subject], rows.Condition.of(place.condition)
+
+    def look() -> bool | None:
+      if self._done(subject, place) >= done:
+        return True
+      kept.look_again(condition)
+      return None
+
+    what = f"{condition.name} is measured in {kept.directory}"
+    files.seen(look, what, self._workdir)
 
   def measure(self) -> bool:
     """Measures what is not measured yet.

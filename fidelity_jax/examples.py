@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,12 +59,19 @@ def _shown(
 
 def _kept(path: pathlib.Path, of: dict, compute) -> dict[str, np.ndarray]:
   """Returns arrays that a file holds, if they are of this, or computes them."""
-  files.check_file(path)
   digest, again = files.digest(of), "delete it to compute it again."
-  if hosts.agree(path.exists()):
+
+  def look() -> dict[str, np.ndarray] | None:
+    files.check_file(path)
+    if not path.exists():
+      return None
     arrays, record = files.read_arrays(path, again)
-    if record == digest:
-      return arrays
+    return arrays if record == digest else None
+
+  found = look()
+  # All compute, or none does.
+  if hosts.agree(found is not None):
+    return files.seen(lambda: found or look(), f"{path} is written", path.parent)
   arrays = compute()
   files.write_arrays(path, arrays, digest)
   return arrays
@@ -77,16 +85,19 @@ def _examples(evaluation, chosen, shown) -> dict[str, np.ndarray]:
   batches = list(evaluation.batches(dataset.select(spread)))
   seed, result = config.evaluation.seed, {}
   (clean,) = degradations.conditions("clean")
-  frozen = [s for s in chosen if s.compared == Compared("classifier", False)]
+  # What no condition changes.
+  fixed: list[dict[str, Any]] = []
+  for batch in batches:
+    undegraded = Tensors(evaluation.networks, seed, clean, batch, 0)
+    fixed.append({"clean": undegraded.clean, "label": batch["label"]})
+    for subject in chosen:
+      if subject.compared == Compared("classifier", False):
+        fixed[-1]["value/clean"] = undegraded.values(subject)["prediction"]
   for condition in shown:
     parts: dict[str, list] = {}
-    for batch in batches:
+    for batch, same in zip(batches, fixed, strict=True):
       tensors = Tensors(evaluation.networks, seed, condition, batch, 0)
-      seen = {"degraded": tensors.degraded, "clean": tensors.clean}
-      seen["label"] = batch["label"]
-      for subject in frozen:
-        undegraded = Tensors(evaluation.networks, seed, clean, batch, 0)
-        seen["value/clean"] = undegraded.values(subject)["prediction"]
+      seen = {"degraded": tensors.degraded, **same}
       for subject in chosen:
         compared = subject.compared
         if compared.restored:

@@ -35,8 +35,6 @@ from fidelity_jax.datasets import Datasets
 
 # Seconds between looks at what other processes have finished.
 _PATIENCE = 2.0
-# Seconds until another host's writing is seen on a shared disk, at most.
-_LAG = 90.0
 
 
 def run(
@@ -247,14 +245,8 @@ def _seen(stage: stages.Stage) -> stages.Finished:
   Raises:
     RunError: this one does not, for long.
   """
-  for _ in range(round(_LAG / _PATIENCE)):
-    time.sleep(_PATIENCE)
-    if record := stage.check():
-      return record
-  raise errors.RunError(
-    f"{stage.name} is finished, but process {hosts.index()} does not see it: "
-    f"{stage.directory.parent} must be on a disk that all hosts share, see --workdir."
-  )
+  where = stage.directory.parent
+  return files.seen(stage.check, f"{stage.name} is finished", where)
 
 
 def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:

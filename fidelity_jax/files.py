@@ -13,7 +13,7 @@ import platform
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,7 +27,7 @@ _SEAL = "sha256"
 # What the record beside arrays is called.
 _RECORD = "record"
 # Seconds until another host's writing is seen on a shared disk, at most.
-_LAG = 60.0
+_LAG = 90.0
 # The directory that the processes of a job hold together.
 _held: pathlib.Path | None = None
 
@@ -415,17 +415,41 @@ def _meet(directory: pathlib.Path) -> None:
   if hosts.first():
     write_bytes(token, b"")
   hosts.wait("workdir")
-  until = time.monotonic() + _LAG
-  while not token.exists():
-    if time.monotonic() > until:
-      raise errors.UsageError(
-        f"workdir {str(directory)!r} of process {hosts.index()} is not that of process "
-        "0: name one on a disk that all hosts share, with --workdir."
-      )
-    time.sleep(0.2)
+  if not _in_time(token.exists):
+    raise errors.UsageError(
+      f"workdir {str(directory)!r} of process {hosts.index()} is not that of process "
+      "0: name one on a disk that all hosts share, with --workdir."
+    )
   hosts.wait("workdir seen")
   if hosts.first():
     token.unlink()
+
+
+def _in_time(look: Callable[[], T]) -> T:
+  """Returns what a look gives: the first thing that is true, or the last look's."""
+  until = time.monotonic() + _LAG
+  while not (found := look()) and time.monotonic() < until:
+    time.sleep(0.2)
+  return found
+
+
+def seen(look: Callable[[], T | None], what: str, where: pathlib.Path) -> T:
+  """Returns what the first process sees on the disk, once this one does, too.
+
+  Args:
+    look: returns it, None where it is not seen yet.
+    what: that it is there, for the message.
+    where: the directory that it is in.
+
+  Raises:
+    RunError: it is not seen for long.
+  """
+  if (found := _in_time(look)) is None:
+    raise errors.RunError(
+      f"{what}, but process {hosts.index()} does not see it: {where} must be on a disk "
+      "that all hosts share, see --workdir."
+    )
+  return found
 
 
 @contextlib.contextmanager

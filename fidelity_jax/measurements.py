@@ -79,6 +79,13 @@ class Measurements:
     found = self._rounds(condition).get(round_)
     return found.done if found is not None and names <= found.names else 0
 
+  def look_again(self, condition: Condition) -> None:
+    """Has what is kept of a condition read anew: another host may have written it.
+
+    What is new here is saved.
+    """
+    self._known.pop(self._path(condition), None)
+
   def get(self, condition: Condition, round_: int) -> Values:
     """Returns the values of a round that is measured.
 

@@ -333,13 +333,21 @@ def _like(name: str) -> str:
 
 
 def _rates(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns seconds per step: medians over epochs, by kind and by what is alike."""
+  """Returns seconds per step: medians over epochs, by kind and by what is alike.
+
+  With validation, but for epochs that were interrupted.
+  """
   found: dict[str, list[float]] = {}
   for path in sorted(workdir.glob("*/metrics.jsonl")):
     before = 0
     for record in stages.records(path):
       steps, before = record["step"] - before, record["step"]
       if steps > 0 and "seconds" in record:
+        took = record["seconds"] / steps
+        # The seconds of an epoch that was interrupted are those of its last steps, and
+        # so is the speed, which earlier versions did not record.
+        if speed := record.get("steps_per_second"):
+          took = max(took, 1 / speed)
         for key in (_like(path.parent.name), path.parent.name.partition("-")[0]):
-          found.setdefault(key, []).append(record["seconds"] / steps)
+          found.setdefault(key, []).append(took)
   return {key: statistics.median(rates) for key, rates in found.items()}

@@ -508,7 +508,20 @@ class Trainer:
     bad = int(state.bad_step)
     if bad < 0:
       return
-    with self._batches(bad) as batches:
+    settings = self.settings
+    # The loss is that of the whole batch, of which each host reads a part.
+    batches = data.train_iterator(
+      self.train_data,
+      image_size=settings.image_size,
+      batch_size=settings.images_per_step,
+      seed=settings.seed,
+      purpose=settings.purpose,
+      epochs=settings.epochs,
+      start_step=bad,
+      shard_index=0,
+      shard_count=1,
+    )
+    with batches:
       index = next(batches)["index"]
     keys = ", ".join(self.train_data.keys[i] for i in index)
     raise errors.RunError(

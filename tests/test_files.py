@@ -4,11 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import threading
+import time
 
 import msgspec
 import pytest
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, experiment, files, hosts
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -124,3 +126,38 @@ def test_a_directory_belongs_to_one_run_at_a_time(tmp_path):
         pass
   with files.locked(tmp_path / "w"):
     pass
+
+
+def test_what_another_host_wrote_is_waited_for(tmp_path, monkeypatch):
+  path = tmp_path / "late"
+  look = lambda: path.read_text() if path.exists() else None
+  late = threading.Timer(0.5, path.write_text, ["there"])
+  late.start()
+  assert files.seen(look, "late is written", tmp_path) == "there"
+  late.join()
+  path.unlink()
+  monkeypatch.setattr(files, "_LAG", 0.3)
+  with pytest.raises(errors.RunError, match="late is written, but process 0 does not"):
+    files.seen(look, "late is written", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["workdir", "stage"])
+def test_one_time_holds_for_all_that_is_waited_for(tmp_path, monkeypatch, what):
+  """Of a process that does not see what the first one writes."""
+
+  class Unseen:
+    name, directory, check = "some-stage", tmp_path / "some-stage", lambda self: None
+
+  monkeypatch.setattr(files, "_LAG", 0.3)
+  monkeypatch.setattr(hosts, "_index", 1)
+  monkeypatch.setattr(hosts, "several", lambda: True)
+  monkeypatch.setattr(hosts, "agree", lambda value: value)
+  monkeypatch.setattr(hosts, "wait", lambda place: None)
+  begun = time.monotonic()
+  if what == "workdir":
+    with pytest.raises(errors.UsageError, match="of process 1 is not that of process"):
+      files._meet(tmp_path)
+  else:
+    with pytest.raises(errors.RunError, match="finished, but process 1 does not see"):
+      experiment._seen(Unseen())
+  assert time.monotonic() - begun < 10

@@ -132,6 +132,27 @@ def test_how_a_classifier_is_steered_is_no_part_of_it(tmp_path):
   assert found[0].name != found[1].name
 
 
+def test_other_networks_at_the_lite_size(tmp_path):
+  """Only EfficientNet-Lite0 is fine-tuned with a momentum that is not its own."""
+  model = "parents.classifier.model."
+
+  def classifier(**fields):
+    config = _config(size="lite")
+    _set(config, {model + name: value for name, value in fields.items()})
+    return _resolve(config, tmp_path).parents["classifier"]
+
+  own = classifier()
+  assert own.made_of["model"]["bn_momentum"] == 0.9
+  assert classifier(bn_momentum=0.9).digest == own.digest
+  assert classifier(bn_momentum=0.99).digest != own.digest
+  assert classifier(weights=None).made_of["model"]["bn_momentum"] == 0.99
+  other = classifier(name="resnet18", weights="torchvision")
+  assert other.made_of["model"]["name"] == "resnet18"
+  # A field that would do nothing is refused.
+  with pytest.raises(errors.UsageError, match="'resnet18' has no such field"):
+    classifier(name="resnet18", weights="torchvision", bn_momentum=0.9)
+
+
 def test_a_classifier_of_restored_images_has_the_restorer_as_a_parent(tmp_path):
   config = _config()
   config.parents.classifier.source = "restored"

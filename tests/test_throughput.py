@@ -16,23 +16,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+import training
 from conftest import ROOT, TOY, overrides
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fidelity_jax import (
   chips,
-  data,
-  degradations,
   errors,
   metrics,
-  models,
   progress,
   sharding,
   signals,
-  tasks,
   throughput,
   tracing,
-  train,
 )
 
 IMAGES, STEPS = 4, 4
@@ -47,38 +43,8 @@ SPEED = [
 
 def _trainer(directory, epochs=2, traced=None, **network):
   """A restorer on 16 images, in 4 steps per epoch of 16 patches each."""
-  some = data.load(data.default_config("demo"), "validation").select(range(16))
-  layout = sharding.make_layout(size=IMAGES)
-  awgn = degradations.from_config("awgn")
-  return train.Trainer(
-    title="restorer",
-    task=tasks.RestorationTask(
-      restorer=models.DnCNN(**{"depth": 2, "width": 4} | network),
-      inputs=tasks.Inputs(awgn, 0, "restorer", 16, 16, layout.batch),
-      patches_per_image=4,
-    ),
-    settings=train.Settings(
-      seed=0,
-      purpose="restorer",
-      image_size=32,
-      images_per_step=IMAGES,
-      epochs=epochs,
-      warmup_epochs=0,
-      validation_rounds=1,
-      learning_rate=1e-3,
-      optimizer="adam",
-      checkpoint_seconds=60.0,
-      workers=0,
-      crop_area=(0.5, 1.0),
-      crop_aspect=(1.0, 1.0),
-      reduced_decode=False,
-      traced=traced,
-    ),
-    train_data=some,
-    validation_data=some,
-    directory=directory,
-    layout=layout,
-  )
+  fields = {"epochs": epochs, "traced": traced}
+  return training.restorer(directory, 16, IMAGES, network=network, **fields)
 
 
 @contextlib.contextmanager

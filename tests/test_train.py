@@ -1,50 +1,25 @@
 """The training loop's own parts; whole runs are in test_main and test_kills."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
+from conftest import ROOT
 
-from fidelity_jax import data, degradations, models, sharding, tasks, train
+from fidelity_jax import data, errors, sharding, train
 
 
 @pytest.fixture(scope="module")
 def make_trainer(tmp_path_factory):
   """Returns a function of validation_rounds that prepares to train a restorer."""
-  some = data.load(data.default_config("demo"), "validation")
-
-  def make(rounds):
-    return train.Trainer(
-      title="restorer",
-      task=tasks.RestorationTask(
-        restorer=models.DnCNN(depth=2, width=4),
-        inputs=tasks.Inputs(degradations.from_config("awgn"), 0, "restorer", 32, 32),
-        patches_per_image=4,
-      ),
-      settings=train.Settings(
-        seed=0,
-        purpose="restorer",
-        image_size=64,
-        images_per_step=40,
-        epochs=1,
-        warmup_epochs=0,
-        validation_rounds=rounds,
-        learning_rate=1e-3,
-        optimizer="adam",
-        checkpoint_seconds=60.0,
-        workers=0,
-        crop_area=(0.5, 1.0),
-        crop_aspect=(1.0, 1.0),
-        reduced_decode=False,
-      ),
-      train_data=some,
-      validation_data=some,
-      directory=tmp_path_factory.mktemp("stage"),
-      layout=sharding.make_layout(size=160),
-    )
-
+  place = tmp_path_factory.mktemp
+  make = lambda rounds: training.restorer(
+    place("stage"), None, 40, 64, validation_rounds=rounds
+  )
   return make
 
 
@@ -71,24 +46,9 @@ def test_validation_is_the_mean_over_rounds_of_fixed_degradations(make_trainer):
 
 
 _SHARDED = """
-import sys
-from fidelity_jax import data, degradations, models, sharding, tasks, train
-# As many devices as split a batch evenly.
-layout = sharding.make_layout(size=8)
-some = data.load(data.default_config("demo"), "validation")
-inputs = tasks.Inputs(
-  degradations.from_config("awgn"), 0, "restorer", 32, 32, layout.batch
-)
-task = tasks.RestorationTask(
-  restorer=models.DnCNN(depth=2, width=4), inputs=inputs, patches_per_image=4
-)
-settings = train.Settings(
-  seed=0, purpose="restorer", image_size=64, images_per_step=2, epochs=1,
-  warmup_epochs=0, validation_rounds=1, learning_rate=1e-3, optimizer="adam",
-  checkpoint_seconds=60.0, workers=0, crop_area=(0.5, 1.0), crop_aspect=(1.0, 1.0),
-  reduced_decode=False,
-)
-trainer = train.Trainer("t", task, settings, some, some, sys.argv[1], layout)
+import pathlib, sys, training
+from fidelity_jax import data
+trainer = training.restorer(pathlib.Path(sys.argv[1]), None, 2, 64)
 state = trainer.initial_state()
 batch = next(data.prefetch_to_device(trainer._batches(0), trainer.batch_sharding))
 step = trainer.train_step.lower(state, trainer.frozen, batch).compile()
@@ -101,7 +61,8 @@ def test_patches_are_split_where_images_are_too_few(command, make_trainer, tmp_p
   """Two images of four patches each, on four devices."""
   flags = "--xla_force_host_platform_device_count=4"
   program = ("-c", _SHARDED)
-  env = {"XLA_FLAGS": flags}
+  path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+  env = {"XLA_FLAGS": flags, "PYTHONPATH": path}
   result = command(tmp_path, program=program, env=env, check=0)
   loss, *compiled = result.stdout.split()
   # Each device convolves two patches.
@@ -119,3 +80,27 @@ def test_a_validation_batch_is_bounded_in_patches(make_trainer):
     trainer.task = dataclasses.replace(trainer.task, patches_per_image=patches)
     del trainer.__dict__["_validation_size"]
     assert trainer._validation_size == expected
+
+
+def test_the_whole_batch_of_a_loss_that_is_not_finite_is_named(
+  make_trainer, monkeypatch
+):
+  """On each of several hosts, which reads a part of it."""
+  trainer = make_trainer(1)
+  with trainer._batches(1) as batches:
+    index = next(batches)["index"]
+  assert len(set(index)) == 40
+  state = train.TrainState(
+    step=jnp.int32(3),
+    params={},
+    model_state={},
+    opt_state=(),
+    averages={},
+    bad_step=jnp.int32(1),
+  )
+  part = {"shard_index": 1, "shard_count": 2}
+  monkeypatch.setattr(sharding, "host_shard", lambda batch: part)
+  with pytest.raises(errors.RunError, match="not finite at step 2") as caught:
+    trainer._check_finite(state)
+  named = str(caught.value).rpartition("that batch: ")[2].split(", ")
+  assert named == [trainer.train_data.keys[i] for i in index]

@@ -205,7 +205,14 @@ def _recognize_timm(state: State) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-  variants={"efficientnet_lite0": dict(dropout=0.2, bn_momentum=_MOMENTUM)},
+  variants={
+    "efficientnet_lite0": dict(
+      dropout=0.2,
+      # Fine-tuning is short: with the network's own it ends with statistics of networks
+      # long gone (docs/notebook.md).
+      bn_momentum=lambda given: 0.9 if "weights" in given else _MOMENTUM,
+    )
+  },
   build=_build,
   layouts=(
     Layout(_NUMBERED, _recognize_numbered),

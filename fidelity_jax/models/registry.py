@@ -132,7 +132,8 @@ def create(
       (see `users.find`), and any of that network's fields; a field that is absent or
       None takes torchvision's value, or the class's own.
       `weights` may be there too: as in torchvision, a GoogLeNet that starts from
-      weights has `transform_input` unless the config says otherwise.
+      weights has `transform_input` unless the config says otherwise, and so has an
+      EfficientNet-Lite0 a `bn_momentum` of 0.9.
     num_classes: length of the logits.
     dtype: compute dtype; parameters and logits are float32.
 
