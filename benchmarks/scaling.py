@@ -229,8 +229,10 @@ def parse() -> argparse.Namespace:
   args.batch = args.batch or (16 if args.dry else 256 if args.topology else 8)
   args.precision = args.precision or ("bfloat16" if args.topology else "float32")
   args.limit = args.limit or (120 if args.dry else 1800)
-  if not args.topology and (bad := [n for n in args.devices if args.batch % n]):
-    parser.error(f"--batch={args.batch} does not split over {bad[0]} devices")
+  if not args.topology:
+    args.devices = [n for n in args.devices if n % args.model == 0]
+    if bad := [n for n in args.devices if args.batch % (n // args.model)]:
+      parser.error(f"--batch={args.batch} does not split over {bad[0]} devices")
   return args
 
 

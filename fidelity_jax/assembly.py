@@ -293,7 +293,9 @@ def _check_memory(kind: str, shapes: PyTree) -> None:
   leaves = jax.tree.leaves(shapes)
   count = sum(leaf.size for leaf in leaves)
   held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-  needed, there = 12 * held, platform.memory()
+  # On a CPU, devices share the machine's.
+  sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+  needed, there = 12 * held * sharing, platform.memory()
   if needed > there:
     raise errors.UsageError(
       f"{kind}: its {count:,} parameters need at least {needed / 2**30:.3g} GiB to "

@@ -28,6 +28,10 @@ _OPERATION = re.compile(
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]+[0-9]*[a-z0-9]*)\[(?P<shape>[0-9,<= ]*)\]")
 _DONE = re.compile(r"^[^%]*%?(?P<name>[^\s,)]+)")
 _LISTED = re.compile(r"replica_groups=\{\{(?P<first>[0-9,]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\] ?\{(?P<axes>[^}]*)\}")
+_SIZE = re.compile(r"'(?P<name>[^']+)'=(?P<size>[0-9]+)")
+# Of a part of an axis, such as 'a':(2)4, the last number is its size.
+_AXIS = re.compile(r"'(?P<name>[^']+)'(?::\([0-9]+\)(?P<size>[0-9]+))?")
 _COUNTED = re.compile(r"replica_groups=\[[0-9]+,(?P<size>[0-9]+)\]<=")
 _DEVICES = re.compile(r"(?:num_partitions|replica_count)=(?P<count>[0-9]+)")
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
@@ -133,6 +137,10 @@ def _group(attributes: str, everyone: int) -> int:
     return match["first"].count(",") + 1
   if match := _COUNTED.search(attributes):
     return int(match["size"])
+  if match := _NAMED.search(attributes):
+    sizes = dict(_SIZE.findall(match["sizes"]))
+    taking = _AXIS.finditer(match["axes"])
+    return math.prod(int(axis["size"] or sizes[axis["name"]]) for axis in taking)
   if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
     return len(set(re.findall("[0-9]+", pairs[1])))
   return everyone

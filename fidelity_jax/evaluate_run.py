@@ -40,6 +40,7 @@ from fidelity_jax import (
   results,
   runs,
   schema,
+  sharding,
   signals,
   stages,
   study,
@@ -142,6 +143,9 @@ def _planned(
     config = own.config.copy_and_resolve_references()
     dataset.max_pixels = config.dataset.max_pixels
     config.dataset = dataset
+    with config.unlocked():
+      # Not the devices that it was trained on.
+      config.mesh = sharding.default_config()
   else:
     config = given.config_for(model, dataset)
   if as_is or degradation:

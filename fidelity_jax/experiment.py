@@ -263,11 +263,13 @@ def complete(stage: stages.Stage, datasets: Datasets, prefix: str = "") -> None:
   hosts.wait(f"{stage.name} begins")
   train_data = datasets.load(config.dataset, "train")
   layout = sharding.make_layout(config.mesh, config.batch_size)
-  used = layout.mesh.size
-  if config.mesh.data == -1 and used < jax.device_count():
+  used, there = layout.mesh.size, jax.device_count()
+  if used < there:
     progress.say(
-      f"{stage.name}: batch_size {config.batch_size} splits evenly over {used} of "
-      f"{jax.device_count()} devices: the others wait."
+      f"{stage.name}: batch_size {config.batch_size} splits evenly over "
+      f"{layout.parts} x {used // layout.parts} of {there} devices: the others wait."
+      if config.mesh.data == -1
+      else f"{stage.name}: the mesh has {used} of {there} devices: the others wait."
     )
   task = assembly.loaded_task(stage, train_data.num_classes, layout)
   trainer = train.Trainer(

@@ -115,9 +115,9 @@ def lower(stage: stages.Stage, num_classes: int, layout: sharding.Layout) -> Ste
     "mask": jax.ShapeDtypeStruct((images,), jnp.float32),
   }
   where = train.state_sharding(state, tx, layout)
-  state, frozen = _placed(state, where), layout.shapes(task.frozen)
+  state, frozen = sharding.placed(state, where), layout.shapes(task.frozen)
   split = layout.images(images)
-  batch = _placed(batch, jax.tree.map(lambda _: split, batch))
+  batch = sharding.placed(batch, jax.tree.map(lambda _: split, batch))
   step = train.make_train_step(task, tx, jax.random.key(0))
   step = jax.jit(step, donate_argnums=0, out_shardings=where)
   return Step(step.lower(state, frozen, batch), state, frozen, batch, layout.mesh.size)
@@ -179,11 +179,6 @@ def describe(planned: list[stages.Stage], datasets: Datasets) -> str:
   ]
   title = "Training steps: MiB per device, and exchanged by devices in each step"
   return "\n".join(["", title, "", *(line.rstrip() for line in table)])
-
-
-def _placed(shapes: PyTree, where: PyTree) -> PyTree:
-  put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-  return jax.tree.map(put, shapes, where)
 
 
 def _held(shapes: PyTree) -> int:

@@ -41,9 +41,9 @@ def _possible_rule(value: Any) -> bool:
   try:
     pattern, axes = value
     re.compile(pattern)
-  except (TypeError, ValueError, re.error):
+  except (TypeError, ValueError, OverflowError, RecursionError, re.error):
     return False
-  return isinstance(pattern, str) and axes in _AXES
+  return isinstance(pattern, str) and isinstance(axes, str) and axes in _AXES
 
 
 # Fields of `mesh`.
@@ -118,9 +118,9 @@ class Layout:
     """Returns the sharding of each array of a tree.
 
     Args:
-      tree: arrays or their shapes; their paths are their names, such as
-        "params/hidden/kernel" of what trains, "classifier/params/fc/kernel" of what is
-        frozen.
+      tree: arrays or their shapes; their paths are their names. Those of what trains
+        begin with "params", those of frozen networks with their role, as in
+        "classifier/params/head/fc/kernel".
     """
 
     def where(path, leaf) -> NamedSharding:
@@ -144,8 +144,7 @@ class Layout:
 
   def shapes(self, tree: PyTree) -> PyTree:
     """Returns the shapes of a tree's arrays with the sharding of each."""
-    put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(put, tree, self.of(tree))
+    return placed(tree, self.of(tree))
 
   def place(self, tree: PyTree) -> PyTree:
     """Returns arrays where they belong.
@@ -157,6 +156,17 @@ class Layout:
     if jax.process_count() == 1:
       return jax.device_put(tree, where)
     return jax.tree.map(_place, tree, where)
+
+
+def placed(tree: PyTree, where: PyTree) -> PyTree:
+  """Returns the shapes of a tree's arrays with given shardings.
+
+  Args:
+    tree: arrays or their shapes.
+    where: the sharding of each.
+  """
+  put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(put, tree, where)
 
 
 def _place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -204,9 +214,14 @@ def _mesh(data: int, model: int, size: int | None) -> jax.sharding.Mesh:
   if whole and size is not None and hosts == 1:
     data = next(n for n in range(min(data, size), 0, -1) if size % n == 0)
   needed, local = data * model, count // hosts
-  if needed > count or (needed < count and hosts > 1):
+  if needed > count:
     raise errors.UsageError(
-      f"{given}: that is {needed} devices, and there are {count}: set one to -1."
+      f"{given}: that is {needed} devices, and there are {count}: make one smaller."
+    )
+  if needed < count and hosts > 1:
+    raise errors.UsageError(
+      f"{given}: that is {needed} devices, but the processes of a job use all {count} "
+      "of theirs: set one to -1."
     )
   if hosts > 1 and local % model and model % local:
     raise errors.UsageError(

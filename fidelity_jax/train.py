@@ -277,6 +277,7 @@ class Trainer:
     self._init = make_initial_state(task, self.tx, settings.image_size)
     shapes = jax.eval_shape(self._init, jax.random.key(0), task.initial)
     self._state_sharding = state_sharding(shapes, self.tx, layout)
+    self._state_shapes = sharding.placed(shapes, self._state_sharding)
     dropout = randomness.purpose_key(settings.seed, f"{settings.purpose}/dropout")
     step = make_train_step(task, self.tx, dropout)
     options = platform.compiler_options()
@@ -368,16 +369,19 @@ class Trainer:
   def _run(
     self, saved: checkpoints.Checkpoints
   ) -> tuple[TrainState, checkpoints.Progress]:
-    state, done = self.initial_state(), checkpoints.Progress()
-    if (start := hosts.agree(saved.latest())) is not None:
+    if (start := hosts.agree(saved.latest())) is None:
+      state, done = self.initial_state(), checkpoints.Progress()
+    else:
+      like = self._state_shapes
       variables, training, done = saved.restore(
-        start, state.variables(), state.training()
+        start, like.variables(), like.training()
       )
-      state = state.replace(
+      state = TrainState(
         # Where the first step has it, or the next step would be compiled again.
         step=self.layout.place(jnp.int32(start)),
         params=variables["params"],
         model_state=variables.get("batch_stats", {}),
+        bad_step=self.layout.place(jnp.int32(-1)),
         **training,
       )
       progress.say(f"{self.title}: resuming at step {start} of {self.total_steps}.")

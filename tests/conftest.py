@@ -256,6 +256,23 @@ def toy_run(command, shared) -> pathlib.Path:
   return workdir
 
 
+# With seed 0 some unit is within rounding of its threshold at the classifier's eighth
+# step; four devices have it on the other side, and 1e-6 becomes 1e-2 in a few steps.
+STEADY = {"seed": 2}
+
+
+@pytest.fixture(scope="session")
+def steady_run(command, shared) -> pathlib.Path:
+  """The toy on one device, with a seed that rounding does not upset; read only."""
+  workdir = shared / "steady"
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  with open(shared / "steady.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not list(workdir.glob("*/report.md")):
+      command(*arguments, *overrides(TOY | STEADY), check=0)
+  return workdir
+
+
 @pytest.fixture(scope="session")
 def toy_estimated(toy_run, command, shared) -> pathlib.Path:
   """The same with a pretrained map, logits kept, to be read only."""

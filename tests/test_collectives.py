@@ -26,13 +26,18 @@ replica_groups=[2,4]<=[8], dimensions={0}
   %all-gather-done.2 = f32[8,7]{1,0} all-gather-done(%all-gather-start.2)
   %scattered = s32[3]{0} reduce-scatter(%f), replica_groups={}, to_apply=%region
   %moved = u8[10]{0} collective-permute(%g), source_target_pairs={{0,1},{1,0}}
+  %rows = f32[6]{0} all-reduce(%d), \
+replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}, to_apply=%region
+  %part = f32[6]{0} all-reduce(%d), \
+replica_groups=mesh['a'=8] {'a':(2)4}, use_global_device_ids=true
+  %none = f32[6]{0} all-reduce(%d), replica_groups=mesh['a'=8,'b'=1] {'b'}
   ROOT %out = f32[] fusion(%all-reduce, %one), calls=%region
 }
 """
 
 
 def test_operations_are_read():
-  first, pair, gathered, scattered, moved = collectives.read(_HLO)
+  first, pair, gathered, scattered, moved, *named = collectives.read(_HLO)
   assert first.kind == "all-reduce"
   assert first.arrays == (
     collectives.Array("f32", (3, 3, 4, 16)),
@@ -48,6 +53,8 @@ def test_operations_are_read():
   assert (gathered.bytes, gathered.sent) == (4 * 56, 3 / 4 * 4 * 56)
   assert (scattered.bytes, scattered.sent) == (8 * 12, 7 * 12)
   assert (moved.kind, moved.devices, moved.sent) == ("collective-permute", 2, 10)
+  # Groups by the axes of a mesh; those of one device send nothing.
+  assert [(o.kind, o.devices) for o in named] == [("all-reduce", 2), ("all-reduce", 4)]
   assert collectives.total([first, pair]) == first.bytes + pair.bytes
 
 

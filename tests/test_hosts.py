@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from conftest import TOY, check_same, overrides
+from conftest import STEADY, TOY, check_same, overrides
 
 from fidelity_jax import errors, hosts
 
@@ -194,27 +194,32 @@ _SPLIT = {"across": (1, {"mesh.model": 2}), "within": (2, {"mesh.model": 2})}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _SPLIT)
-def test_kernels_that_are_split_are_saved_and_go_on_elsewhere(toy_run, tmp_path, name):
+def test_kernels_that_are_split_go_on_elsewhere(steady_run, tmp_path, name):
   """Stopped, gone on with by the same, finished by one that has them whole."""
   devices, fields = _SPLIT[name]
-  fields = fields | {"mesh.min_size": 64}
+  fields = STEADY | fields | {"mesh.min_size": 64}
   workdir = tmp_path / "split"
-  for kind in ("classifier", "restorer"):
-    job = _Job(2, workdir, devices=devices, **fields)
-    _until(_begun(workdir, kind))
-    time.sleep(1)
-    job.processes[1].send_signal(signal.SIGTERM)
-    assert job.wait(300) == [143] * 2, job.said()
-  alone = _Job(1, workdir)
+  first = _Job(2, workdir, devices=devices, **fields)
+  _until(_begun(workdir, "classifier"))
+  time.sleep(1)
+  first.processes[1].send_signal(signal.SIGTERM)
+  assert first.wait(300) == [143] * 2, first.said()
+  again = _Job(2, workdir, devices=devices, **fields)
+  _until(lambda: "resuming at step" in again.said()[0])
+  again.processes[0].send_signal(signal.SIGTERM)
+  assert again.wait(300) == [143] * 2, again.said()
+  alone = _Job(1, workdir, **STEADY)
   assert alone.wait(550) == [0], alone.said()
-  check_same(workdir, toy_run)
+  check_same(workdir, steady_run)
 
 
 @pytest.mark.slow
-def test_kernels_that_are_split_to_the_end(toy_run, tmp_path):
-  job = _Job(2, tmp_path / "split", **{"mesh.model": 2, "mesh.min_size": 64})
-  assert job.wait(550) == [0, 0], job.said()
-  check_same(tmp_path / "split", toy_run)
+def test_kernels_that_are_split_to_the_end(steady_run, tmp_path):
+  """Four processes, of which each two share the kernels and read the same images."""
+  fields = STEADY | {"mesh.model": 2, "mesh.min_size": 64}
+  job = _Job(4, tmp_path / "split", **fields)
+  assert job.wait(550) == [0] * 4, job.said()
+  check_same(tmp_path / "split", steady_run)
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ def test_a_change_reaches_the_stages_it_matters_to(tmp_path):
   [
     ("checkpoint_seconds", 3.0),
     ("profile.steps", (1, 2)),
+    ("mesh.model", 2),
+    ("mesh.rules", ((".*", "data"),)),
     ("degradation.level", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
     ("evaluation.rounds", 3),
     ("ensemble.epochs", 3),
