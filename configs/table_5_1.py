@@ -7,7 +7,9 @@ r"""The paper's main comparison: twelve rows under eight conditions (Table 5.1).
 Three classifiers, a restorer, an estimator, three calibrated models with ensembles.
 With `:demo` its stages took about 50 minutes one after the other on a 2-core AMD EPYC
 that was busy with other things, the evaluation 3 minutes of processor time
-(2026-11-24); seed 0 is in docs/results.md. The paper's size was not run here.
+(2026-11-24). With `:lite` they took 3 h 43 min, each on one core, the evaluation half
+an hour on both (2026-11-28). Seed 0 of both is in docs/results.md. The paper's size was
+not run here.
 """
 
 from fidelity_jax.configs import common
