@@ -129,6 +129,7 @@ def _sorted(shapes) -> list[tuple[int, ...]]:
   return sorted(tuple(sorted(n for n in shape if n > 1)) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["oracle", "end_to_end"])
 def test_only_gradients_and_scalars_are_reduced(steps, name):
   """Calibration: 4 bytes per trained parameter, three scalars, nothing else."""
@@ -144,12 +145,14 @@ def test_only_gradients_and_scalars_are_reduced(steps, name):
   assert step["reduced"] == step["bytes"] + 4 * len(scalars)
 
 
+@pytest.mark.slow
 def test_an_estimator_that_trains_along_is_reduced_too(steps):
   more = steps["end_to_end"]["reduced"] - steps["oracle"]["reduced"]
   # Three 3x3 convolutions: 3 -> 4 -> 4 -> 3 channels.
   assert more == 4 * (3 * 9 * 4 + 4 + 4 * 9 * 4 + 4 + 4 * 9 * 3 + 3)
 
 
+@pytest.mark.slow
 def test_batch_norm_adds_three_numbers_per_channel(steps):
   """Classifier: gradients, scalars, and three numbers of every channel.
 

@@ -190,13 +190,14 @@ DEVICES = textwrap.dedent(
   dataset = test_data.make()
   assert len(jax.devices()) == 8
   for devices in (1, 2, 3, 5, 8):
-    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    grid = np.asarray(jax.devices()[:devices]).reshape(-1, 1)
+    layout = sharding.Layout(Mesh(grid, ("data", "model")))
     for size in (1, 4, 7, 23, 40):
       batches = data.eval_iterator(
-        dataset, image_size=4, batch_size=sharding.round_up(mesh, size)
+        dataset, image_size=4, batch_size=sharding.round_up(layout, size)
       )
       counted = np.zeros(23)
-      for batch in data.prefetch_to_device(batches, sharding.batch(mesh)):
+      for batch in data.prefetch_to_device(batches, layout.batch):
         assert len(batch["image"].sharding.device_set) == devices
         counted += np.asarray(count(batch["index"], batch["mask"]))
       np.testing.assert_array_equal(counted, 1, err_msg=f"{{devices}} {{size}}")

@@ -61,6 +61,7 @@ def _first_says(monkeypatch, *answers):
   monkeypatch.setattr(hosts, "agree", lambda value: next(said))
 
 
+@pytest.mark.slow
 def test_another_host_sees_late_what_is_measured(tmp_path, monkeypatch):
   chosen, dataset = _subjects()
   there, here = tmp_path / "there", tmp_path / "here"

@@ -167,6 +167,7 @@ def test_accelerators_multiply_float32_as_it_is(places, monkeypatch):
     assert line.count("HIGHEST") == 2, line
 
 
+@pytest.mark.slow
 def test_a_loaded_file_is_called_with_arrays(places, jax_files):
   run, network = runs.find(places["oracle"]), exported.load(jax_files / "oracle.jax")
   images = pictures(run, 3)
@@ -529,6 +530,7 @@ class Odd(export.Program):
     return {"restored": jax.pure_callback(np.asarray, shape, restored)}
 
 
+@pytest.mark.slow
 def test_what_onnx_has_not_is_named():
   pytest.importorskip("jax2onnx")
   method = Method(None, models.DnCNN(depth=2, width=4))

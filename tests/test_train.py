@@ -57,6 +57,7 @@ print("f32[2,32,32,4]" in step.as_text(), "all-reduce" in step.as_text())
 """
 
 
+@pytest.mark.slow
 def test_patches_are_split_where_images_are_too_few(command, make_trainer, tmp_path):
   """Two images of four patches each, on four devices."""
   flags = "--xla_force_host_platform_device_count=4"
