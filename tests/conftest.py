@@ -243,17 +243,22 @@ def command(background):
   return run
 
 
+def _finished(command, shared, name: str, fields: dict) -> pathlib.Path:
+  """Returns a workdir in which the toy has run, to be read only."""
+  workdir = shared / name
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  # The first process that comes here makes it.
+  with open(shared / f"{name}.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not list(workdir.glob("*/report.md")):
+      command(*arguments, *overrides(TOY | fields), check=0)
+  return workdir
+
+
 @pytest.fixture(scope="session")
 def toy_run(command, shared) -> pathlib.Path:
   """The workdir of a finished toy-sized oracle experiment, to be read only."""
-  workdir = shared / "toy"
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
-  # The first process that comes here makes it.
-  with open(shared / "toy.lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not list(workdir.glob("*/report.md")):
-      command(*arguments, *overrides(TOY), check=0)
-  return workdir
+  return _finished(command, shared, "toy", {})
 
 
 # With seed 0 some unit is within rounding of its threshold at the classifier's eighth
@@ -263,14 +268,8 @@ STEADY = {"seed": 2}
 
 @pytest.fixture(scope="session")
 def steady_run(command, shared) -> pathlib.Path:
-  """The toy on one device, with a seed that rounding does not upset; read only."""
-  workdir = shared / "steady"
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
-  with open(shared / "steady.lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not list(workdir.glob("*/report.md")):
-      command(*arguments, *overrides(TOY | STEADY), check=0)
-  return workdir
+  """The same with a seed that rounding does not upset."""
+  return _finished(command, shared, "steady", STEADY)
 
 
 @pytest.fixture(scope="session")
