@@ -268,7 +268,7 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   platform.set_up()
   if args.rounds is not None and not 1 <= args.rounds <= 1_000_000:
     raise errors.UsageError(f"--rounds={args.rounds}: write a number from 1 on.")
-  out = files.expand(args.out)
+  out = files.expand(args.out, write=True)
   stages.check_workdir(out)
   command = shlex.join(["fidelity_jax", "evaluate", *arguments])
   how = args.as_is, args.rounds, args.degradation

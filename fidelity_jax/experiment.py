@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from fidelity_jax import (
   assembly,
   boundary,
+  buckets,
   data,
   errors,
   files,
@@ -61,13 +62,12 @@ def run(
   work = study.read(config)
   for experiment in work.experiments:
     plan.resolve(experiment)
-  if "://" in workdir:
-    raise errors.UsageError(
-      f"workdir {workdir!r} is an address: name a directory, on a disk that all hosts "
-      "share. Workdirs in buckets are not supported yet."
-    )
-  place, datasets = files.expand(workdir), Datasets()
+  datasets, bucket = Datasets(), None
+  if buckets.is_address(workdir) and not dry_run:
+    _check_bucket(work, workdir)
+    bucket = buckets.Mirror(workdir)
   if dry_run:
+    place = files.expand(workdir)
     stages.check_workdir(place)
     planned, _ = _plan(work, place, datasets)
     lines = [plan.describe(planned, datasets, place)]
@@ -75,7 +75,11 @@ def run(
     if hosts.first():
       print("\n".join(lines))
     return
-  with files.locked(place, shared=work.shard is not None), _staying(place):
+  with contextlib.ExitStack() as held:
+    place = held.enter_context(bucket) if bucket else files.expand(workdir)
+    shared = work.shard is not None
+    held.enter_context(files.locked(place, shared, copies=bucket is not None))
+    held.enter_context(_staying(place))
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))
     stages.check_workdir(place)
     files.check_file(place / "index.md")
@@ -104,6 +108,22 @@ def run(
         f"{len(missing)} of {len(planned.stages)} stages are missing ({some}), see "
         f"{where / 'report.md'} or above. {next(iter(missing.values()))} The same "
         "command goes on with what is there."
+      )
+
+
+def _check_bucket(work: study.Study, workdir: str) -> None:
+  """Raises UsageError if it takes a common disk to do what is asked."""
+  if work.shard is not None:
+    raise errors.UsageError(
+      f"config.shard: processes share a study on a disk, not in {workdir}: leave it "
+      "out, or name a directory with --workdir."
+    )
+  for one in work.experiments:
+    if hosts.several() and (one.mesh.model != 1 or one.mesh.rules):
+      raise errors.UsageError(
+        "config.mesh splits arrays, of which each process writes its part to a disk: "
+        f"name one that all share in place of {workdir} with --workdir, or leave "
+        "mesh.model and mesh.rules as they are."
       )
 
 

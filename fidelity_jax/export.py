@@ -139,7 +139,7 @@ def _checked(to: str | os.PathLike) -> tuple[pathlib.Path, str]:
 
   And its ending, "" for a directory.
   """
-  path = pathlib.Path(os.path.abspath(files.expand(to)))
+  path = pathlib.Path(os.path.abspath(files.expand(to, write=True)))
   with errors.while_doing(f"writing {path}"):
     is_directory = os.fspath(to).endswith(os.sep) or port.is_ported(path)
   suffix = "" if is_directory else path.suffix

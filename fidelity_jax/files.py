@@ -32,12 +32,27 @@ _LAG = 90.0
 _held: pathlib.Path | None = None
 
 
-def expand(path: str | pathlib.Path) -> pathlib.Path:
-  """Returns a path with "~" and "~user" replaced.
+def expand(path: str | pathlib.Path, write: bool = False) -> pathlib.Path:
+  """Returns a path with "~" and "~user" replaced; of an address, the path of a copy.
+
+  Args:
+    path: a path, or an address such as gs://BUCKET/DIR; see `buckets.copy`.
+    write: whether it is to be written to, which an address cannot be.
 
   Raises:
-    UsageError: there is no such user, or it cannot be a path.
+    UsageError: there is no such user, it cannot be a path, or an address cannot be
+      used.
+    RunError: an address cannot be reached.
   """
+  from fidelity_jax import buckets
+
+  if buckets.is_address(path):
+    if write:
+      raise errors.UsageError(
+        f"{path} is an address: name a directory on a disk. Only a run's --workdir may "
+        "be in a bucket."
+      )
+    return buckets.copy(str(path))
   if "\0" in str(path):
     raise errors.UsageError(f"{str(path)!r} is no path: it has a NUL character in it.")
   try:
@@ -53,7 +68,8 @@ def cache_folder() -> pathlib.Path:
 
   $FIDELITY_JAX_CACHE, or ~/.cache/fidelity_jax; it need not exist.
   """
-  return expand(os.environ.get("FIDELITY_JAX_CACHE") or "~/.cache/fidelity_jax")
+  place = os.environ.get("FIDELITY_JAX_CACHE") or "~/.cache/fidelity_jax"
+  return expand(place, write=True)
 
 
 def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:
@@ -349,7 +365,9 @@ def check_file(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
+def locked(
+  directory: pathlib.Path, shared: bool = False, copies: bool = False
+) -> Iterator[None]:
   """Holds `directory` for this process, creating it where absent.
 
   The lock goes with the process, however it ends. Of several processes of a job the
@@ -358,6 +376,7 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
   Args:
     directory: the directory.
     shared: hold it together with other jobs that do so, too.
+    copies: each process of a job has one of its own.
 
   Raises:
     UsageError: if the directory cannot be written.
@@ -372,7 +391,8 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
     ) from error
   global _held
   if not hosts.first():
-    _meet(directory)
+    if not copies:
+      _meet(directory)
     _held = directory
     yield
     return
@@ -399,7 +419,8 @@ def locked(directory: pathlib.Path, shared: bool = False) -> Iterator[None]:
         f"workdir {str(directory)!r} cannot be locked ({error.strerror}): name one on "
         "a disk that can, with --workdir."
       ) from error
-    _meet(directory)
+    if not copies:
+      _meet(directory)
     yield
 
 

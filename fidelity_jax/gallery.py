@@ -193,7 +193,7 @@ def _draw(args: argparse.Namespace) -> None:
     if step.kind not in KINDS:
       raise UsageError(f"--kind={args.kind}: shows nothing; choose another")
     kinds = (step.kind,)
-  out = files.expand(args.out)
+  out = files.expand(args.out, write=True)
   for path in make(paths, out, kinds, args.size, args.seed, args.format):
     print(path)
 

@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fidelity_jax import errors, signals, streams
@@ -56,6 +56,9 @@ _stopping: int | None = None
 _ending = threading.Event()
 # When the coordinator was last heard.
 _heard = 0.0
+# Without a common disk: what the first does before others wait for it, and they after.
+_publish: Callable[[], None] | None = None
+_fetch: Callable[[], None] | None = None
 
 
 def join(command: str = "") -> None:
@@ -261,6 +264,19 @@ def agree(value: T) -> T:
     return json.loads(_client().blocking_key_value_get(key, int(_LONGEST * 1000)))
 
 
+def exchange(
+  publish: Callable[[], None] | None, fetch: Callable[[], None] | None
+) -> None:
+  """Names how files come from the first process to the others, in `wait`.
+
+  Args:
+    publish: what the first does; None: they have a disk in common.
+    fetch: what the others do then.
+  """
+  global _publish, _fetch
+  _publish, _fetch = publish, fetch
+
+
 def wait(name: str) -> None:
   """Waits until all processes are here: what the first wrote can be read.
 
@@ -268,11 +284,13 @@ def wait(name: str) -> None:
     name: of the place.
 
   Raises:
-    RunError: some do not come here.
+    RunError: some do not come here, or files cannot be exchanged.
   """
   global _places
   if _count == 1:
     return
+  if first() and _publish is not None:
+    _publish()
   _places += 1
   with _waiting("another process", name):
     place = f"{_ROOT}/{_places}/{name}"
@@ -280,6 +298,8 @@ def wait(name: str) -> None:
   if first():
     # Everybody has read what was agreed on so far.
     _client().key_value_delete(f"{_AGREED}/")
+  elif _fetch is not None:
+    _fetch()
 
 
 def _agreed_signal(number: int | None) -> int | None:

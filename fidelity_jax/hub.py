@@ -103,7 +103,7 @@ def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
   """
   repo, _, revision = huggingface.parsed(address, file=False)
   hub = huggingface.library()
-  path = pathlib.Path(os.path.abspath(files.expand(to)))
+  path = pathlib.Path(os.path.abspath(files.expand(to, write=True)))
   if os.path.lexists(path):
     raise errors.UsageError(f"--to={to} exists: name a directory that does not.")
   if not path.parent.is_dir():

@@ -328,7 +328,7 @@ def _predict(args: argparse.Namespace) -> None:
     raise errors.UsageError(f"--top={args.top}: write a number from 1 on.")
   if args.full and args.out is None:
     raise errors.UsageError("--full draws whole images: say where with --out=DIR.")
-  out = None if args.out is None else files.expand(args.out).resolve()
+  out = None if args.out is None else files.expand(args.out, write=True).resolve()
   chosen = find(args.images, out)
   wiring = runs.wiring_of(args)
   model = inference.load(args.run, **wiring)

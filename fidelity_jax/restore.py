@@ -78,7 +78,7 @@ def _restore(args: argparse.Namespace) -> None:
     reference = files.expand(args.reference)
     if not reference.is_dir():
       raise UsageError(f"--reference={reference}: no such folder")
-  out = files.expand(args.out)
+  out = files.expand(args.out, write=True)
   found = photos.find(args.images, out)
   platform.set_up()
   denoiser = denoising.load(args.run)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from fidelity_jax import (
   assembly,
+  buckets,
   errors,
   fidelity,
   files,
@@ -103,7 +104,8 @@ def find(
   """
   asked = {"map_name": map_name, "estimator_input": estimator_input}
   asked = {k: v for k, v in asked.items() if v is not None}
-  path = files.expand(place)
+  address = buckets.is_address(place)
+  path = buckets.copy_run(str(place)) if address else files.expand(place)
   directory, name = _experiment_directory(path), None
   given = path.is_file() or (path.is_dir() and port.holds_weights(path))
   if directory is None and not given:

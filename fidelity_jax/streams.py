@@ -41,6 +41,8 @@ class _Forgiving(io.TextIOBase):
 
 _user: _Forgiving | None = None
 _log: pathlib.Path | None = None
+# What users call places that are copies, by these.
+_names: dict[str, str] = {}
 
 
 def user() -> TextIO:
@@ -50,8 +52,15 @@ def user() -> TextIO:
   return sys.stderr or _Forgiving(2)
 
 
+def rename(place: pathlib.Path, name: str) -> None:
+  """Has a place called what its user calls it, in lines for the user."""
+  _names[str(place)] = name
+
+
 def plain(text: str) -> str:
   """Returns text without characters that end a line or control a terminal."""
+  for place in sorted(_names, key=len, reverse=True):
+    text = text.replace(place, _names[place])
   shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
   return "".join(shown)
 

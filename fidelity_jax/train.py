@@ -356,6 +356,7 @@ class Trainer:
     try:
       state, progress_ = self._run(saved)
       saved.wait()
+      hosts.wait(f"{self.title} is trained")
       product = saved.check_product(progress_.best_step, state.variables())
     except BaseException:
       # A failed write must not hide the failure that led here.

@@ -61,7 +61,7 @@ def _port(args: argparse.Namespace) -> None:
     {"name": args.network} if args.network else None,
     args.image_size,
   )
-  port.save(parts, files.expand(args.to), args.checkpoint)
+  port.save(parts, files.expand(args.to, write=True), args.checkpoint)
   for name, part in parts.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))
     facts = {k: v for k, v in part.config.items() if k != "class_names"}
