@@ -31,6 +31,7 @@ from fidelity_jax import errors, files, hosts, progress, streams
 
 # Beside the files of a checkpoint, once all of them are there.
 _WHOLE = ".whole"
+_FINISHED = "finished.json"
 # Who works in a workdir, and whose copy came last into it.
 _LOCK, _OWNER = ".lock", ".owner"
 # Seconds between two looks at what is new here, between two beats, and without a beat
@@ -43,7 +44,7 @@ _ORDER = (
   r"(.*/)?config\.json",
   r".*/checkpoints/\d+/.*",
   r".*\.jsonl",
-  r".*finished.*",
+  rf".*{_FINISHED}",
 )
 
 
@@ -88,7 +89,8 @@ def copy_run(address: str) -> pathlib.Path:
   They are copied beside it. Anything else is copied as it is.
   """
   for where in (address.rstrip("/"), address.rstrip("/").rpartition("/")[0]):
-    found = Bucket(f"{where}/experiment.json", pathlib.Path()).read()
+    record = f"{where}/experiment.json"
+    found = Bucket(record, _place("copies", record)).read()
     if found is None:
       continue
     copy(where)
@@ -188,7 +190,7 @@ class Bucket:
     """
     with self._reaching("reading"):
       found = self._system.find(self._root, detail=True)
-    every, whole = {}, set()
+    every, whole = {}, {None}
     for key, told in found.items():
       name = key[len(self._root) :].lstrip("/")
       if ".." in name.split("/"):
@@ -200,7 +202,13 @@ class Bucket:
         whole.add(name.removesuffix(_WHOLE))
       elif name not in (_LOCK, _OWNER):
         every[name] = told
-    return {n: told for n, told in every.items() if _checkpoint(n) in {None, *whole}}
+    # What is finished, and perhaps was copied there by hand, is checked by its digests.
+    finished = tuple(n.removesuffix(_FINISHED) for n in every if n.endswith(_FINISHED))
+    return {
+      name: told
+      for name, told in every.items()
+      if _checkpoint(name) in whole or name.startswith(finished)
+    }
 
   def pull(self, ours: bool = False) -> None:
     """Makes the copy what is in the bucket.
