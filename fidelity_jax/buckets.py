@@ -5,9 +5,11 @@ changed is copied again. A workdir is worked in here, too, and kept in step with
 bucket (`Mirror`), where nothing can be renamed and no directory is written at once:
 
 - A checkpoint in a bucket counts once `_WHOLE` lies beside its files: it is written
-  after them and removed before them. What refers to something is written after it.
+  after them and removed before them. What refers to something is written after it, and
+  nothing is removed but checkpoints of a stage that trains here.
 - A lock is an object that must not be there when it is written. It holds a beat, which
-  changes while its owner lives.
+  changes while its owner lives. It needs a store that refuses to overwrite: Google's
+  does; on others fsspec looks first and writes then, which two can do at once.
 """
 
 import base64
@@ -24,28 +26,23 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fidelity_jax import errors, files, hosts, progress, streams
 
 # Beside the files of a checkpoint, once all of them are there.
 _WHOLE = ".whole"
-_FINISHED = "finished.json"
-# Who works in a workdir, and whose copy came last into it.
-_LOCK, _OWNER = ".lock", ".owner"
+_FINISHED, _BEGUN = "finished.json", "config.json"
+# Who works in a workdir.
+_LOCK = ".lock"
 # Seconds between two looks at what is new here, between two beats, and without a beat
 # until a lock counts as nobody's.
-_EVERY, _BEAT, _LONGEST = 5.0, 15.0, 90.0
-# Files that are copied at a time.
-_TOGETHER = 64
-# What the others need is written before them.
-_ORDER = (
-  r"(.*/)?config\.json",
-  r".*/checkpoints/\d+/.*",
-  r".*\.jsonl",
-  rf".*{_FINISHED}",
-)
+_EVERY, _BEAT, _LONGEST = 10.0, 15.0, 90.0
+# Files that are copied at a time, and how often what changes meanwhile is copied anew.
+_TOGETHER, _TRIES = 64, 5
+# Of a stage, what comes later needs what comes before.
+_ORDER = (_BEGUN, r"checkpoints/\d+/.*", r"[^/]*\.jsonl", _FINISHED)
 
 
 def is_address(place: object) -> bool:
@@ -88,7 +85,10 @@ def copy_run(address: str) -> pathlib.Path:
 
   They are copied beside it. Anything else is copied as it is.
   """
-  for where in (address.rstrip("/"), address.rstrip("/").rpartition("/")[0]):
+  address = address.rstrip("/")
+  for where in (address, address.rpartition("/")[0]):
+    if where.partition("://")[2].count("/") < 1:
+      break
     record = f"{where}/experiment.json"
     found = Bucket(record, _place("copies", record)).read()
     if found is None:
@@ -112,13 +112,18 @@ def _place(kind: str, address: str) -> pathlib.Path:
 
 def _open(address: str) -> tuple[Any, str]:
   """Returns fsspec's file system of an address, and what it calls what it names."""
-  scheme = address.partition("://")[0]
+  scheme, given = address.partition("://")[0], {}
+  if scheme in ("gs", "gcs"):
+    # Without it a connection that is lost in silence is waited for without end.
+    given["requests_timeout"] = 300
+    # Buckets of other kinds are asked for by gRPC, and some of those have no locks.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   try:
     import fsspec
 
-    system, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    system, root = fsspec.url_to_fs(address, use_listings_cache=False, **given)
   except ImportError as error:
-    needed = "'fidelity_jax[gcs]'" if scheme in ("gs", "gcs") else "what is named there"
+    needed = "'fidelity_jax[gcs]'" if given else "what is named there"
     raise errors.UsageError(
       f"{address} cannot be read ({error}): pip install {needed}"
     ) from error
@@ -126,9 +131,32 @@ def _open(address: str) -> tuple[Any, str]:
     raise errors.UsageError(
       f"{address} is no address that fsspec knows ({error}): write gs://BUCKET/DIR."
     ) from error
+  except Exception as error:  # Of credentials, which are of many types.
+    raise errors.RunError(_explained("opening", address, error)) from error
   if hasattr(system, "auto_mkdir"):
     system.auto_mkdir = True
   return system, root.rstrip("/")
+
+
+def _explained(doing: str, address: str, error: Exception) -> str:
+  """Returns a line for what fsspec's file systems raise, which are many types."""
+  text = re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()[:200]
+  if reason := errors.circumstance(error):
+    advice = reason
+  elif isinstance(error, FileNotFoundError):
+    advice = "there is no such bucket, or it is not to be seen: make it first"
+  elif re.search(r"forbidden|denied|does not have|\b40[13]\b", text, re.I):
+    advice = (
+      f"it may not be used ({text}): see who you are to it, with `gcloud auth "
+      "application-default login` for gs://, and run the same command again"
+    )
+  else:
+    advice = f"{type(error).__name__}: {text}: run the same command again"
+  return f"{doing} {address} failed: {advice}."
+
+
+class _ChangedError(Exception):
+  """Something changed while it was copied."""
 
 
 class Bucket:
@@ -137,20 +165,18 @@ class Bucket:
   Attributes:
     address: see `copy`.
     place: where the copy lies.
-    owner: of the copy: changes when others have written to the bucket.
   """
 
   def __init__(self, address: str, place: pathlib.Path):
     """Opens it; raises as `copy`, but asks no server yet."""
-    self.address, self.place, self.owner = address, place, ""
+    self.address, self.place = address, place
     self._system, self._root = _open(address)
     self._record = place.with_name(f".{place.name}.json")
     # Versions in the bucket and here of what is the same in both, by relative path.
     self._known: dict[str, list[str]] = {}
     if place.exists():
-      with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        record = json.loads(files.read_bytes(self._record))
-        self.owner, self._known = record["owner"], record["files"]
+      with contextlib.suppress(OSError, ValueError):
+        self._known = json.loads(files.read_bytes(self._record))
 
   def _key(self, name: str) -> str:
     return f"{self._root}/{name}" if name else self._root
@@ -160,37 +186,21 @@ class Bucket:
 
   @contextlib.contextmanager
   def _reaching(self, doing: str) -> Iterator[None]:
-    """Turns what fsspec's file systems raise, which are many types, into a line."""
     try:
       yield
-    except errors.RunError:
+    except (errors.UsageError, errors.RunError, _ChangedError):
       raise
     except Exception as error:
-      text = re.sub(r"<[^>]*>|\s+", " ", str(error)).strip()[:200]
-      if reason := errors.circumstance(error):
-        advice = reason
-      elif isinstance(error, FileNotFoundError):
-        advice = "there is no such bucket, or it is not to be seen: make it first"
-      elif re.search(r"forbidden|denied|does not have|\b40[13]\b", text, re.I):
-        advice = (
-          f"it may not be used ({text}): see who you are to it, with `gcloud auth "
-          "application-default login` for gs://, and run the same command again"
-        )
-      else:
-        advice = f"{type(error).__name__}: {text}: run the same command again"
-      raise errors.RunError(f"{doing} {self.address} failed: {advice}.") from error
+      raise errors.RunError(_explained(doing, self.address, error)) from error
 
-  def listing(self) -> dict[str, dict[str, Any]]:
-    """Returns what fsspec tells of each object, by relative path, "" for the address.
+  def _listing(self) -> tuple[dict[str, dict[str, Any]], set[str | None]]:
+    """Returns what fsspec tells of each object, and the checkpoints that are whole.
 
-    Without parts of checkpoints that are not whole, and without what is kept beside.
-
-    Raises:
-      RunError: the bucket cannot be reached or read.
+    By relative path, "" for the address itself; without what is this module's own.
     """
     with self._reaching("reading"):
       found = self._system.find(self._root, detail=True)
-    every, whole = {}, {None}
+    every, whole = {}, set()
     for key, told in found.items():
       name = key[len(self._root) :].lstrip("/")
       if ".." in name.split("/"):
@@ -198,45 +208,81 @@ class Bucket:
       # Folders that a console makes are objects, too.
       if key.endswith("/") or told["type"] != "file":
         continue
-      if name.endswith(_WHOLE):
-        whole.add(name.removesuffix(_WHOLE))
-      elif name not in (_LOCK, _OWNER):
+      checkpoint = _checkpoint(name)
+      if checkpoint is not None and name == checkpoint + _WHOLE:
+        whole.add(checkpoint)
+      elif _is_kept(name):
         every[name] = told
+    return every, {None, *whole}
+
+  def _wholes(self) -> dict[str, dict[str, Any]]:
+    """Returns the objects without those of checkpoints that are not whole."""
+    every, whole = self._listing()
     # What is finished, and perhaps was copied there by hand, is checked by its digests.
-    finished = tuple(n.removesuffix(_FINISHED) for n in every if n.endswith(_FINISHED))
+    done = tuple(
+      f"{_group(n)}/" for n in every if re.fullmatch(f"[^/]+/{_FINISHED}", n)
+    )
     return {
       name: told
       for name, told in every.items()
-      if _checkpoint(name) in whole or name.startswith(finished)
+      if _checkpoint(name) in whole or name.startswith(done)
     }
 
-  def pull(self, ours: bool = False) -> None:
+  def pull(self, workdir: bool = False) -> None:
     """Makes the copy what is in the bucket.
 
     Args:
-      ours: nobody else has written to the bucket: what was written here and is not
-        there yet stays, but for what was changed or removed there by hand.
+      workdir: it is one that this machine works in: a stage, or other directory, that
+        is in the bucket as it was last seen there stays here as it is.
 
     Raises:
       RunError: something cannot be reached, read or written.
     """
-    told = self.listing()
+    for left in reversed(range(_TRIES)):
+      try:
+        self._pull(workdir)
+        return
+      except _ChangedError as error:
+        if not left:
+          raise errors.RunError(
+            f"{self.address}/{error} changed while it was copied, or came damaged: run "
+            "the same command again."
+          ) from error
+      finally:
+        self._note()
+
+  def _pull(self, workdir: bool) -> None:
+    told = self._wholes()
     local, lacking = _files(self.place), []
+    there = {name: _version(told[name]) for name in told}
+    changed = {
+      _group(name)
+      for name in (*told, *self._known)
+      if there.get(name) != self._known.get(name, [None])[0]
+    }
     for name in sorted({*told, *local, *self._known}):
-      there, here = _version(told.get(name)), local.get(name, "")
-      base_there, base_here = self._known.get(name, ("", ""))
-      if there == base_there and (ours or here == base_here):
+      # What is absent here is wanted, whoever removed it.
+      if (
+        workdir and _group(name) not in changed and (name in local or name not in told)
+      ):
+        continue
+      if [there.get(name), local.get(name)] == self._known.get(name):
         continue
       self._known.pop(name, None)
-      if there:
+      if name in told:
         lacking.append(name)
-      elif here:
+      elif name in local:
         with errors.while_doing(f"removing {self._path(name)}"):
           self._path(name).unlink(missing_ok=True)
-    try:
-      self._fetch(lacking, told)
-    finally:
-      self._note()
+          self._tidy(self._path(name).parent)
+    self._fetch(lacking, told)
+
+  def _tidy(self, directory: pathlib.Path) -> None:
+    """Removes a directory in which nothing is left, and those that it leaves so."""
+    with contextlib.suppress(OSError):
+      while directory.is_relative_to(self.place):
+        directory.rmdir()
+        directory = directory.parent
 
   def _fetch(self, names: list[str], told: dict[str, dict[str, Any]]) -> None:
     """Copies objects here."""
@@ -249,13 +295,12 @@ class Bucket:
         with self._reaching("copying"):
           for path in parts:
             path.parent.mkdir(parents=True, exist_ok=True)
-          self._system.get([self._key(n) for n in some], [str(path) for path in parts])
+          try:
+            self._system.get([self._key(n) for n in some], [str(p) for p in parts])
+          except FileNotFoundError as error:
+            raise _ChangedError(some[0]) from error
           for name, part, path in zip(some, parts, places, strict=True):
-            if _differs(part, told[name]):
-              raise errors.RunError(
-                f"{self.address}/{name} changed while it was copied, or came damaged: "
-                "run the same command again."
-              )
+            self._compare(name, part, told[name])
             os.replace(part, path)
             here = files.version(os.stat(path))
             self._known[name] = [_version(told[name]), here]
@@ -266,52 +311,112 @@ class Bucket:
         bar.update(start + len(some))
     bar.close()
 
-  def push(self) -> None:
-    """Makes the bucket what the copy is; what is whole there stays so at any moment.
+  def _compare(self, name: str, path: pathlib.Path, told: dict[str, Any]) -> None:
+    """Raises _ChangedError if a copy is not what was told of the object."""
+    if told.get("contentEncoding") == "gzip":
+      raise errors.RunError(
+        f"{self.address}/{name} is stored compressed, and unpacked on its way here: "
+        "store it as it is (gcloud storage cp without -z and -Z)."
+      )
+    same = path.stat().st_size == told["size"]
+    if same and (expected := told.get("md5Hash")):
+      with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").digest()
+      same = base64.b64encode(found).decode() == expected
+    if not same:
+      raise _ChangedError(name)
+
+  def push(self, check: Callable[[], None] = lambda: None) -> None:
+    """Takes what is new here to the bucket; what is whole there stays so all the time.
+
+    Args:
+      check: raises what ends it; called before each part.
 
     Raises:
       RunError: something cannot be reached, read or written.
     """
     local = _files(self.place)
     changed = [n for n, here in local.items() if here != self._known.get(n, "..")[1]]
-    gone = [name for name in self._known if name not in local]
-    if not changed and not gone:
+    known = {checkpoint for n in self._known if (checkpoint := _checkpoint(n))}
+    kept = {checkpoint for n in local if (checkpoint := _checkpoint(n))}
+    if not changed and not known - kept:
       return
+    # Of a stage that is finished there nothing is removed any more.
+    training = {
+      _group(name)
+      for name in local
+      if name == f"{_group(name)}/{_BEGUN}"
+      and f"{_group(name)}/{_FINISHED}" not in self._known
+    }
     groups: dict[tuple, list[str]] = {}
     for name in changed:
-      groups.setdefault((_rank(name), _step(name), _checkpoint(name)), []).append(name)
-    for (*_, checkpoint), names in sorted(groups.items(), key=lambda g: g[0][:2]):
+      groups.setdefault((*self._rank(name, local), _checkpoint(name)), []).append(name)
+    for (*_, checkpoint), names in sorted(
+      groups.items(), key=lambda group: group[0][:4]
+    ):
+      check()
       with self._reaching("writing to"):
-        for start in range(0, len(names), _TOGETHER):
-          some = names[start : start + _TOGETHER]
-          paths = [str(self._path(name)) for name in some]
-          if not all(map(os.path.exists, paths)):
-            # Removed meanwhile; the next push sees what is there then.
-            return
-          self._system.put(paths, [self._key(name) for name in some])
-        if checkpoint:
+        if checkpoint in known:
+          self._remove(checkpoint + _WHOLE)
+        there = self._put(names)
+        if checkpoint and there and self._unchanged(checkpoint, local):
+          check()
           self._system.pipe_file(self._key(checkpoint + _WHOLE), b"")
+    every, whole = self._listing()
+    old = [n for n in every if _checkpoint(n) not in {None, *kept}]
+    old = [name for name in old if _group(name) in training]
     with self._reaching("removing from"):
-      for name in sorted({f"{_checkpoint(n)}{_WHOLE}" for n in gone if _checkpoint(n)}):
+      for checkpoint in sorted({_checkpoint(name) for name in old}):
+        check()
+        if checkpoint in whole:
+          self._remove(checkpoint + _WHOLE)
+      for name in old:
         self._remove(name)
-      for name in gone:
-        self._remove(name)
-        del self._known[name]
-    told = self.listing()
+        self._known.pop(name, None)
     for name in changed:
-      if name in told:
-        self._known[name] = [_version(told[name]), local[name]]
+      if name in every and _checkpoint(name) in whole:
+        self._known[name] = [_version(every[name]), local[name]]
     self._note()
+
+  def _put(self, names: list[str]) -> bool:
+    """Copies files to the bucket; returns whether all of them were here to the end."""
+    for start in range(0, len(names), _TOGETHER):
+      some = names[start : start + _TOGETHER]
+      paths = [str(self._path(name)) for name in some]
+      try:
+        self._system.put(paths, [self._key(name) for name in some])
+      except FileNotFoundError:
+        if all(map(os.path.exists, paths)):
+          raise
+      if not all(map(os.path.exists, paths)):
+        return False
+    return True
+
+  def _unchanged(self, checkpoint: str, before: dict[str, str]) -> bool:
+    """Returns whether a checkpoint's files are those of before: none is removed."""
+    now = {f"{checkpoint}{n}": v for n, v in _files(self._path(checkpoint)).items()}
+    return now == {n: v for n, v in before.items() if n.startswith(checkpoint)}
+
+  def _rank(self, name: str, local: dict[str, str]) -> tuple[float, str, int, int]:
+    """Returns what orders files: earlier stages first, and `_ORDER` in each."""
+    group, begun = _group(name), float("inf")
+    if f"{group}/{_BEGUN}" in local:
+      with contextlib.suppress(FileNotFoundError):
+        begun = (self.place / group / _BEGUN).stat().st_mtime
+    inside = name[len(group) + 1 :]
+    ranks = [i for i, pattern in enumerate(_ORDER) if re.fullmatch(pattern, inside)]
+    step = re.match(r"checkpoints/(\d+)/", inside)
+    rank = ranks[0] if ranks else len(_ORDER)
+    return begun, group, rank, int(step[1]) if step else 0
 
   def _remove(self, name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
       self._system.rm_file(self._key(name))
 
   def _note(self) -> None:
-    record = json.dumps({"owner": self.owner, "files": self._known})
     with errors.while_doing(f"writing {self._record}"):
       part = self._record.with_name(f"{self._record.name}.{os.getpid()}.part")
-      part.write_text(record)
+      part.write_text(json.dumps(self._known))
       os.replace(part, self._record)
 
   def read(self, name: str = "") -> bytes | None:
@@ -351,59 +456,56 @@ class Bucket:
       self._remove(name)
 
 
-def _files(place: pathlib.Path) -> dict[str, str]:
-  """Returns the versions of the files at or below a place that are to be kept.
+def _is_kept(name: str) -> bool:
+  """Returns whether a file, by its relative path, is for others, too.
 
-  By relative path. Not those that are being written or are this machine's own.
+  Not one that is being written, or is this machine's own; Orbax renames what is whole.
+  """
+  *folders, last = name.split("/")
+  if any(part.startswith(".") or "-checkpoint-tmp" in part for part in folders):
+    return False
+  return not re.fullmatch(r"\..*|.*\.tmp|log-\d+\.txt", last)
+
+
+def _files(place: pathlib.Path) -> dict[str, str]:
+  """Returns the versions of the files at or below a place, by relative path.
+
+  Raises:
+    RunError: a directory cannot be read: what is in it would seem to be gone.
   """
   if place.is_file():
     return {"": files.version(place.stat())}
+
+  def failed(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+      raise error
+
   found = {}
-  for folder, folders, names in os.walk(place):
-    # Orbax renames what is whole.
-    folders[:] = [n for n in folders if n[0] != "." and "-checkpoint-tmp" not in n]
-    for name in names:
-      path = os.path.join(folder, name)
-      if name[0] == "." or name.endswith(".tmp") or re.fullmatch(r"log-\d+\.txt", name):
-        continue
-      with contextlib.suppress(FileNotFoundError):
-        found[os.path.relpath(path, place)] = files.version(os.stat(path))
+  with errors.while_doing(f"reading {place}"):
+    for folder, _, names in os.walk(place, onerror=failed):
+      for path in (os.path.join(folder, name) for name in names):
+        if _is_kept(name := os.path.relpath(path, place)):
+          with contextlib.suppress(FileNotFoundError):
+            found[name] = files.version(os.stat(path))
   return found
+
+
+def _group(name: str) -> str:
+  """Returns the directory that a file belongs to as a whole: a stage, an experiment."""
+  parts = name.split("/")
+  return "/".join(parts[: 2 if parts[0] == "measurements" else 1])
 
 
 def _checkpoint(name: str) -> str | None:
   """Returns the directory of the checkpoint that a file belongs to, or None."""
-  match = re.match(r"(?:.*/)?checkpoints/\d+/", name)
+  match = re.match(r"[^/]+/checkpoints/\d+/", name)
   return match and match[0]
 
 
-def _step(name: str) -> int:
-  match = re.search(r"checkpoints/(\d+)/", name)
-  return int(match[1]) if match else 0
-
-
-def _rank(name: str) -> int:
-  ranks = [i for i, pattern in enumerate(_ORDER) if re.fullmatch(pattern, name)]
-  return ranks[0] if ranks else len(_ORDER)
-
-
-def _version(told: dict[str, Any] | None) -> str:
-  """Returns what changes whenever an object is written anew, "" for none."""
-  if told is None:
-    return ""
+def _version(told: dict[str, Any]) -> str:
+  """Returns what changes whenever an object is written anew."""
   keys = ("generation", "etag", "ETag", "VersionId", "mtime", "LastModified")
   return "-".join(str(told[key]) for key in ("size", *keys) if told.get(key))
-
-
-def _differs(path: pathlib.Path, told: dict[str, Any]) -> bool:
-  """Returns whether a copy is not what was told of the object."""
-  if path.stat().st_size != told["size"]:
-    return True
-  if not (expected := told.get("md5Hash")):
-    return False
-  with open(path, "rb") as file:
-    found = hashlib.file_digest(file, "md5").digest()
-  return base64.b64encode(found).decode() != expected
 
 
 class Mirror:
@@ -424,76 +526,99 @@ class Mirror:
       place = place.with_name(f".{place.name}.{hosts.index()}")
     self.place, self._bucket = place, Bucket(address, place)
     streams.rename(place, address)
-    self._turn, self._ended = threading.Lock(), threading.Event()
-    self._beats, self._told, self._lost = 0, False, False
-    self._thread = threading.Thread(target=self._follow, daemon=True)
+    self._turn = threading.Lock()
+    # No more is followed; the lock is given back.
+    self._ended, self._left = threading.Event(), threading.Event()
+    self._token, self._beats, self._beaten = secrets.token_hex(8), 0, 0.0
+    self._lost = False
+    self._follower = threading.Thread(target=self._follow, daemon=True)
+    self._heart = threading.Thread(target=self._live, daemon=True)
 
   def __enter__(self) -> pathlib.Path:
     with errors.while_doing(f"making the directory {self.place}"):
       self.place.mkdir(parents=True, exist_ok=True)
-    if hosts.first():
-      self._lock()
+      self._file = open(self.place.with_name(f".{self.place.name}.lock"), "w")
+    try:
+      # Of this machine's processes, before anything is changed here.
       try:
-        bucket = self._bucket
-        last = bucket.read(_OWNER)
-        ours = bool(bucket.owner) and last == bucket.owner.encode()
-        if not ours:
-          bucket.owner = secrets.token_hex(8)
-        bucket.pull(ours)
-        bucket.write(_OWNER, bucket.owner.encode())
-        bucket.push()
-      except BaseException:
-        self._unlock()
-        raise
-      self._thread.start()
-    hosts.exchange(self._publish, self._bucket.pull)
-    hosts.wait("workdir in a bucket")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise errors.RunError(self._in_use("on this machine")) from error
+      if hosts.first():
+        self._lock()
+        self._heart.start()
+        self._bucket.pull(workdir=True)
+        self._publish()
+        self._follower.start()
+      hosts.exchange(self._publish, self._bucket.pull)
+      hosts.wait("workdir in a bucket")
+    except BaseException:
+      self._leave()
+      raise
     return self.place
 
   def __exit__(self, kind: type | None, *_: object) -> None:
-    hosts.exchange(None, None)
-    if not hosts.first():
-      return
-    self._ended.set()
-    self._thread.join()
     try:
-      self._publish()
+      if hosts.first():
+        self._end_following()
+        self._publish()
     except errors.RunError as failure:
-      what = str(failure).rstrip(".")
-      line = (
-        f"{what}. What is not in the bucket yet is kept on this machine, and is taken "
-        "there when the same command runs here again."
-      )
+      line = str(failure)
+      if not self._lost:
+        line = (
+          f"{line.rstrip('.')}. What is not in the bucket yet is kept on this machine, "
+          "and is taken there when the same command runs here again."
+        )
       if kind is None or not issubclass(kind, Exception):
         raise errors.RunError(line) from failure
       progress.say(line)
     finally:
-      self._unlock()
+      self._leave()
+      # What is told from here on does not come into the bucket any more.
+      streams.log_to(None)
+
+  def _end_following(self) -> None:
+    self._ended.set()
+    if self._follower.ident:
+      self._follower.join()
+
+  def _leave(self) -> None:
+    """Gives the locks back."""
+    hosts.exchange(None, None)
+    self._end_following()
+    self._left.set()
+    if self._heart.ident:
+      self._heart.join()
+      with contextlib.suppress(errors.RunError):
+        self._look()
+        self._bucket.remove(_LOCK)
+    self._file.close()
 
   def _publish(self) -> None:
     with self._turn:
-      self._check_lock()
-      self._bucket.push()
+      self._bucket.push(self._check)
 
   def _follow(self) -> None:
     """Takes to the bucket what is new here, now and then."""
-    last = time.monotonic()
+    told = False
     while not self._ended.wait(_EVERY):
       try:
-        with self._turn:
-          if time.monotonic() - last > _BEAT:
-            self._check_lock()
-            self._beat()
-            last = time.monotonic()
-          self._bucket.push()
-        self._told = False
-      except Exception as error:
+        self._publish()
+        told = False
+      except Exception as error:  # Told, and tried again.
+        if not told and not self._lost:
+          progress.say(f"{str(error).rstrip('.')}: it is tried again.")
+          told = True
+
+  def _live(self) -> None:
+    """Keeps the lock while it is ours."""
+    while not self._left.wait(_BEAT):
+      try:
+        self._beat()
+      except Exception:  # The next may come through.
         if self._lost:
           os.kill(os.getpid(), signal.SIGTERM)
           return
-        if not self._told:
-          progress.say(f"{str(error).rstrip('.')}: it is tried again.")
-          self._told = True
 
   def _lock(self) -> None:
     """Takes the lock.
@@ -501,59 +626,74 @@ class Mirror:
     Raises:
       RunError: another run has it.
     """
-    self._token = secrets.token_hex(8)
-    seen, since, told, taken = None, time.monotonic(), False, False
-    while not self._bucket.write(_LOCK, self._content(), new=True):
-      if (held := self._bucket.read(_LOCK)) is None:
+    bucket, seen, since, told, taken = self._bucket, None, 0.0, False, False
+    while not bucket.write(_LOCK, self._content(), new=True):
+      if (held := bucket.read(_LOCK)) is None:
         continue
       owner = _owner(held)
+      if owner.get("token") == self._token:
+        # Written, but the answer did not come.
+        break
+      who = f"process {owner.get('process')} on {owner.get('host')}"
       if seen is not None and held != seen:
-        raise errors.RunError(
-          f"another run (process {owner.get('process')} on {owner.get('host')}) is "
-          f"working in {self._bucket.address}: wait for it, or name another directory "
-          "with --workdir."
-        )
-      if seen is None and not _dead(owner):
-        seen, since = held, time.monotonic()
-      if seen is None or time.monotonic() - since > _LONGEST:
-        self._bucket.remove(_LOCK)
-        seen, taken = None, True
+        raise errors.RunError(self._in_use(who))
+      if seen is None:
+        seen, since = held, _now()
+      dead = _dead(owner)
+      if dead or _now() - since > _LONGEST:
+        if bucket.read(_LOCK) == held:
+          bucket.remove(_LOCK)
+        seen, taken = None, taken or not dead
         continue
       if not told:
         progress.say(
-          f"{self._bucket.address} was in use by process {owner.get('process')} on "
-          f"{owner.get('host')}: looking for up to {_LONGEST:g} s whether it still is."
+          f"{bucket.address} was in use by {who}: looking for up to {_LONGEST:g} s "
+          "whether it still is."
         )
         told = True
       time.sleep(1.0)
     if taken:
       # Another may have found it without an owner, too, and removed ours.
       time.sleep(2.0)
-      self._check_lock()
+      self._look()
+    self._beaten = _now()
+
+  def _in_use(self, who: str) -> str:
+    return (
+      f"another run ({who}) is working in {self._bucket.address}: wait for it, or name "
+      "another directory with --workdir."
+    )
 
   def _content(self) -> bytes:
     who = {"host": platform.node(), "process": os.getpid(), "machine": _machine()}
     return json.dumps(who | {"token": self._token, "beat": self._beats}).encode()
 
   def _beat(self) -> None:
+    self._look()
     self._beats += 1
     self._bucket.write(_LOCK, self._content())
+    self._beaten = _now()
 
-  def _check_lock(self) -> None:
+  def _check(self) -> None:
+    """Raises RunError if another run has the lock, or may have by now."""
+    if self._lost or _now() - self._beaten > _LONGEST / 2:
+      self._beat()
+
+  def _look(self) -> None:
     """Raises RunError if another run has the lock."""
     held = self._bucket.read(_LOCK)
-    self._lost = held is None or _owner(held).get("token") != self._token
-    if self._lost:
+    if held is None or _owner(held).get("token") != self._token:
+      self._lost = True
       raise errors.RunError(
         f"{self._bucket.address} was taken over by another run, which saw no sign of "
         f"life of this one for {_LONGEST:g} s: wait for that one, or name another "
         "directory with --workdir."
       )
 
-  def _unlock(self) -> None:
-    with contextlib.suppress(errors.RunError):
-      self._check_lock()
-      self._bucket.remove(_LOCK)
+
+def _now() -> float:
+  """Returns seconds that go on while a machine is suspended."""
+  return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _owner(held: bytes) -> dict[str, Any]:
