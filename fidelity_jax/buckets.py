@@ -80,6 +80,11 @@ def _copy(address: str) -> pathlib.Path:
   return place
 
 
+def is_copy(path: pathlib.Path) -> bool:
+  """Returns whether a path is in such a copy, where nothing else stays."""
+  return path.is_relative_to(files.cache_folder() / "copies")
+
+
 def copy_run(address: str) -> pathlib.Path:
   """Returns the same of an experiment's directory, with the stages behind it.
 
@@ -218,14 +223,13 @@ class Bucket:
   def _wholes(self) -> dict[str, dict[str, Any]]:
     """Returns the objects without those of checkpoints that are not whole."""
     every, whole = self._listing()
-    # What is finished, and perhaps was copied there by hand, is checked by its digests.
-    done = tuple(
-      f"{_group(n)}/" for n in every if re.fullmatch(f"[^/]+/{_FINISHED}", n)
-    )
+    # What was finished elsewhere and copied there by hand is checked by its digests.
+    marked = {_group(checkpoint) for checkpoint in whole if checkpoint}
+    done = {_group(n) for n in every if n == f"{_group(n)}/{_FINISHED}"} - marked
     return {
       name: told
       for name, told in every.items()
-      if _checkpoint(name) in whole or name.startswith(done)
+      if _checkpoint(name) in whole or _group(name) in done
     }
 
   def pull(self, workdir: bool = False) -> None:
@@ -596,6 +600,7 @@ class Mirror:
 
   def _publish(self) -> None:
     with self._turn:
+      self._look()
       self._bucket.push(self._check)
 
   def _follow(self) -> None:

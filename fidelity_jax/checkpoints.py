@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from fidelity_jax import errors, files, sharding
+from fidelity_jax import errors, files, hosts, sharding
 
 PyTree = Any
 
@@ -150,11 +150,17 @@ class Checkpoints:
     self.directory = pathlib.Path(directory).absolute()
     self._policy = _LatestAndBest()
     with _reading(self.directory, "opening the checkpoints in"):
+      if hosts.first() or hosts.apart():
+        self.directory.mkdir(parents=True, exist_ok=True)
+      hosts.wait(f"checkpoints of {self.directory.parent.name}")
       self._manager = _Manager(
         self.directory,
         item_names=("variables", "training", "progress"),
         options=ocp.CheckpointManagerOptions(
-          preservation_policy=self._policy, cleanup_tmp_directories=True
+          preservation_policy=self._policy,
+          cleanup_tmp_directories=True,
+          create=False,
+          multiprocessing_options=_processes(),
         ),
       )
 
@@ -180,6 +186,11 @@ class Checkpoints:
     sums = checksums({"variables": variables, "training": training})
     sealed = files.seal(msgspec.structs.replace(progress, checksums=sums))
     self._policy.best = progress.best_step
+    if hosts.apart():
+      # All have all of it: one writes, and the others get its files.
+      if not hosts.first():
+        return
+      variables, training = jax.device_get((variables, training))
     with self._writing():
       self._manager.save(
         step,
@@ -292,6 +303,16 @@ class Checkpoints:
     return errors.while_doing(f"writing a checkpoint to {self.directory}")
 
 
+def _processes() -> ocp.options.MultiprocessingOptions:
+  """Returns which processes Orbax has to do with: all, or each with its own disk."""
+  if not hosts.apart():
+    return ocp.options.MultiprocessingOptions()
+  own = hosts.index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"{own}"
+  )
+
+
 @jax.jit
 def _finite(array: jax.Array) -> jax.Array:
   return jnp.isfinite(array).all()
@@ -323,7 +344,8 @@ def load_variables(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)),
     like,
   )
-  with _reading(directory, verified=verified), ocp.StandardCheckpointer() as reader:
+  open_ = ocp.StandardCheckpointer(multiprocessing_options=_processes())
+  with _reading(directory, verified=verified), open_ as reader:
     return reader.restore(directory.absolute(), abstract)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from fidelity_jax import errors, files, platform, rows, tiling
+from fidelity_jax import buckets, errors, files, platform, rows, tiling
 
 SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
@@ -215,8 +215,15 @@ class Exported:
 
 def is_file(place: str | os.PathLike) -> bool:
   """Returns whether a path is written as an exported file's, and no directory's."""
-  path = files.expand(place)
+  path = _here(place)
   return path.suffix in SUFFIXES and not os.path.isdir(path)
+
+
+def _here(place: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of a file that may be in a bucket, with its record beside it."""
+  if buckets.is_address(place) and str(place).endswith(SUFFIXES):
+    files.expand(f"{place}.json")
+  return files.expand(place)
 
 
 def record_path(path: pathlib.Path) -> pathlib.Path:
@@ -257,7 +264,7 @@ def load(place: str | os.PathLike) -> Exported:
     RunError: it is damaged, this machine cannot run it, or, for .onnx files,
       onnxruntime is not installed.
   """
-  path = files.expand(place)
+  path = _here(place)
   if path.suffix not in SUFFIXES:
     raise errors.UsageError(f"{path} is no exported file: {' or '.join(SUFFIXES)}.")
   record = read_record(path)

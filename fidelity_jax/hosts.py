@@ -277,6 +277,11 @@ def exchange(
   _publish, _fetch = publish, fetch
 
 
+def apart() -> bool:
+  """Returns whether processes have no common disk, but copies; see `exchange`."""
+  return several() and _publish is not None
+
+
 def wait(name: str) -> None:
   """Waits until all processes are here: what the first wrote can be read.
 

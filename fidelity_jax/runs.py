@@ -106,6 +106,11 @@ def find(
   asked = {k: v for k, v in asked.items() if v is not None}
   address = buckets.is_address(place)
   path = buckets.copy_run(str(place)) if address else files.expand(place)
+  if address and not path.exists() and not path.parent.exists():
+    raise errors.UsageError(
+      f"there is nothing at {place}: name an experiment's directory, with the digest "
+      "in its name, or a checkpoint."
+    )
   directory, name = _experiment_directory(path), None
   given = path.is_file() or (path.is_dir() and port.holds_weights(path))
   if directory is None and not given:

@@ -7,6 +7,7 @@ read.
 
 import contextlib
 import http
+import http.server
 import socket
 from urllib.parse import unquote
 
@@ -106,6 +107,8 @@ def serving(monkeypatch, name="photos"):
   monkeypatch.setattr(objects, "_multipart_upload", unless_there)
   for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
     monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+  # Clients open many connections at once.
+  monkeypatch.setattr(http.server.HTTPServer, "request_queue_size", 128)
   # Whether buckets are of the hierarchical kind is asked by gRPC, which it has not.
   monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket=name)

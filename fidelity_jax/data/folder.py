@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fidelity_jax import files, progress
+from fidelity_jax import buckets, files, progress
 from fidelity_jax.data import images, splits
 from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped, check_of_the_file
 from fidelity_jax.errors import UsageError
@@ -48,6 +48,10 @@ def build(path: str, labelled: bool = True) -> tuple[Dataset, splits.Chosen]:
   if not os.path.exists(root):
     raise UsageError(f"dataset.path: {root} does not exist")
   if root.is_file():
+    if buckets.is_copy(root):
+      raise UsageError(
+        f"dataset.path: {root} is one object; give the folder that has the images in it"
+      )
     if root.suffix.lower() != ".csv":
       raise UsageError(
         f"dataset.path: {root} is a file; give a folder with one sub-folder per "

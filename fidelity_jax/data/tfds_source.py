@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fidelity_jax import errors, files, progress
+from fidelity_jax import buckets, errors, files, progress
 from fidelity_jax.data import caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
@@ -120,6 +120,8 @@ def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder(tfds_name, data_dir=folder, file_format=_FORMAT)
     if not builder.is_prepared():
+      if buckets.is_copy(folder):
+        raise OSError("what is in a bucket is read only")
       # TFDS retries for minutes where there is no network at all.
       socket.getaddrinfo(_TFDS_HOST, 443)
       builder.download_and_prepare()
@@ -145,6 +147,7 @@ def _prepared(
   # A folder that the user extracted is not written into.
   own = folder / make.SOURCE.folder
   ours = os.access(folder, os.W_OK) or not folder.exists()
+  ours = ours and not buckets.is_copy(folder)
   if ours and (own.is_dir() or make(data_dir=folder).extracted() is None):
     target = folder
   else:
