@@ -146,7 +146,7 @@ def record(found: photos.Found, result: inference.Result, top: int) -> dict[str,
     result: for it alone.
     top: how many classes to tell.
   """
-  told: dict[str, Any] = {"file": str(found.path)}
+  told: dict[str, Any] = {"file": streams.named(str(found.path))}
   if result.logits is not None:
     told["top"] = _told(result.top(top)[0])
     frozen = {"restored": result.restored_logits, "input": result.degraded_logits}
@@ -234,7 +234,7 @@ class _Job:
       for one in found:
         if (told := done[one]) is not None:
           told = {k: v for k, v in told.items() if k not in ("name", "sha256")}
-          yield told | {"file": str(one.path)}, ""
+          yield told | {"file": streams.named(str(one.path))}, ""
           continue
         told, png, problem = next(drawn)
         if png is not None:

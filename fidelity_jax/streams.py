@@ -57,10 +57,16 @@ def rename(place: pathlib.Path, name: str) -> None:
   _names[str(place)] = name
 
 
-def plain(text: str) -> str:
-  """Returns text without characters that end a line or control a terminal."""
+def named(text: str) -> str:
+  """Returns text in which places are called what their users call them."""
   for place in sorted(_names, key=len, reverse=True):
     text = text.replace(place, _names[place])
+  return text
+
+
+def plain(text: str) -> str:
+  """Returns such text without characters that end a line or control a terminal."""
+  text = named(text)
   shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
   return "".join(shown)
 
