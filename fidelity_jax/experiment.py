@@ -118,8 +118,10 @@ def _check_bucket(work: study.Study, workdir: str) -> None:
       f"config.shard: processes share a study on a disk, not in {workdir}: leave it "
       "out, or name a directory with --workdir."
     )
+  usual = sharding.default_config()
   for one in work.experiments:
-    if hosts.several() and (one.mesh.model != 1 or one.mesh.rules):
+    whole = one.mesh.model == 1 and one.mesh.rules == usual.rules
+    if hosts.several() and not whole:
       raise errors.UsageError(
         "config.mesh splits arrays, of which each process writes its part to a disk: "
         f"name one that all share in place of {workdir} with --workdir, or leave "
