@@ -7,7 +7,8 @@ r"""Maps, ways to resize them, and modules left out (paper, Table 6.1).
 The oracle map without ensemble, ten times, beside restoration alone.
 With `:demo` each of the ten calibrations takes 2 to 5 minutes and the evaluation 2, on
 a 2-core AMD EPYC that was busy with other things (2026-11-24); seed 0 is in
-docs/results.md. The paper's size was not run here.
+docs/results.md. With `:lite` a calibration takes 12 minutes on one such core, and the
+evaluation half an hour (2026-11-28). The paper's size was not run here.
 """
 
 from fidelity_jax.configs import common
@@ -21,6 +22,9 @@ def get_config(size: str = ""):
   if size == "demo":
     # Ten calibrations; of many epochs the last ones change little.
     config.epochs = 30
+  elif size == "lite":
+    # Half of Table 5.1's: ten calibrations take two hours.
+    config.epochs = 3
   common.add_method(config, "oracle", size)
   common.add_setup(config, "clean")
   for name in ("l2", "cosine"):
