@@ -5,8 +5,8 @@ changed is copied again. A workdir is worked in here, too, and kept in step with
 bucket (`Mirror`), where nothing can be renamed and no directory is written at once:
 
 - A checkpoint in a bucket counts once `_WHOLE` lies beside its files: it is written
-  after them and removed before them. What refers to something is written after it, and
-  nothing is removed but checkpoints of a stage that trains here.
+  after them and removed before them. What a stage has is written in the order in which
+  it was made; nothing is removed but checkpoints of a stage that trains here.
 - A lock is an object that must not be there when it is written. It holds a beat, which
   changes while its owner lives. It needs a store that refuses to overwrite: Google's
   does; on others fsspec looks first and writes then, which two can do at once.
@@ -14,6 +14,7 @@ bucket (`Mirror`), where nothing can be renamed and no directory is written at o
 
 import base64
 import contextlib
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -29,13 +30,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from fidelity_jax import errors, files, hosts, progress, streams
 
 # Beside the files of a checkpoint, once all of them are there.
 _WHOLE = ".whole"
 _FINISHED, _BEGUN = "finished.json", "config.json"
-# Who works in a workdir.
-_LOCK = ".lock"
+# Who works in a workdir, and who wrote to it last.
+_LOCK, _OWNER = ".lock", ".owner"
 # Seconds between two looks at what is new here, between two beats, and without a beat
 # until a lock counts as nobody's.
 _EVERY, _BEAT, _LONGEST = 10.0, 15.0, 90.0
@@ -112,23 +115,30 @@ def _place(kind: str, address: str) -> pathlib.Path:
   parts = [part for part in rest.split("/") if part]
   if not parts or {".", ".."} & set(parts):
     raise errors.UsageError(f"{address} names nothing: write gs://BUCKET/DIR.")
-  return files.cache_folder() / kind / scheme / pathlib.Path(*parts)
+  # What is copied of one address never lies in what is copied of another.
+  *above, name = parts
+  folder = f"{(above or [scheme])[-1]}-{files.digest([scheme, *above], 8)}"
+  return files.cache_folder() / kind / folder / name
 
 
 def _open(address: str) -> tuple[Any, str]:
   """Returns fsspec's file system of an address, and what it calls what it names."""
   scheme, given = address.partition("://")[0], {}
   if scheme in ("gs", "gcs"):
-    # Without it a connection that is lost in silence is waited for without end.
-    given["requests_timeout"] = 300
     # Buckets of other kinds are asked for by gRPC, and some of those have no locks.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   try:
     import fsspec
 
+    if scheme in ("gs", "gcs"):
+      import aiohttp
+
+      # Otherwise a connection that is lost in silence is waited for without end.
+      silence = aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=300)
+      given["requests_timeout"] = silence
     system, root = fsspec.url_to_fs(address, use_listings_cache=False, **given)
   except ImportError as error:
-    needed = "'fidelity_jax[gcs]'" if given else "what is named there"
+    needed = "'fidelity_jax[gcs]'" if scheme in ("gs", "gcs") else "what is named there"
     raise errors.UsageError(
       f"{address} cannot be read ({error}): pip install {needed}"
     ) from error
@@ -164,12 +174,21 @@ class _ChangedError(Exception):
   """Something changed while it was copied."""
 
 
+class _Record(msgspec.Struct):
+  """What is kept beside a copy; see `Bucket`."""
+
+  files: dict[str, list[str]] = {}
+  pending: list[str] = []
+  owner: str = ""
+
+
 class Bucket:
   """What an address names, and its copy on this machine.
 
   Attributes:
     address: see `copy`.
     place: where the copy lies.
+    owner: names this machine in `_OWNER`, "" if it never wrote.
   """
 
   def __init__(self, address: str, place: pathlib.Path):
@@ -179,9 +198,14 @@ class Bucket:
     self._record = place.with_name(f".{place.name}.json")
     # Versions in the bucket and here of what is the same in both, by relative path.
     self._known: dict[str, list[str]] = {}
+    # What a push that did not come to its end may have written or removed.
+    self._pending: set[str] = set()
+    self.owner = ""
     if place.exists():
       with contextlib.suppress(OSError, ValueError):
-        self._known = json.loads(files.read_bytes(self._record))
+        record = msgspec.json.decode(files.read_bytes(self._record), type=_Record)
+        self._known, self.owner = record.files, record.owner
+        self._pending = set(record.pending)
 
   def _key(self, name: str) -> str:
     return f"{self._root}/{name}" if name else self._root
@@ -205,7 +229,7 @@ class Bucket:
     """
     with self._reaching("reading"):
       found = self._system.find(self._root, detail=True)
-    every, whole = {}, set()
+    every, whole, self._touched = {}, set(), False
     for key, told in found.items():
       name = key[len(self._root) :].lstrip("/")
       if ".." in name.split("/"):
@@ -216,6 +240,8 @@ class Bucket:
       checkpoint = _checkpoint(name)
       if checkpoint is not None and name == checkpoint + _WHOLE:
         whole.add(checkpoint)
+      elif name == _OWNER:
+        self._touched = True
       elif _is_kept(name):
         every[name] = told
     return every, {None, *whole}
@@ -223,7 +249,10 @@ class Bucket:
   def _wholes(self) -> dict[str, dict[str, Any]]:
     """Returns the objects without those of checkpoints that are not whole."""
     every, whole = self._listing()
-    # What was finished elsewhere and copied there by hand is checked by its digests.
+    # Before a run wrote to it, it was copied there by hand.
+    if self._touched is False:
+      return every
+    # So was what is finished without a mark; it is checked by its digests.
     marked = {_group(checkpoint) for checkpoint in whole if checkpoint}
     done = {_group(n) for n in every if n == f"{_group(n)}/{_FINISHED}"} - marked
     return {
@@ -257,12 +286,14 @@ class Bucket:
 
   def _pull(self, workdir: bool) -> None:
     told = self._wholes()
+    ours = workdir and bool(self.owner) and self.read(_OWNER) == self.owner.encode()
     local, lacking = _files(self.place), []
     there = {name: _version(told[name]) for name in told}
     changed = {
       _group(name)
       for name in (*told, *self._known)
       if there.get(name) != self._known.get(name, [None])[0]
+      and not (ours and name in self._pending)
     }
     for name in sorted({*told, *local, *self._known}):
       # What is absent here is wanted, whoever removed it.
@@ -284,7 +315,7 @@ class Bucket:
   def _tidy(self, directory: pathlib.Path) -> None:
     """Removes a directory in which nothing is left, and those that it leaves so."""
     with contextlib.suppress(OSError):
-      while directory.is_relative_to(self.place):
+      while directory != self.place:
         directory.rmdir()
         directory = directory.parent
 
@@ -305,6 +336,9 @@ class Bucket:
             raise _ChangedError(some[0]) from error
           for name, part, path in zip(some, parts, places, strict=True):
             self._compare(name, part, told[name])
+            # What was written first is older here, too.
+            if isinstance(when := told[name].get("mtime"), datetime.datetime):
+              os.utime(part, (when.timestamp(), when.timestamp()))
             os.replace(part, path)
             here = files.version(os.stat(path))
             self._known[name] = [_version(told[name]), here]
@@ -359,32 +393,53 @@ class Bucket:
       groups.items(), key=lambda group: group[0][:4]
     ):
       check()
+      self._pending.update(names)
+      self._note()
       with self._reaching("writing to"):
         if checkpoint in known:
           self._remove(checkpoint + _WHOLE)
-        there = self._put(names)
+        there = self._put(names, check)
         if checkpoint and there and self._unchanged(checkpoint, local):
           check()
           self._system.pipe_file(self._key(checkpoint + _WHOLE), b"")
     every, whole = self._listing()
     old = [n for n in every if _checkpoint(n) not in {None, *kept}]
     old = [name for name in old if _group(name) in training]
+    if old:
+      self._pending.update(old)
+      self._note()
     with self._reaching("removing from"):
       for checkpoint in sorted({_checkpoint(name) for name in old}):
         check()
         if checkpoint in whole:
           self._remove(checkpoint + _WHOLE)
-      for name in old:
-        self._remove(name)
-        self._known.pop(name, None)
+        for name in (name for name in old if name.startswith(checkpoint)):
+          self._remove(name)
+          self._known.pop(name, None)
     for name in changed:
       if name in every and _checkpoint(name) in whole:
         self._known[name] = [_version(every[name]), local[name]]
+    self._pending.clear()
     self._note()
 
-  def _put(self, names: list[str]) -> bool:
+  def take(self) -> None:
+    """Says that this machine writes from here on; all that was pulled counts as whole.
+
+    Raises:
+      RunError: the bucket cannot be reached or written.
+    """
+    every, whole = self._listing()
+    for checkpoint in sorted({c for n in every if (c := _checkpoint(n))} - whole):
+      if not self._touched:
+        self.write(checkpoint + _WHOLE, b"")
+    self.owner = self.owner or secrets.token_hex(8)
+    self._note()
+    self.write(_OWNER, self.owner.encode())
+
+  def _put(self, names: list[str], check: Callable[[], None]) -> bool:
     """Copies files to the bucket; returns whether all of them were here to the end."""
     for start in range(0, len(names), _TOGETHER):
+      check()
       some = names[start : start + _TOGETHER]
       paths = [str(self._path(name)) for name in some]
       try:
@@ -419,8 +474,10 @@ class Bucket:
 
   def _note(self) -> None:
     with errors.while_doing(f"writing {self._record}"):
+      self._record.parent.mkdir(parents=True, exist_ok=True)
+      record = _Record(self._known, sorted(self._pending), self.owner)
       part = self._record.with_name(f"{self._record.name}.{os.getpid()}.part")
-      part.write_text(json.dumps(self._known))
+      part.write_bytes(msgspec.json.encode(record))
       os.replace(part, self._record)
 
   def read(self, name: str = "") -> bytes | None:
@@ -508,7 +565,10 @@ def _checkpoint(name: str) -> str | None:
 
 def _version(told: dict[str, Any]) -> str:
   """Returns what changes whenever an object is written anew."""
-  keys = ("generation", "etag", "ETag", "VersionId", "mtime", "LastModified")
+  # Others change with what is said of it, too.
+  if "generation" in told:
+    return f"{told['size']}-{told['generation']}"
+  keys = ("etag", "ETag", "VersionId", "mtime", "LastModified")
   return "-".join(str(told[key]) for key in ("size", *keys) if told.get(key))
 
 
@@ -552,6 +612,7 @@ class Mirror:
         self._lock()
         self._heart.start()
         self._bucket.pull(workdir=True)
+        self._bucket.take()
         self._publish()
         self._follower.start()
       hosts.exchange(self._publish, self._bucket.pull)
@@ -612,7 +673,8 @@ class Mirror:
         told = False
       except Exception as error:  # Told, and tried again.
         if not told and not self._lost:
-          progress.say(f"{str(error).rstrip('.')}: it is tried again.")
+          what = str(error).rstrip(".").removesuffix(": run the same command again")
+          progress.say(f"{what}: it is tried again.")
           told = True
 
   def _live(self) -> None:
@@ -687,7 +749,13 @@ class Mirror:
   def _look(self) -> None:
     """Raises RunError if another run has the lock."""
     held = self._bucket.read(_LOCK)
-    if held is None or _owner(held).get("token") != self._token:
+    if held is None:
+      self._lost = True
+      raise errors.RunError(
+        f"{self._bucket.address}/{_LOCK} was removed while the run was working there: "
+        "run the same command again to go on with what is there."
+      )
+    if _owner(held).get("token") != self._token:
       self._lost = True
       raise errors.RunError(
         f"{self._bucket.address} was taken over by another run, which saw no sign of "

@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   signals.interrupt("while it looked at its inputs", "nothing is lost")
   platform.set_up()
+  platform.keep_compiled()
   if args.rounds is not None and not 1 <= args.rounds <= 1_000_000:
     raise errors.UsageError(f"--rounds={args.rounds}: write a number from 1 on.")
   out = files.expand(args.out, write=True)

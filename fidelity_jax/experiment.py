@@ -20,6 +20,7 @@ from fidelity_jax import (
   hosts,
   measurements,
   plan,
+  platform,
   progress,
   report,
   results,
@@ -75,6 +76,7 @@ def run(
     if hosts.first():
       print("\n".join(lines))
     return
+  platform.keep_compiled()
   with contextlib.ExitStack() as held:
     place = held.enter_context(bucket) if bucket else files.expand(workdir)
     shared = work.shard is not None

@@ -17,6 +17,7 @@ from fidelity_jax import (
   progress,
   sharding,
   stages,
+  streams,
   subjects,
   tasks,
 )
@@ -152,7 +153,11 @@ class _Contents:
     with self._noting():
       weights = self._digest(given)
     chosen = " ".join(f"{k}={v}" for k, v in sorted(selection(config).items()))
-    return stages.Content(images, weights, {"images": chosen, "weights": given})
+    places = {
+      "images": streams.named(chosen),
+      "weights": given and streams.named(given),
+    }
+    return stages.Content(images, weights, places)
 
   def _digest(self, given: str | None) -> str | None:
     if given is None:
@@ -161,7 +166,7 @@ class _Contents:
       return port.content_digest(given)
     except (errors.UsageError, errors.Missing):
       # A finished stage needs the file no longer.
-      if known := stages.remembered_weights(self._place, given):
+      if known := stages.remembered_weights(self._place, streams.named(given)):
         return known
       raise
 

@@ -1,14 +1,19 @@
 """Settings of the platform that JAX runs on."""
 
+import contextlib
 import functools
 import os
+import platform as host
 import warnings
 from collections.abc import Callable
 
 import jax
 from absl import logging
 
-from fidelity_jax import errors
+from fidelity_jax import errors, files
+
+# Bytes of compiled programs that are kept; those not used for longest go.
+_COMPILED = 2 * 2**30
 
 
 def set_up() -> None:
@@ -28,6 +33,37 @@ def set_up() -> None:
       f"JAX finds no device (JAX_PLATFORMS is {asked!r}; {reason}): set JAX_PLATFORMS "
       "to a platform that this machine has, such as cpu, or leave it unset."
     ) from error
+
+
+def keep_compiled() -> None:
+  """Has compiled programs kept in the cache folder: nothing is compiled a second time.
+
+  JAX tells them apart by their content, its version, its flags and its devices. What
+  the user says of it in JAX's own variables counts: JAX_COMPILATION_CACHE_DIR=DIR,
+  JAX_ENABLE_COMPILATION_CACHE=false.
+  """
+  config = jax.config
+  if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir:
+    return
+  # Code for one processor may not run on another, and homes are shared.
+  folder = files.cache_folder() / "compiled" / files.digest(_processor(), 8)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  if not os.access(folder, os.W_OK | os.X_OK):
+    return
+  config.update("jax_compilation_cache_dir", str(folder))
+  config.update("jax_compilation_cache_max_size", _COMPILED)
+  config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _processor() -> str:
+  """Returns what this machine's processor is, and what it can do."""
+  with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return "".join(sorted({line for line in file if line.startswith(kinds)}))
+  return f"{host.machine()} {host.processor()}"
 
 
 def precision(name: str) -> str:

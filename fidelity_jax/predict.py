@@ -324,6 +324,7 @@ def _predict(args: argparse.Namespace) -> None:
   kept = "finished pictures are kept" if args.out else "nothing is kept"
   signals.interrupt("while it predicted", kept)
   platform.set_up()
+  platform.keep_compiled()
   if args.top < 1:
     raise errors.UsageError(f"--top={args.top}: write a number from 1 on.")
   if args.full and args.out is None:

@@ -81,6 +81,7 @@ def _restore(args: argparse.Namespace) -> None:
   out = files.expand(args.out, write=True)
   found = photos.find(args.images, out)
   platform.set_up()
+  platform.keep_compiled()
   denoiser = denoising.load(args.run)
   results = restore_files(
     denoiser, found, out, add_noise=noise, seed=args.seed, reference=reference

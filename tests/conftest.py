@@ -9,6 +9,9 @@ import shutil
 import subprocess
 import sys
 
+# Tests say themselves where compiled programs are kept; read when JAX is imported.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -203,6 +206,7 @@ def background(compilation_cache):
 
   def start(*arguments, program=("-m", "fidelity_jax.main"), env=None, **kwargs):
     environment = os.environ | {
+      "JAX_ENABLE_COMPILATION_CACHE": "true",
       "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

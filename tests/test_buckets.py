@@ -128,6 +128,7 @@ def test_a_bucket_is_whole_wherever_writing_ends(bucket, tmp_path, every):
     place = tmp_path / f"here-{tried}"
     _write(place, _BEFORE)
     here = buckets.Bucket(address, place)
+    here.take()
     here.push()
     _write(place, _AFTER)
     bucket.refuses = tried
@@ -148,8 +149,11 @@ def test_a_bucket_is_whole_wherever_writing_ends(bucket, tmp_path, every):
     assert "2" in steps and steps & {"1", "3"}
     if "net/finished.json" in found:
       assert found["net/metrics.jsonl"] == "3" and "3" in steps
-    # The same goes on from there; another begins with what is whole.
-    buckets.Bucket(address, place).push()
+    # The same goes on with what it has; another begins with what is whole.
+    again = buckets.Bucket(address, place)
+    again.pull(workdir=True)
+    assert _read(place) == _AFTER
+    again.push()
     buckets.Bucket(address, there).pull()
     assert _read(there) == _AFTER
     if done:
@@ -202,6 +206,28 @@ def test_what_is_lost_here_is_not_removed_there(bucket, tmp_path, monkeypatch, l
   assert _read(place) == _AFTER
 
 
+def test_a_workdir_that_was_copied_there_by_hand_goes_on(bucket, tmp_path):
+  """Half trained, without marks, until a run takes it."""
+  address, place = f"{bucket.address}/runs", tmp_path / "here"
+  for name, text in _BEFORE.items():
+    bucket.put(f"runs/{name}", text.encode())
+  here = buckets.Bucket(address, place)
+  here.pull(workdir=True)
+  here.take()
+  here.push()
+  buckets.Bucket(address, tmp_path / "there").pull()
+  assert _read(place) == _read(tmp_path / "there") == _BEFORE
+
+
+def test_addresses_in_addresses_have_places_of_their_own(bucket, cache_folder):
+  places = [
+    buckets._place("copies", f"{bucket.address}/{name}")
+    for name in ("data", "data/train", "data/train/a", "data2")
+  ]
+  for one in places:
+    assert not [p for p in places if p != one and p.is_relative_to(one)]
+
+
 def test_a_directory_that_cannot_be_read_is_an_error(bucket):
   with tempfile.TemporaryDirectory() as root:
     _check_unreadable(bucket, pathlib.Path(root))
@@ -237,6 +263,7 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_not_whole(bucket, tmp_path):
   address, place = f"{bucket.address}/runs", tmp_path / "here"
   _write(place, _BEGUN | _checkpoint(1) | _checkpoint(2))
   here = buckets.Bucket(address, place)
+  here.take()
   put = here._system.put
 
   def late(paths, keys):
@@ -289,7 +316,7 @@ def test_one_run_at_a_time(bucket, monkeypatch, tmp_path, cache_folder):
       with buckets.Mirror(address):
         pass
     monkeypatch.setenv("FIDELITY_JAX_CACHE", str(cache_folder))
-  assert bucket.names() == ["runs/a.txt"]
+  assert bucket.names() == ["runs/.owner", "runs/a.txt"]
   with buckets.Mirror(address) as place:
     assert _read(place) == {"a.txt": "a"}
 
@@ -411,10 +438,10 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, toy_run, command, cache_fol
   workdir = f"{bucket.address}/runs/toy"
   done = command(*_flags(workdir), check=0)
   assert f"in {workdir}/oracle-" in done.stderr and str(cache_folder) not in done.stderr
-  here = cache_folder / "workdirs" / "gs" / "photos" / "runs" / "toy"
+  here = buckets._place("workdirs", workdir)
   assert _same(here, toy_run)
   # What is there is all that is here, and nobody is in it.
-  apart = (".whole", "/log.txt")
+  apart = (".whole", ".owner", "/log.txt")
   names = [n for n in bucket.names() if not n.endswith(apart)]
   kept = [p for p in here.rglob("*") if p.is_file() and p.name[0] != "."]
   kept = [path for path in kept if path.name != "log.txt"]
@@ -486,7 +513,7 @@ def test_images_and_weights_in_a_bucket(bucket, folder, command, tmp_path):
 def test_two_processes_without_a_common_disk(bucket, toy_run, tmp_path, cache_folder):
   """Stopped, with nothing left but the bucket, and gone on with, by as many."""
   workdirs = [[f"--workdir={bucket.address}/two"]] * 2
-  place = cache_folder / "workdirs" / "gs" / "photos"
+  place = buckets._place("workdirs", f"{bucket.address}/two").parent
   job = _Job(2, tmp_path / "first", each=workdirs)
   _until(_begun(place / "two", "restorer"))
   time.sleep(1)
@@ -526,4 +553,4 @@ def test_killed_at_random_and_gone_on_with_elsewhere(
     assert process.returncode == 0, stderr
     break
   assert killed == 6, "it was over too soon"
-  assert _same(cache_folder / "workdirs" / "gs" / "photos" / "runs" / "toy", toy_run)
+  assert _same(buckets._place("workdirs", workdir), toy_run)

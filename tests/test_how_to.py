@@ -51,6 +51,7 @@ _OWN = {k: v for k, v in TOY.items() if "classifier.model" not in k}
 def cached(compilation_cache):
   """Compiles once what several commands use, as the commands are in one process."""
   fields = {
+    "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(compilation_cache),
     "jax_persistent_cache_min_compile_time_secs": 0.2,
   }

@@ -1,8 +1,14 @@
 """Settings of the platform that JAX runs on."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+from conftest import TOY, measured, overrides, results
 
 from fidelity_jax import platform
 
@@ -57,3 +63,42 @@ def test_precision_is_what_it_means_here(monkeypatch, backend, expected):
   assert platform.precision("auto") == expected
   assert platform.precision("float32") == "float32"
   assert platform.precision("bfloat16") == "bfloat16"
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+  """In processes of their own: JAX reads its variables once."""
+  program = (
+    "import jax\n"
+    "from fidelity_jax import platform\n"
+    "platform.keep_compiled()\n"
+    "print(jax.config.jax_compilation_cache_dir)\n"
+  )
+
+  def told(**variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"FIDELITY_JAX_CACHE": str(tmp_path / "cache")} | variables
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+  usual = pathlib.Path(told())
+  assert usual.is_dir() and usual.parent == tmp_path / "cache" / "compiled"
+  assert told(JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+  assert told(JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+  # Where nothing can be kept, nothing is.
+  (tmp_path / "file").write_text("")
+  assert told(FIDELITY_JAX_CACHE=str(tmp_path / "file")) == "None"
+
+
+@pytest.mark.slow
+def test_a_second_experiment_compiles_nothing_again(command, toy_run, tmp_path):
+  flags = ["--config=configs/oracle.py:demo", *overrides(TOY)]
+  cache = tmp_path / "cache"
+  # "": as if they were not set.
+  environment = {"FIDELITY_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": ""}
+  kept = []
+  for name in ("first", "second"):
+    command(*flags, f"--workdir={tmp_path / name}", env=environment, check=0)
+    kept.append({p.name for p in cache.rglob("*-cache")})
+    assert measured(results(tmp_path / name)) == measured(results(toy_run))
+  assert kept[0] and kept[0] == kept[1]
