@@ -152,10 +152,11 @@ def test_a_bucket_is_whole_wherever_writing_ends(bucket, tmp_path, every):
     # The same goes on with what it has; another begins with what is whole.
     again = buckets.Bucket(address, place)
     again.pull(workdir=True)
-    assert _read(place) == _AFTER
+    # What was not removed there yet comes back.
+    assert _AFTER == {k: v for k, v in _read(place).items() if k not in _checkpoint(1)}
     again.push()
     buckets.Bucket(address, there).pull()
-    assert _read(there) == _AFTER
+    assert _read(there) == _read(place)
     if done:
       assert found == _AFTER
       break

@@ -397,6 +397,7 @@ def _check_files(root):
     assert given.shape == made.shape and not np.array_equal(given, made)
 
 
+@pytest.mark.slow
 def test_export_up_to_directories(toy_estimated, tmp_path, monkeypatch, command):
   _export(tmp_path, toy_estimated)
   again = "export pretrained "
