@@ -2,14 +2,12 @@
 
 What an address names is copied to this machine before it is read; later only what has
 changed is copied again. A workdir is worked in here, too, and kept in step with its
-bucket (`Mirror`), where nothing can be renamed and no directory is written at once:
+bucket (`mirror`), where nothing can be renamed and no directory is written at once:
 
 - A checkpoint in a bucket counts once `_WHOLE` lies beside its files: it is written
   after them and removed before them. What a stage has is written in the order in which
   it was made; nothing is removed but checkpoints of a stage that trains here.
-- A lock is an object that must not be there when it is written. It holds a beat, which
-  changes while its owner lives. It needs a store that refuses to overwrite: Google's
-  does; on others fsspec looks first and writes then, which two can do at once.
+- Two runs cannot work in one (`leases`).
 """
 
 import base64
@@ -21,27 +19,20 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import re
 import secrets
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
-from fidelity_jax import errors, files, hosts, progress, streams
+from fidelity_jax import errors, files, progress, streams
 
 # Beside the files of a checkpoint, once all of them are there.
 _WHOLE = ".whole"
 _FINISHED, _BEGUN = "finished.json", "config.json"
-# Who works in a workdir, and who wrote to it last.
-_LOCK, _OWNER = ".lock", ".owner"
-# Seconds between two looks at what is new here, between two beats, and without a beat
-# until a lock counts as nobody's.
-_EVERY, _BEAT, _LONGEST = 10.0, 15.0, 90.0
+# Who wrote to a workdir last.
+_OWNER = ".owner"
 # Files that are copied at a time, and how often what changes meanwhile is copied anew.
 _TOGETHER, _TRIES = 64, 5
 # Of a stage, what comes later needs what comes before.
@@ -71,7 +62,7 @@ def copy(address: str) -> pathlib.Path:
 
 @functools.cache
 def _copy(address: str) -> pathlib.Path:
-  place = _place("copies", address)
+  place = place_of("copies", address)
   streams.rename(place, address)
   with errors.while_doing(f"making the directory {place.parent}"):
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +89,7 @@ def copy_run(address: str) -> pathlib.Path:
     if where.partition("://")[2].count("/") < 1:
       break
     record = f"{where}/experiment.json"
-    found = Bucket(record, _place("copies", record)).read()
+    found = Bucket(record, place_of("copies", record)).read()
     if found is None:
       continue
     copy(where)
@@ -106,11 +97,20 @@ def copy_run(address: str) -> pathlib.Path:
       experiments = json.loads(found)["experiments"]
       for name in sorted({name for one in experiments for name in one["stages"]}):
         copy(f"{where.rpartition('/')[0]}/{name}")
-    return _place("copies", address)
+    return place_of("copies", address)
   return copy(address)
 
 
-def _place(kind: str, address: str) -> pathlib.Path:
+def place_of(kind: str, address: str) -> pathlib.Path:
+  """Returns where what is copied of an address lies, below the cache folder.
+
+  Args:
+    kind: "copies", or "workdirs" for what is worked in.
+    address: see `copy`.
+
+  Raises:
+    UsageError: it names nothing.
+  """
   scheme, _, rest = address.partition("://")
   parts = [part for part in rest.split("/") if part]
   if not parts or {".", ".."} & set(parts):
@@ -222,14 +222,15 @@ class Bucket:
     except Exception as error:
       raise errors.RunError(_explained(doing, self.address, error)) from error
 
-  def _listing(self) -> tuple[dict[str, dict[str, Any]], set[str | None]]:
-    """Returns what fsspec tells of each object, and the checkpoints that are whole.
+  def _listing(self) -> tuple[dict[str, dict[str, Any]], set[str | None], bool]:
+    """Returns what fsspec tells of each object, and which checkpoints are whole.
 
-    By relative path, "" for the address itself; without what is this module's own.
+    By relative path, "" for the address itself; without what is this package's own.
+    And whether a run ever wrote here: if not, what there is was copied by hand.
     """
     with self._reaching("reading"):
       found = self._system.find(self._root, detail=True)
-    every, whole, self._touched = {}, set(), False
+    every, whole, written = {}, set(), False
     for key, told in found.items():
       name = key[len(self._root) :].lstrip("/")
       if ".." in name.split("/"):
@@ -241,18 +242,17 @@ class Bucket:
       if checkpoint is not None and name == checkpoint + _WHOLE:
         whole.add(checkpoint)
       elif name == _OWNER:
-        self._touched = True
+        written = True
       elif _is_kept(name):
         every[name] = told
-    return every, {None, *whole}
+    return every, {None, *whole}, written
 
   def _wholes(self) -> dict[str, dict[str, Any]]:
     """Returns the objects without those of checkpoints that are not whole."""
-    every, whole = self._listing()
-    # Before a run wrote to it, it was copied there by hand.
-    if self._touched is False:
+    every, whole, written = self._listing()
+    if not written:
       return every
-    # So was what is finished without a mark; it is checked by its digests.
+    # What is finished without marks was copied by hand, too; its digests are checked.
     marked = {_group(checkpoint) for checkpoint in whole if checkpoint}
     done = {_group(n) for n in every if n == f"{_group(n)}/{_FINISHED}"} - marked
     return {
@@ -402,7 +402,7 @@ class Bucket:
         if checkpoint and there and self._unchanged(checkpoint, local):
           check()
           self._system.pipe_file(self._key(checkpoint + _WHOLE), b"")
-    every, whole = self._listing()
+    every, whole, _ = self._listing()
     old = [n for n in every if _checkpoint(n) not in {None, *kept}]
     old = [name for name in old if _group(name) in training]
     if old:
@@ -428,10 +428,10 @@ class Bucket:
     Raises:
       RunError: the bucket cannot be reached or written.
     """
-    every, whole = self._listing()
-    for checkpoint in sorted({c for n in every if (c := _checkpoint(n))} - whole):
-      if not self._touched:
-        self.write(checkpoint + _WHOLE, b"")
+    every, whole, written = self._listing()
+    unmarked = set(map(_checkpoint, every)) - whole
+    for checkpoint in () if written else sorted(unmarked):
+      self.write(checkpoint + _WHOLE, b"")
     self.owner = self.owner or secrets.token_hex(8)
     self._note()
     self.write(_OWNER, self.owner.encode())
@@ -473,12 +473,10 @@ class Bucket:
       self._system.rm_file(self._key(name))
 
   def _note(self) -> None:
-    with errors.while_doing(f"writing {self._record}"):
+    with errors.while_doing(f"making the directory {self._record.parent}"):
       self._record.parent.mkdir(parents=True, exist_ok=True)
-      record = _Record(self._known, sorted(self._pending), self.owner)
-      part = self._record.with_name(f"{self._record.name}.{os.getpid()}.part")
-      part.write_bytes(msgspec.json.encode(record))
-      os.replace(part, self._record)
+    record = _Record(self._known, sorted(self._pending), self.owner)
+    files.write_bytes(self._record, msgspec.json.encode(record))
 
   def read(self, name: str = "") -> bytes | None:
     """Returns an object's content, None if there is none.
@@ -570,229 +568,3 @@ def _version(told: dict[str, Any]) -> str:
     return f"{told['size']}-{told['generation']}"
   keys = ("etag", "ETag", "VersionId", "mtime", "LastModified")
   return "-".join(str(told[key]) for key in ("size", *keys) if told.get(key))
-
-
-class Mirror:
-  """A workdir in a bucket: worked in here, kept in step there.
-
-  Of several processes the first writes for all. The others have copies of their own,
-  which follow wherever they wait for it (`hosts.wait`).
-
-  Attributes:
-    place: where this process works.
-  """
-
-  def __init__(self, address: str):
-    """Opens it; raises as `copy`, but asks no server yet."""
-    address = address.rstrip("/")
-    place = _place("workdirs", address)
-    if hosts.index():
-      place = place.with_name(f".{place.name}.{hosts.index()}")
-    self.place, self._bucket = place, Bucket(address, place)
-    streams.rename(place, address)
-    self._turn = threading.Lock()
-    # No more is followed; the lock is given back.
-    self._ended, self._left = threading.Event(), threading.Event()
-    self._token, self._beats, self._beaten = secrets.token_hex(8), 0, 0.0
-    self._lost = False
-    self._follower = threading.Thread(target=self._follow, daemon=True)
-    self._heart = threading.Thread(target=self._live, daemon=True)
-
-  def __enter__(self) -> pathlib.Path:
-    with errors.while_doing(f"making the directory {self.place}"):
-      self.place.mkdir(parents=True, exist_ok=True)
-      self._file = open(self.place.with_name(f".{self.place.name}.lock"), "w")
-    try:
-      # Of this machine's processes, before anything is changed here.
-      try:
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise errors.RunError(self._in_use("on this machine")) from error
-      if hosts.first():
-        self._lock()
-        self._heart.start()
-        self._bucket.pull(workdir=True)
-        self._bucket.take()
-        self._publish()
-        self._follower.start()
-      hosts.exchange(self._publish, self._bucket.pull)
-      hosts.wait("workdir in a bucket")
-    except BaseException:
-      self._leave()
-      raise
-    return self.place
-
-  def __exit__(self, kind: type | None, *_: object) -> None:
-    try:
-      if hosts.first():
-        self._end_following()
-        self._publish()
-    except errors.RunError as failure:
-      line = str(failure)
-      if not self._lost:
-        line = (
-          f"{line.rstrip('.')}. What is not in the bucket yet is kept on this machine, "
-          "and is taken there when the same command runs here again."
-        )
-      if kind is None or not issubclass(kind, Exception):
-        raise errors.RunError(line) from failure
-      progress.say(line)
-    finally:
-      self._leave()
-      # What is told from here on does not come into the bucket any more.
-      streams.log_to(None)
-
-  def _end_following(self) -> None:
-    self._ended.set()
-    if self._follower.ident:
-      self._follower.join()
-
-  def _leave(self) -> None:
-    """Gives the locks back."""
-    hosts.exchange(None, None)
-    self._end_following()
-    self._left.set()
-    if self._heart.ident:
-      self._heart.join()
-      with contextlib.suppress(errors.RunError):
-        self._look()
-        self._bucket.remove(_LOCK)
-    self._file.close()
-
-  def _publish(self) -> None:
-    with self._turn:
-      self._look()
-      self._bucket.push(self._check)
-
-  def _follow(self) -> None:
-    """Takes to the bucket what is new here, now and then."""
-    told = False
-    while not self._ended.wait(_EVERY):
-      try:
-        self._publish()
-        told = False
-      except Exception as error:  # Told, and tried again.
-        if not told and not self._lost:
-          what = str(error).rstrip(".").removesuffix(": run the same command again")
-          progress.say(f"{what}: it is tried again.")
-          told = True
-
-  def _live(self) -> None:
-    """Keeps the lock while it is ours."""
-    while not self._left.wait(_BEAT):
-      try:
-        self._beat()
-      except Exception:  # The next may come through.
-        if self._lost:
-          os.kill(os.getpid(), signal.SIGTERM)
-          return
-
-  def _lock(self) -> None:
-    """Takes the lock.
-
-    Raises:
-      RunError: another run has it.
-    """
-    bucket, seen, since, told, taken = self._bucket, None, 0.0, False, False
-    while not bucket.write(_LOCK, self._content(), new=True):
-      if (held := bucket.read(_LOCK)) is None:
-        continue
-      owner = _owner(held)
-      if owner.get("token") == self._token:
-        # Written, but the answer did not come.
-        break
-      who = f"process {owner.get('process')} on {owner.get('host')}"
-      if seen is not None and held != seen:
-        raise errors.RunError(self._in_use(who))
-      if seen is None:
-        seen, since = held, _now()
-      dead = _dead(owner)
-      if dead or _now() - since > _LONGEST:
-        if bucket.read(_LOCK) == held:
-          bucket.remove(_LOCK)
-        seen, taken = None, taken or not dead
-        continue
-      if not told:
-        progress.say(
-          f"{bucket.address} was in use by {who}: looking for up to {_LONGEST:g} s "
-          "whether it still is."
-        )
-        told = True
-      time.sleep(1.0)
-    if taken:
-      # Another may have found it without an owner, too, and removed ours.
-      time.sleep(2.0)
-      self._look()
-    self._beaten = _now()
-
-  def _in_use(self, who: str) -> str:
-    return (
-      f"another run ({who}) is working in {self._bucket.address}: wait for it, or name "
-      "another directory with --workdir."
-    )
-
-  def _content(self) -> bytes:
-    who = {"host": platform.node(), "process": os.getpid(), "machine": _machine()}
-    return json.dumps(who | {"token": self._token, "beat": self._beats}).encode()
-
-  def _beat(self) -> None:
-    self._look()
-    self._beats += 1
-    self._bucket.write(_LOCK, self._content())
-    self._beaten = _now()
-
-  def _check(self) -> None:
-    """Raises RunError if another run has the lock, or may have by now."""
-    if self._lost or _now() - self._beaten > _LONGEST / 2:
-      self._beat()
-
-  def _look(self) -> None:
-    """Raises RunError if another run has the lock."""
-    held = self._bucket.read(_LOCK)
-    if held is None:
-      self._lost = True
-      raise errors.RunError(
-        f"{self._bucket.address}/{_LOCK} was removed while the run was working there: "
-        "run the same command again to go on with what is there."
-      )
-    if _owner(held).get("token") != self._token:
-      self._lost = True
-      raise errors.RunError(
-        f"{self._bucket.address} was taken over by another run, which saw no sign of "
-        f"life of this one for {_LONGEST:g} s: wait for that one, or name another "
-        "directory with --workdir."
-      )
-
-
-def _now() -> float:
-  """Returns seconds that go on while a machine is suspended."""
-  return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def _owner(held: bytes) -> dict[str, Any]:
-  with contextlib.suppress(ValueError):
-    if isinstance(found := json.loads(held), dict):
-      return found
-  return {}
-
-
-def _machine() -> str:
-  """Returns what processes that know each other's numbers have in common."""
-  try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-  except OSError:
-    return secrets.token_hex(8)
-
-
-def _dead(owner: dict[str, Any]) -> bool:
-  """Returns whether a lock's owner was on this machine, and is gone."""
-  if owner.get("machine") != _machine() or not isinstance(owner.get("process"), int):
-    return False
-  try:
-    os.kill(owner["process"], 0)
-  except ProcessLookupError:
-    return True
-  except OSError:
-    pass
-  return False

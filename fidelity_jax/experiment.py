@@ -19,6 +19,7 @@ from fidelity_jax import (
   footprint,
   hosts,
   measurements,
+  mirror,
   plan,
   platform,
   progress,
@@ -63,10 +64,9 @@ def run(
   work = study.read(config)
   for experiment in work.experiments:
     plan.resolve(experiment)
-  datasets, bucket = Datasets(), None
-  if buckets.is_address(workdir) and not dry_run:
+  datasets, remote = Datasets(), buckets.is_address(workdir)
+  if remote:
     _check_bucket(work, workdir)
-    bucket = buckets.Mirror(workdir)
   if dry_run:
     place = files.expand(workdir)
     stages.check_workdir(place)
@@ -78,9 +78,11 @@ def run(
     return
   platform.keep_compiled()
   with contextlib.ExitStack() as held:
-    place = held.enter_context(bucket) if bucket else files.expand(workdir)
-    shared = work.shard is not None
-    held.enter_context(files.locked(place, shared, copies=bucket is not None))
+    if remote:
+      place = held.enter_context(mirror.Mirror(workdir))
+    else:
+      place = files.expand(workdir)
+    held.enter_context(files.locked(place, work.shard is not None, copies=remote))
     held.enter_context(_staying(place))
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))
     stages.check_workdir(place)

@@ -26,7 +26,7 @@ from conftest import (
 from test_data_images import encoded, photograph
 from test_hosts import _begun, _Job, _until
 
-from fidelity_jax import buckets, errors, files
+from fidelity_jax import buckets, errors, files, leases, mirror
 
 pytest.importorskip("gcsfs")
 
@@ -222,7 +222,7 @@ def test_a_workdir_that_was_copied_there_by_hand_goes_on(bucket, tmp_path):
 
 def test_addresses_in_addresses_have_places_of_their_own(bucket, cache_folder):
   places = [
-    buckets._place("copies", f"{bucket.address}/{name}")
+    buckets.place_of("copies", f"{bucket.address}/{name}")
     for name in ("data", "data/train", "data/train/a", "data2")
   ]
   for one in places:
@@ -303,31 +303,31 @@ def test_temporary_files_stay_here(bucket, tmp_path):
 
 
 def test_one_run_at_a_time(bucket, monkeypatch, tmp_path, cache_folder):
-  monkeypatch.setattr(buckets, "_BEAT", 0.2)
-  monkeypatch.setattr(buckets, "_EVERY", 0.1)
+  monkeypatch.setattr(leases, "_BEAT", 0.2)
+  monkeypatch.setattr(mirror, "_EVERY", 0.1)
   address = f"{bucket.address}/runs"
-  with buckets.Mirror(address) as place:
+  with mirror.Mirror(address) as place:
     (place / "a.txt").write_text("a")
     with pytest.raises(errors.RunError, match=r"on this machine.*working in"):
-      with buckets.Mirror(address):
+      with mirror.Mirror(address):
         pass
     # Another machine has another copy.
     monkeypatch.setenv("FIDELITY_JAX_CACHE", str(tmp_path / "other"))
     with pytest.raises(errors.RunError, match=f"process {os.getpid()} on .*working in"):
-      with buckets.Mirror(address):
+      with mirror.Mirror(address):
         pass
     monkeypatch.setenv("FIDELITY_JAX_CACHE", str(cache_folder))
   assert bucket.names() == ["runs/.owner", "runs/a.txt"]
-  with buckets.Mirror(address) as place:
+  with mirror.Mirror(address) as place:
     assert _read(place) == {"a.txt": "a"}
 
 
 def test_a_lock_without_a_beat_is_nobody_s(bucket, monkeypatch, capsys):
-  monkeypatch.setattr(buckets, "_LONGEST", 2.0)
+  monkeypatch.setattr(leases, "_LONGEST", 2.0)
   lock = {"host": "gone", "process": 7, "machine": "other", "token": "x", "beat": 3}
   bucket.put("runs/.lock", json.dumps(lock).encode())
   start = time.monotonic()
-  with buckets.Mirror(f"{bucket.address}/runs"):
+  with mirror.Mirror(f"{bucket.address}/runs"):
     assert time.monotonic() - start > 2.0
   assert "in use by process 7 on gone: looking for up to 2 s" in capsys.readouterr().err
 
@@ -335,25 +335,25 @@ def test_a_lock_without_a_beat_is_nobody_s(bucket, monkeypatch, capsys):
 def test_the_lock_of_a_dead_process_is_nobody_s(bucket, capsys):
   child = subprocess.Popen([sys.executable, "-c", ""])
   child.wait()
-  lock = {"host": "here", "process": child.pid, "machine": buckets._machine()}
+  lock = {"host": "here", "process": child.pid, "machine": leases._machine()}
   bucket.put("runs/.lock", json.dumps(lock).encode())
-  with buckets.Mirror(f"{bucket.address}/runs"):
+  with mirror.Mirror(f"{bucket.address}/runs"):
     pass
   assert not capsys.readouterr().err
 
 
 def test_the_lock_s_beat_does_not_wait_for_copies(bucket, monkeypatch):
-  monkeypatch.setattr(buckets, "_BEAT", 0.1)
-  mirror = buckets.Mirror(f"{bucket.address}/runs")
-  with mirror:
-    with mirror._turn:
+  monkeypatch.setattr(leases, "_BEAT", 0.1)
+  busy = mirror.Mirror(f"{bucket.address}/runs")
+  with busy:
+    with busy._turn:
       time.sleep(1.0)
       assert json.loads(bucket.get("runs/.lock"))["beat"] > 2
 
 
 def test_a_run_that_lost_its_lock_writes_no_more(bucket):
   with pytest.raises(errors.RunError, match="taken over by another run"):
-    with buckets.Mirror(f"{bucket.address}/runs") as place:
+    with mirror.Mirror(f"{bucket.address}/runs") as place:
       theirs = json.dumps({"token": "theirs"}).encode()
       bucket.put("runs/.lock", theirs)
       (place / "a.txt").write_text("a")
@@ -362,14 +362,14 @@ def test_a_run_that_lost_its_lock_writes_no_more(bucket):
 
 def test_what_cannot_be_taken_there_is_kept(bucket, monkeypatch):
   # The lock cannot be removed either.
-  monkeypatch.setattr(buckets, "_LONGEST", 1.0)
+  monkeypatch.setattr(leases, "_LONGEST", 1.0)
   address = f"{bucket.address}/runs"
   with pytest.raises(errors.RunError, match="is kept on this machine"):
-    with buckets.Mirror(address) as place:
+    with mirror.Mirror(address) as place:
       (place / "a.txt").write_text("a")
       bucket.refuses = 0
   bucket.refuses = None
-  with buckets.Mirror(address):
+  with mirror.Mirror(address):
     pass
   assert bucket.get("runs/a.txt") == b"a"
 
@@ -439,7 +439,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, toy_run, command, cache_fol
   workdir = f"{bucket.address}/runs/toy"
   done = command(*_flags(workdir), check=0)
   assert f"in {workdir}/oracle-" in done.stderr and str(cache_folder) not in done.stderr
-  here = buckets._place("workdirs", workdir)
+  here = buckets.place_of("workdirs", workdir)
   assert _same(here, toy_run)
   # What is there is all that is here, and nobody is in it.
   apart = (".whole", ".owner", "/log.txt")
@@ -514,7 +514,7 @@ def test_images_and_weights_in_a_bucket(bucket, folder, command, tmp_path):
 def test_two_processes_without_a_common_disk(bucket, toy_run, tmp_path, cache_folder):
   """Stopped, with nothing left but the bucket, and gone on with, by as many."""
   workdirs = [[f"--workdir={bucket.address}/two"]] * 2
-  place = buckets._place("workdirs", f"{bucket.address}/two").parent
+  place = buckets.place_of("workdirs", f"{bucket.address}/two").parent
   job = _Job(2, tmp_path / "first", each=workdirs)
   _until(_begun(place / "two", "restorer"))
   time.sleep(1)
@@ -554,4 +554,4 @@ def test_killed_at_random_and_gone_on_with_elsewhere(
     assert process.returncode == 0, stderr
     break
   assert killed == 6, "it was over too soon"
-  assert _same(buckets._place("workdirs", workdir), toy_run)
+  assert _same(buckets.place_of("workdirs", workdir), toy_run)
