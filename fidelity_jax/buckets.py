@@ -396,8 +396,13 @@ class Bucket:
       self._pending.update(names)
       self._note()
       with self._reaching("writing to"):
-        if checkpoint in known:
+        if checkpoint:
+          # A run that was killed may have left parts of another of this step.
           self._remove(checkpoint + _WHOLE)
+          below = self._system.find(self._key(checkpoint.rstrip("/")))
+          for name in (key[len(self._root) + 1 :] for key in below):
+            if name not in local:
+              self._remove(name)
         there = self._put(names, check)
         if checkpoint and there and self._unchanged(checkpoint, local):
           check()

@@ -1,8 +1,8 @@
 """A Google Cloud Storage on loopback: an emulator from PyPI, in this process.
 
-It keeps objects in memory. Two things it does not have are added: the condition that an
-object must not exist yet, without which there are no locks, and buckets that may not be
-read.
+It keeps objects in memory. Three things it does not have are added: the condition that
+an object must not exist yet, without which there are no locks; buckets that may not be
+read; and that an upload which breaks off makes no object.
 """
 
 import contextlib
@@ -93,6 +93,16 @@ def serving(monkeypatch, name="photos"):
     def do_DELETE(self):
       self.handle_one(server.DELETE)
 
+  def whole(request):
+    """Reads a body; of one that breaks off, as where a client is killed, nothing."""
+    length = request.headers.get("Content-Length")
+    body = read(request)
+    if length and len(body) < int(length):
+      raise ConnectionAbortedError("the client is gone")
+    return body
+
+  read = server._read_raw_data
+  monkeypatch.setattr(server, "_read_raw_data", whole)
   upload = objects._multipart_upload
 
   def unless_there(request, response, storage):

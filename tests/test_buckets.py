@@ -294,6 +294,18 @@ def test_a_copy_that_was_deleted_takes_nothing_with_it(bucket, tmp_path):
   assert _read(place) == _BEFORE
 
 
+def test_parts_of_another_checkpoint_of_the_same_step_go(bucket, tmp_path):
+  """What a killed run left is not taken for a part of what the next one wrote."""
+  address, place = f"{bucket.address}/runs", tmp_path / "here"
+  bucket.put("runs/net/checkpoints/2/d/left", b"of another")
+  _write(place, _BEFORE)
+  here = buckets.Bucket(address, place)
+  here.push()
+  assert "runs/net/checkpoints/2/d/left" not in bucket.names()
+  buckets.Bucket(address, tmp_path / "there").pull()
+  assert _read(tmp_path / "there") == _BEFORE
+
+
 def test_temporary_files_stay_here(bucket, tmp_path):
   place = tmp_path / "here"
   tmp = "net/checkpoints/3.orbax-checkpoint-tmp-17/variables/a"
