@@ -397,14 +397,9 @@ class Bucket:
       self._note()
       with self._reaching("writing to"):
         if checkpoint:
-          # A run that was killed may have left parts of another of this step.
           self._remove(checkpoint + _WHOLE)
-          below = self._system.find(self._key(checkpoint.rstrip("/")))
-          for name in (key[len(self._root) + 1 :] for key in below):
-            if name not in local:
-              self._remove(name)
         there = self._put(names, check)
-        if checkpoint and there and self._unchanged(checkpoint, local):
+        if checkpoint and there and self._arrived(checkpoint, local):
           check()
           self._system.pipe_file(self._key(checkpoint + _WHOLE), b"")
     every, whole, _ = self._listing()
@@ -456,10 +451,25 @@ class Bucket:
         return False
     return True
 
-  def _unchanged(self, checkpoint: str, before: dict[str, str]) -> bool:
-    """Returns whether a checkpoint's files are those of before: none is removed."""
-    now = {f"{checkpoint}{n}": v for n, v in _files(self._path(checkpoint)).items()}
-    return now == {n: v for n, v in before.items() if n.startswith(checkpoint)}
+  def _arrived(self, checkpoint: str, before: dict[str, str]) -> bool:
+    """Returns whether a checkpoint's files, and no others, are in the bucket.
+
+    They are those of before, and none is being removed here. What a run that was killed
+    left of another of this step goes.
+    """
+    place = self._path(checkpoint)
+    own = {name: here for name, here in before.items() if name.startswith(checkpoint)}
+    if {f"{checkpoint}{name}": here for name, here in _files(place).items()} != own:
+      return False
+    sizes = {}
+    found = self._system.find(self._key(checkpoint.rstrip("/")), detail=True)
+    for key, told in found.items():
+      name = key[len(self._root) + 1 :]
+      if name in own:
+        sizes[name] = told["size"]
+      else:
+        self._remove(name)
+    return sizes == {name: self._path(name).stat().st_size for name in own}
 
   def _rank(self, name: str, local: dict[str, str]) -> tuple[float, str, int, int]:
     """Returns what orders files: earlier stages first, and `_ORDER` in each."""

@@ -546,11 +546,12 @@ def test_two_processes_without_a_common_disk(bucket, toy_run, tmp_path, cache_fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_and_gone_on_with_elsewhere(
-  bucket, toy_run, background, cache_folder
+  bucket, toy_run, background, cache_folder, seed
 ):
   """Nothing of a killed run is left but what came into the bucket."""
-  workdir, draws, killed = f"{bucket.address}/runs/toy", random.Random(0), 0
+  workdir, draws, killed = f"{bucket.address}/runs/toy", random.Random(seed), 0
   while True:
     process = background(*_flags(workdir), "--config.checkpoint_seconds=0.05")
     try:
@@ -565,5 +566,5 @@ def test_killed_at_random_and_gone_on_with_elsewhere(
       continue
     assert process.returncode == 0, stderr
     break
-  assert killed == 6, "it was over too soon"
+  assert killed > 2, "it was over too soon"
   assert _same(buckets.place_of("workdirs", workdir), toy_run)
