@@ -466,10 +466,11 @@ class Bucket:
     for key, told in found.items():
       name = key[len(self._root) + 1 :]
       if name in own:
-        sizes[name] = told["size"]
+        sizes[name] = str(told["size"])
       else:
         self._remove(name)
-    return sizes == {name: self._path(name).stat().st_size for name in own}
+    # Versions begin with the size.
+    return sizes == {name: here.partition("-")[0] for name, here in own.items()}
 
   def _rank(self, name: str, local: dict[str, str]) -> tuple[float, str, int, int]:
     """Returns what orders files: earlier stages first, and `_ORDER` in each."""
