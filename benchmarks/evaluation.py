@@ -53,7 +53,7 @@ from fidelity_jax import (
   data,
   degradations,
   evaluate,
-  files,
+  locations,
   plan,
   sharding,
   stages,
@@ -585,7 +585,7 @@ def main() -> None:
     flush=True,
   )
   with tempfile.TemporaryDirectory() as directory:
-    ours = Ours(files.expand(directory), args)
+    ours = Ours(locations.expand(directory), args)
     reference = Reference(args.backbone, args.depth, ours.dataset.num_classes)
     ours.finish_stages(reference.states)
     theirs = Theirs(reference, ours.dataset, args)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from fidelity_jax import (
   errors,
-  files,
+  locations,
   models,
   platform,
   port,
@@ -206,9 +206,11 @@ def weights_of(config: ConfigDict) -> str | None:
       )
     return f"torchvision/{config.model.name}"
   # Not Path.exists, which raises for names that are too long.
-  if place is None or (port.is_name(place) and not os.path.exists(files.expand(place))):
+  if place is None or (
+    port.is_name(place) and not os.path.exists(locations.expand(place))
+  ):
     return place
-  return str(files.expand(place).absolute())
+  return str(locations.expand(place).absolute())
 
 
 def given_part(config: ConfigDict) -> port.Part | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fidelity_jax import data, files, stages
+from fidelity_jax import data, files, locations, stages
 
 # Fields of `dataset` that say how images are read, not which there are.
 _READING = (
@@ -17,7 +17,7 @@ def selection(config: ConfigDict) -> dict[str, Any]:
   """Returns the fields of a stage's dataset that say which images there are."""
   chosen = {k: v for k, v in config.dataset.items() if k not in _READING}
   if chosen["path"]:
-    chosen["path"] = str(files.expand(chosen["path"]).absolute())
+    chosen["path"] = str(locations.expand(chosen["path"]).absolute())
   return {k: v for k, v in chosen.items() if v is not None}
 
 

@@ -32,6 +32,7 @@ from fidelity_jax import (
   files,
   given,
   inference,
+  locations,
   measurements,
   plan,
   platform,
@@ -96,7 +97,7 @@ def evaluate(
     )
   for kind in [] if degradation is None else degradation.split("+"):
     errors.check_choice("kind in --degradation", kind, degradations.KINDS)
-  if not files.expand(folder).exists():
+  if not locations.expand(folder).exists():
     raise errors.UsageError(f"{folder}: there is no such folder.")
   if any(out.glob("*/config.json")) or (out / "experiment.json").exists():
     raise errors.UsageError(
@@ -269,7 +270,7 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str]) -> None:
   platform.keep_compiled()
   if args.rounds is not None and not 1 <= args.rounds <= 1_000_000:
     raise errors.UsageError(f"--rounds={args.rounds}: write a number from 1 on.")
-  out = files.expand(args.out, write=True)
+  out = locations.expand(args.out, write=True)
   stages.check_workdir(out)
   command = shlex.join(["fidelity_jax", "evaluate", *arguments])
   how = args.as_is, args.rounds, args.degradation

@@ -18,6 +18,7 @@ from fidelity_jax import (
   files,
   footprint,
   hosts,
+  locations,
   measurements,
   mirror,
   plan,
@@ -68,7 +69,7 @@ def run(
   if remote:
     _check_bucket(work, workdir)
   if dry_run:
-    place = files.expand(workdir)
+    place = locations.expand(workdir)
     stages.check_workdir(place)
     planned, _ = _plan(work, place, datasets)
     lines = [plan.describe(planned, datasets, place)]
@@ -81,7 +82,7 @@ def run(
     if remote:
       place = held.enter_context(mirror.Mirror(workdir))
     else:
-      place = files.expand(workdir)
+      place = locations.expand(workdir)
     held.enter_context(files.locked(place, work.shard is not None, copies=remote))
     held.enter_context(_staying(place))
     streams.log_to(place / (f"log-{hosts.index()}.txt" if hosts.index() else "log.txt"))

@@ -35,6 +35,7 @@ from fidelity_jax import (
   errors,
   exported,
   files,
+  locations,
   models,
   platform,
   port,
@@ -76,7 +77,7 @@ def export(
   path, suffix = _checked(to)
   if suffix == ".onnx":
     _jax2onnx()
-  named = files.expand(place)
+  named = locations.expand(place)
   if exported.is_file(named) and named.exists():
     raise errors.UsageError(
       f"{place} is a program with its weights inside, of which no other export can be "
@@ -139,7 +140,7 @@ def _checked(to: str | os.PathLike) -> tuple[pathlib.Path, str]:
 
   And its ending, "" for a directory.
   """
-  path = pathlib.Path(os.path.abspath(files.expand(to, write=True)))
+  path = pathlib.Path(os.path.abspath(locations.expand(to, write=True)))
   with errors.while_doing(f"writing {path}"):
     is_directory = os.fspath(to).endswith(os.sep) or port.is_ported(path)
   suffix = "" if is_directory else path.suffix

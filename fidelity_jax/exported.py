@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from fidelity_jax import buckets, errors, files, platform, rows, tiling
+from fidelity_jax import buckets, errors, files, locations, platform, rows, tiling
 
 SUFFIXES = (".jax", ".onnx")
 _AGAIN = "export it again, or copy it again with the .json file beside it."
@@ -222,8 +222,8 @@ def is_file(place: str | os.PathLike) -> bool:
 def _here(place: str | os.PathLike) -> pathlib.Path:
   """Returns the path of a file that may be in a bucket, with its record beside it."""
   if buckets.is_address(place) and str(place).endswith(SUFFIXES):
-    files.expand(f"{place}.json")
-  return files.expand(place)
+    locations.expand(f"{place}.json")
+  return locations.expand(place)
 
 
 def record_path(path: pathlib.Path) -> pathlib.Path:

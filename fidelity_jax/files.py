@@ -32,27 +32,12 @@ _LAG = 90.0
 _held: pathlib.Path | None = None
 
 
-def expand(path: str | pathlib.Path, write: bool = False) -> pathlib.Path:
-  """Returns a path with "~" and "~user" replaced; of an address, the path of a copy.
-
-  Args:
-    path: a path, or an address such as gs://BUCKET/DIR; see `buckets.copy`.
-    write: whether it is to be written to, which an address cannot be.
+def expand(path: str | pathlib.Path) -> pathlib.Path:
+  """Returns a path with "~" and "~user" replaced.
 
   Raises:
-    UsageError: there is no such user, it cannot be a path, or an address cannot be
-      used.
-    RunError: an address cannot be reached.
+    UsageError: there is no such user, or it cannot be a path.
   """
-  from fidelity_jax import buckets
-
-  if buckets.is_address(path):
-    if write:
-      raise errors.UsageError(
-        f"{path} is an address: name a directory on a disk. Only a run's --workdir may "
-        "be in a bucket."
-      )
-    return buckets.copy(str(path))
   if "\0" in str(path):
     raise errors.UsageError(f"{str(path)!r} is no path: it has a NUL character in it.")
   try:
@@ -68,8 +53,7 @@ def cache_folder() -> pathlib.Path:
 
   $FIDELITY_JAX_CACHE, or ~/.cache/fidelity_jax; it need not exist.
   """
-  place = os.environ.get("FIDELITY_JAX_CACHE") or "~/.cache/fidelity_jax"
-  return expand(place, write=True)
+  return expand(os.environ.get("FIDELITY_JAX_CACHE") or "~/.cache/fidelity_jax")
 
 
 def read_bytes(path: pathlib.Path, limit: int | None = None) -> bytes:

@@ -8,7 +8,7 @@ axis (1D) and with the distance to a point (2D). Without --kind also IMAGE-all.p
 all kinds in one figure.
 """
 
-from fidelity_jax import boundary
+from fidelity_jax import boundary, locations
 
 if __name__ == "__main__":
   # Before imports that take seconds.
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(args: argparse.Namespace) -> None:
   signals.interrupt("while it drew", "finished pictures are kept")
   embedded = Path(skimage.__file__).parent / "data"
-  paths = [files.expand(path) for path in args.images]
+  paths = [locations.expand(path) for path in args.images]
   paths = paths or [embedded / name for name in EMBEDDED]
   if not 16 <= args.size <= _LARGEST:
     raise UsageError(f"--size={args.size}: write a number from 16 to {_LARGEST}")
@@ -193,7 +193,7 @@ def _draw(args: argparse.Namespace) -> None:
     if step.kind not in KINDS:
       raise UsageError(f"--kind={args.kind}: shows nothing; choose another")
     kinds = (step.kind,)
-  out = files.expand(args.out, write=True)
+  out = locations.expand(args.out, write=True)
   for path in make(paths, out, kinds, args.size, args.seed, args.format):
     print(path)
 

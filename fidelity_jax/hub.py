@@ -5,7 +5,16 @@ import pathlib
 import shutil
 import tempfile
 
-from fidelity_jax import cards, errors, export, exported, files, huggingface, port
+from fidelity_jax import (
+  cards,
+  errors,
+  export,
+  exported,
+  files,
+  huggingface,
+  locations,
+  port,
+)
 from fidelity_jax.port import storing
 
 # What `push` uploads. Code that lies beside it is not downloaded.
@@ -38,7 +47,7 @@ def push(
     RunError: what is to be uploaded is damaged, or the hub refuses or is not reached.
   """
   repo, _, revision = huggingface.parsed(address, file=False)
-  hub, path = huggingface.library(), files.expand(place)
+  hub, path = huggingface.library(), locations.expand(place)
   is_file = exported.is_file(path)
   if licence != cards.UNKNOWN and (is_file or port.is_ported(path)):
     raise errors.UsageError(
@@ -103,7 +112,7 @@ def pull(address: str, to: str | os.PathLike) -> list[pathlib.Path]:
   """
   repo, _, revision = huggingface.parsed(address, file=False)
   hub = huggingface.library()
-  path = pathlib.Path(os.path.abspath(files.expand(to, write=True)))
+  path = pathlib.Path(os.path.abspath(locations.expand(to, write=True)))
   if os.path.lexists(path):
     raise errors.UsageError(f"--to={to} exists: name a directory that does not.")
   if not path.parent.is_dir():

@@ -25,6 +25,7 @@ from fidelity_jax import (
   exported,
   fidelity,
   files,
+  locations,
   overlap,
   platform,
   runs,
@@ -468,7 +469,7 @@ def pixels_of(image: OneImage) -> np.ndarray:
   """
   try:
     if isinstance(image, str | os.PathLike):
-      return image_files.decode(files.read_bytes(files.expand(image)))
+      return image_files.decode(files.read_bytes(locations.expand(image)))
     if isinstance(image, Image.Image):
       return image_files.from_pillow(image)
   except (image_files.BadImageError, OSError) as error:

@@ -16,7 +16,6 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from fidelity_jax import files
 from fidelity_jax.data import images
 from fidelity_jax.data.images import BadImageError
 from fidelity_jax.errors import RunError, UsageError
@@ -96,7 +95,7 @@ def find(places: Iterable[str | Path], apart: Path | None = None) -> list[Found]
   """
   found = {}
   for place in places:
-    path = files.expand(place)
+    path = locations.expand(place)
     if path.is_dir():
       here = _below(path, apart)
     elif os.path.lexists(path):

@@ -28,6 +28,7 @@ from fidelity_jax import (
   errors,
   files,
   inference,
+  locations,
   overlap,
   photos,
   platform,
@@ -60,7 +61,7 @@ def find(places: Iterable[str], out: pathlib.Path | None = None) -> list[photos.
       paths = [pathlib.Path(os.fsdecode(line)) for line in lines if line]
       found += [photos.Found(path, path.name) for path in paths]
       continue
-    if out is not None and out.is_dir() and files.expand(place).resolve() == out:
+    if out is not None and out.is_dir() and locations.expand(place).resolve() == out:
       raise errors.UsageError(f"--out={out} has the images in it: name another.")
     found += photos.find([place], out)
   if not found:
@@ -215,7 +216,7 @@ class _Job:
     self, model: inference.Model, args: argparse.Namespace, kept: _Kept | None
   ):
     self._model, self._args, self._kept = model, args, kept
-    self._clean = None if args.clean is None else files.expand(args.clean)
+    self._clean = None if args.clean is None else locations.expand(args.clean)
 
   def __call__(
     self, found: Sequence[photos.Found]
@@ -329,7 +330,7 @@ def _predict(args: argparse.Namespace) -> None:
     raise errors.UsageError(f"--top={args.top}: write a number from 1 on.")
   if args.full and args.out is None:
     raise errors.UsageError("--full draws whole images: say where with --out=DIR.")
-  out = None if args.out is None else files.expand(args.out, write=True).resolve()
+  out = None if args.out is None else locations.expand(args.out, write=True).resolve()
   chosen = find(args.images, out)
   wiring = runs.wiring_of(args)
   model = inference.load(args.run, **wiring)
@@ -364,7 +365,7 @@ def _check(model: inference.Model, args: argparse.Namespace) -> None:
   if args.clean is not None:
     if not model.needs_clean:
       raise errors.UsageError(f"{model.name} needs no clean images: leave --clean out.")
-    if not files.expand(args.clean).is_dir():
+    if not locations.expand(args.clean).is_dir():
       raise errors.UsageError(f"--clean={args.clean}: there is no such folder.")
   if args.full:
     model.check_whole()

@@ -24,7 +24,7 @@ import tqdm
 from fidelity_jax import (
   boundary,
   denoising,
-  files,
+  locations,
   photos,
   platform,
   progress,
@@ -75,10 +75,10 @@ def _restore(args: argparse.Namespace) -> None:
         "--add_noise and --reference: with added noise the images themselves are the "
         "references; leave one out"
       )
-    reference = files.expand(args.reference)
+    reference = locations.expand(args.reference)
     if not reference.is_dir():
       raise UsageError(f"--reference={reference}: no such folder")
-  out = files.expand(args.out, write=True)
+  out = locations.expand(args.out, write=True)
   found = photos.find(args.images, out)
   platform.set_up()
   platform.keep_compiled()

@@ -21,6 +21,7 @@ from fidelity_jax import (
   errors,
   fidelity,
   files,
+  locations,
   models,
   plan,
   port,
@@ -105,7 +106,7 @@ def find(
   asked = {"map_name": map_name, "estimator_input": estimator_input}
   asked = {k: v for k, v in asked.items() if v is not None}
   address = buckets.is_address(place)
-  path = buckets.copy_run(str(place)) if address else files.expand(place)
+  path = buckets.copy_run(str(place)) if address else locations.expand(place)
   if address and not path.exists() and not (path.parent / _RECORD).is_file():
     raise errors.UsageError(
       f"there is nothing at {place}: name an experiment's directory, with the digest "

@@ -26,7 +26,7 @@ from conftest import (
 from test_data_images import encoded, photograph
 from test_hosts import _begun, _Job, _until
 
-from fidelity_jax import buckets, errors, files, leases, mirror
+from fidelity_jax import buckets, errors, leases, locations, mirror
 
 pytest.importorskip("gcsfs")
 
@@ -40,13 +40,13 @@ def bucket(monkeypatch, cache_folder):
 def _again(address: str) -> pathlib.Path:
   """Returns the copy that another command would look at."""
   buckets._copy.cache_clear()
-  return files.expand(address)
+  return locations.expand(address)
 
 
 def test_a_copy_follows_what_is_in_the_bucket(bucket, folder):
   bucket.put_folder(folder, "data/pictures")
   bucket.put("data/pictures/dog/", b"")  # a folder that a console made
-  copy = files.expand(f"{bucket.address}/data/pictures/")
+  copy = locations.expand(f"{bucket.address}/data/pictures/")
   here = sorted(p.relative_to(copy) for p in copy.rglob("*.jpg"))
   assert here == sorted(p.relative_to(folder) for p in folder.rglob("*.jpg"))
   assert all((copy / p).read_bytes() == (folder / p).read_bytes() for p in here)
@@ -74,14 +74,14 @@ def test_a_copy_follows_what_is_in_the_bucket(bucket, folder):
 
 def test_a_single_object_and_one_that_is_not_there(bucket):
   bucket.put("weights/net.pth", b"12345")
-  assert files.expand(f"{bucket.address}/weights/net.pth").read_bytes() == b"12345"
-  assert not files.expand(f"{bucket.address}/weights/other.pth").exists()
+  assert locations.expand(f"{bucket.address}/weights/net.pth").read_bytes() == b"12345"
+  assert not locations.expand(f"{bucket.address}/weights/other.pth").exists()
 
 
 def test_other_kinds_of_addresses_are_fsspec_s(tmp_path, cache_folder):
   (tmp_path / "there").mkdir()
   (tmp_path / "there" / "a.txt").write_text("a")
-  assert (files.expand(f"file://{tmp_path}/there") / "a.txt").read_text() == "a"
+  assert (locations.expand(f"file://{tmp_path}/there") / "a.txt").read_text() == "a"
 
 
 def _write(place: pathlib.Path, content: dict[str, str]) -> None:

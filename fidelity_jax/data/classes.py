@@ -12,7 +12,7 @@ from importlib import resources
 
 import numpy as np
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, files, locations
 from fidelity_jax.data.dataset import Dataset
 
 # What `dataset.classes` may say besides a file's path.
@@ -42,7 +42,7 @@ def names(given: str) -> tuple[str, ...]:
   """
   if given == IMAGENET:
     return tuple(imagenet().values())
-  path = files.expand(given)
+  path = locations.expand(given)
   try:
     lines = files.read_bytes(path).decode("utf-8-sig").splitlines()
   except (OSError, UnicodeDecodeError) as error:

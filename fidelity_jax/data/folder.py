@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fidelity_jax import buckets, files, progress
+from fidelity_jax import buckets, files, locations, progress
 from fidelity_jax.data import images, splits
 from fidelity_jax.data.dataset import Dataset, FileRecords, Skipped, check_of_the_file
 from fidelity_jax.errors import UsageError
@@ -44,7 +44,7 @@ def build(path: str, labelled: bool = True) -> tuple[Dataset, splits.Chosen]:
       used, or two class folders have names that differ in letter case or Unicode form
       alone.
   """
-  root = files.expand(path)
+  root = locations.expand(path)
   if not os.path.exists(root):
     raise UsageError(f"dataset.path: {root} does not exist")
   if root.is_file():

@@ -9,7 +9,7 @@ from importlib import resources
 
 import numpy as np
 
-from fidelity_jax import files
+from fidelity_jax import files, locations
 from fidelity_jax.data.dataset import SPLITS
 from fidelity_jax.errors import UsageError
 
@@ -194,7 +194,7 @@ def from_file(
         for i, split in enumerate(("train", "validation"))
       }
     else:
-      named = json.loads(files.read_bytes(files.expand(path)))
+      named = json.loads(files.read_bytes(locations.expand(path)))
   except (OSError, ValueError, RecursionError) as error:
     raise UsageError(f"dataset.split_file: cannot read {path}: {error}") from error
   parts = {}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fidelity_jax import buckets, errors, files, progress
+from fidelity_jax import buckets, errors, files, locations, progress
 from fidelity_jax.data import caltech
 from fidelity_jax.data.dataset import SPLITS, Dataset
 from fidelity_jax.errors import RunError, UsageError
@@ -56,7 +56,7 @@ class TfdsRecords:
 
 def data_dir(path: str | None) -> Path:
   """Returns the folder of archives and prepared files: `path`, or TFDS's default."""
-  return files.expand(path or tfds.core.constants.DATA_DIR)
+  return locations.expand(path or tfds.core.constants.DATA_DIR)
 
 
 def known(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from fidelity_jax import errors, files
+from fidelity_jax import errors, files, locations
 from fidelity_jax.port import published, reading, recognizing, storing
 from fidelity_jax.port.parts import Part, name_classes
 
@@ -87,7 +87,7 @@ def load(
           "file again."
         )
   if class_names:
-    name_classes(parts, files.expand(class_names), path)
+    name_classes(parts, locations.expand(class_names), path)
   else:
     published.name_classes(checkpoint, parts)
   return parts

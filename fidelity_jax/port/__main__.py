@@ -2,7 +2,7 @@
 
 import argparse
 
-from fidelity_jax import boundary
+from fidelity_jax import boundary, locations
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def _port(args: argparse.Namespace) -> None:
   # JAX takes seconds to import.
   import jax
 
-  from fidelity_jax import errors, files, port, signals
+  from fidelity_jax import errors, port, signals
 
   if args.image_size is not None and (args.image_size < 1 or not args.network):
     raise errors.UsageError(
@@ -61,7 +61,7 @@ def _port(args: argparse.Namespace) -> None:
     {"name": args.network} if args.network else None,
     args.image_size,
   )
-  port.save(parts, files.expand(args.to, write=True), args.checkpoint)
+  port.save(parts, locations.expand(args.to, write=True), args.checkpoint)
   for name, part in parts.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(part.variables))
     facts = {k: v for k, v in part.config.items() if k != "class_names"}

@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from fidelity_jax import downloading, errors, files, huggingface
+from fidelity_jax import downloading, errors, files, huggingface, locations
 from fidelity_jax.data import classes
 from fidelity_jax.models import registry
 from fidelity_jax.port import storing
@@ -31,7 +31,7 @@ def is_name(checkpoint: str) -> bool:
 def name_classes(checkpoint: str | pathlib.Path, parts: Mapping[str, Part]) -> None:
   """Gives ImageNet's names to the classes of a classifier by a name of `FILES`."""
   # What lies there comes first.
-  if os.path.exists(files.expand(checkpoint)) or str(checkpoint) not in FILES:
+  if os.path.exists(locations.expand(checkpoint)) or str(checkpoint) not in FILES:
     return
   names = list(classes.imagenet().values())
   classifier = parts.get("classifier")
@@ -57,7 +57,7 @@ def find(checkpoint: str | pathlib.Path) -> pathlib.Path:
     errors.Missing: it could not be downloaded, or its package is not installed.
     errors.RunError: its checksum is wrong, or the cache cannot be written.
   """
-  path = files.expand(checkpoint)
+  path = locations.expand(checkpoint)
   # Not Path's own, which raise for names that are too long.
   if os.path.isdir(path):
     with errors.while_doing(f"reading {path}"):
