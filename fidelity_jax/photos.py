@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
+from fidelity_jax import locations
 from fidelity_jax.data import images
 from fidelity_jax.data.images import BadImageError
 from fidelity_jax.errors import RunError, UsageError
