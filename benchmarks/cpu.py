@@ -17,9 +17,9 @@ import side_by_side
 
 from fidelity_jax import cpu, models, platform
 from fidelity_jax.degradations import random_words
-from fidelity_jax.models import calibration, conv, dncnn, pooling
+from fidelity_jax.models import calibration, conv, dncnn, layers, pooling
 
-CASES = ("network", "depthwise", "reflect", "bias", "max_pool", "remat", "words")
+CASES = ("network", "depthwise", "norm", "reflect", "bias", "max_pool", "remat", "words")
 
 
 def gradients(function):
@@ -42,6 +42,10 @@ def make(case: str, batch: int, size: int):
     x, kernel = image(96, shrink=2), jax.random.normal(jax.random.key(0), (3, 3, 1, 96))
     convolve = lambda x, kernel: conv.depthwise(x, kernel, (2, 2))
     return gradients(convolve), (convolve(x, kernel), x, kernel)
+  if case == "norm":
+    x, ones = image(256, shrink=4), jnp.ones(256)
+    normalize = lambda *arrays: layers.normalize(*arrays, 1e-5)[0]
+    return gradients(normalize), (x, x, ones, ones)
   if case == "reflect":
     module = calibration.ConvStack()
     variables = side_by_side.variables_of(module, image(1))

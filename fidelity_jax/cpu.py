@@ -254,6 +254,18 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
   return lax.dot_general(a, b, ((pixels, pixels), ((), ())))
 
 
+def pixel_sums(*features: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns what `models.layers.pixel_sums` does: sums of rows, and then of these.
+
+  A row's pixels lie side by side, and are read once for all sums. XLA's sum over all
+  pixels reads memory many times as slowly.
+  """
+  zeros = tuple(jnp.zeros((), x.dtype) for x in features)
+  add = lambda a, b: tuple(map(jnp.add, a, b))
+  rows = [r.reshape(-1, r.shape[-1]) for r in lax.reduce(features, zeros, add, (2,))]
+  return tuple(jnp.ones(len(r), r.dtype) @ r for r in rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(
   x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
@@ -283,14 +295,8 @@ def _depthwise_backward(strides, pads, residuals, g):
 
   to_input = _interleave(gradient_at, strides, pads, x.shape[1:3])
   windows = _windows(x, kernel.shape[:2], pads, strides)
-  # All at once: XLA's loop over one sum reads memory for that sum alone.
-  sums = lax.reduce(
-    [window * g for window in windows],
-    [jnp.zeros((), g.dtype)] * len(windows),
-    lambda a, b: list(map(jnp.add, a, b)),
-    (0, 1),
-  )
-  return to_input, jnp.sum(jnp.stack(sums), axis=1).reshape(kernel.shape)
+  sums = pixel_sums(*(window * g for window in windows))
+  return to_input, jnp.stack(sums).reshape(kernel.shape)
 
 
 depthwise.defvjp(lambda x, k, *o: (depthwise(x, k, *o), (x, k)), _depthwise_backward)
@@ -358,15 +364,13 @@ def _convolve_line(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def spread(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns a bias [C] at every pixel of `shape`, [..., C].
 
-  Its gradient, a sum over all pixels, is a product with a vector of ones, which reads
-  memory several times as fast as XLA's sum.
+  Its gradient, a sum over all pixels, is `pixel_sums`.
   """
   return jnp.broadcast_to(bias, shape)
 
 
 def _spread_backward(_shape, _residuals, g):
-  pixels = g.reshape(-1, g.shape[-1])
-  return (jnp.ones(pixels.shape[0], g.dtype) @ pixels,)
+  return pixel_sums(g)
 
 
 spread.defvjp(lambda bias, shape: (spread(bias, shape), None), _spread_backward)

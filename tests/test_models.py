@@ -314,7 +314,8 @@ def test_batch_norm_with_a_large_mean():
   rng = np.random.default_rng(0)
   x = (20 + rng.normal(size=(4, 5, 5, 6))).astype(np.float32)
   norm = torch.nn.BatchNorm2d(6).double()
-  expected = norm(torch.from_numpy(x.transpose(0, 3, 1, 2)).double())
+  theirs = torch.from_numpy(x.transpose(0, 3, 1, 2)).double().requires_grad_()
+  expected = norm(theirs)
   module = layers.BatchNorm()
   variables = module.init(jax.random.key(0), x)
   ours, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -323,6 +324,16 @@ def test_batch_norm_with_a_large_mean():
   stats = updated["batch_stats"]
   assert reference.relative_error(stats["mean"], norm.running_mean) < 1e-6
   assert reference.relative_error(stats["var"], norm.running_var) < 1e-6
+  # Gradients of what a product with g would hide: they sum to zero over pixels.
+  g = rng.normal(size=x.shape).astype(np.float32)
+  apply = lambda x, p: module.apply(
+    variables | {"params": p}, x, train=True, mutable=["batch_stats"]
+  )[0]
+  of_x, of_params = jax.vjp(apply, x, variables["params"])[1](jnp.asarray(g))
+  norm(theirs).backward(torch.from_numpy(g.transpose(0, 3, 1, 2)).double())
+  assert reference.relative_error(of_x.transpose(0, 3, 1, 2), theirs.grad) < 2e-5
+  assert reference.relative_error(of_params["scale"], norm.weight.grad) < 2e-5
+  assert reference.relative_error(of_params["bias"], norm.bias.grad) < 1e-6
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

@@ -5,6 +5,7 @@ dense layers compute in the module's `dtype`; statistics and means are accumulat
 float32.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fidelity_jax import errors
+from fidelity_jax import cpu, errors
 from fidelity_jax.models.conv import Conv, product_precision
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -104,6 +105,65 @@ def _relu6_jvp(primals, tangents):
   return relu6(x), jnp.where((x > 0) & (x < 6), tangent, 0)
 
 
+def _pixel_sums(*features: jax.Array) -> tuple[jax.Array, ...]:
+  return tuple(x.sum((0, 1, 2)) for x in features)
+
+
+def pixel_sums(*features: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the sums [C] over all pixels of features [N, H, W, C] of one shape."""
+  return cpu.choose(_pixel_sums, cpu.pixel_sums, features[0].dtype)(*features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalizes each channel by the batch's own mean and variance.
+
+  Its gradient is written out (Ioffe and Szegedy, 2015, section 3): two sums over pixels,
+  which are those of `scale` and `bias` too, where derived it takes four. It supports
+  reverse-mode differentiation only.
+
+  Args:
+    x: features [N, H, W, C].
+    scale: [C], float32.
+    bias: [C], float32.
+    epsilon: added to the variance.
+
+  Returns:
+    The result [N, H, W, C] in float32 (float64 of float64), and the batch's mean and
+    biased variance [C], through which no gradient goes.
+  """
+  return _normalize_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_forward(x, scale, bias, epsilon):
+  y, count = _exact(x), math.prod(x.shape[:3])
+  mean = pixel_sums(y)[0] / count
+  var = pixel_sums(jnp.square(y - mean))[0] / count
+  y = (y - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+  return (y, mean, var), (x, scale, mean, var)
+
+
+def _normalize_backward(epsilon, residuals, gradients):
+  (x, scale, mean, var), (g, _, _) = residuals, gradients
+  count = math.prod(x.shape[:3])
+  centred = _exact(x) - mean
+  inverse = jax.lax.rsqrt(var + epsilon)
+  of_bias, products = pixel_sums(g, g * centred)
+  of_scale = products * inverse
+  of_x = g - of_bias / count - centred * (inverse * of_scale / count)
+  return ((scale * inverse) * of_x).astype(x.dtype), of_scale, of_bias
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _exact(x: jax.Array) -> jax.Array:
+  """Returns x in the dtype in which statistics are computed."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class BatchNorm(nn.Module):
   """PyTorch's batch norm over [N, H, W, C], statistics per channel.
 
@@ -128,11 +188,8 @@ class BatchNorm(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if train:
-      mean = y.mean((0, 1, 2))
-      # The variance does not change with the mean to first order: no gradient there.
-      var = jnp.square(y - jax.lax.stop_gradient(mean)).mean((0, 1, 2))
+      y, mean, var = normalize(x, scale, bias, self.epsilon)
       if not self.is_initializing():
         count = math.prod(x.shape[:3])
         unbiased = var * (count / max(count - 1, 1))
@@ -141,7 +198,7 @@ class BatchNorm(nn.Module):
         running_var.value = keep * running_var.value + take * unbiased
     else:
       mean, var = running_mean.value, running_var.value
-    y = (y - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+      y = (_exact(x) - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
     return y.astype(self.dtype)
 
 
