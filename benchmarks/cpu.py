@@ -19,7 +19,16 @@ from fidelity_jax import cpu, models, platform
 from fidelity_jax.degradations import random_words
 from fidelity_jax.models import calibration, conv, dncnn, layers, pooling
 
-CASES = ("network", "depthwise", "norm", "reflect", "bias", "max_pool", "remat", "words")
+CASES = (
+  "network",
+  "depthwise",
+  "norm",
+  "reflect",
+  "bias",
+  "max_pool",
+  "remat",
+  "words",
+)
 
 
 def gradients(function):

@@ -120,9 +120,9 @@ def normalize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Normalizes each channel by the batch's own mean and variance.
 
-  Its gradient is written out (Ioffe and Szegedy, 2015, section 3): two sums over pixels,
-  which are those of `scale` and `bias` too, where derived it takes four. It supports
-  reverse-mode differentiation only.
+  Its gradient is written out (Ioffe and Szegedy, 2015, section 3), with two sums over
+  pixels, which are the gradients of `scale` and `bias` too; derived, it takes four. It
+  supports reverse-mode differentiation only.
 
   Args:
     x: features [N, H, W, C].
