@@ -175,11 +175,12 @@ def test_so_does_bfloat16_everywhere():
 def test_accelerators_sum_the_gradient_of_a_bias():
   g = draw("plain")[0][2]
   gradient = lambda bias, g: jax.vjp(lambda b: conv.add_bias(g, b), bias)[1](g)
-  for platform, operation in (("tpu", "reduce"), ("cpu", "dot_general")):
+  for platform in ("tpu", "cpu"):
     export = jax.export.export(jax.jit(gradient), platforms=[platform])
     text = export(np.ones(24, np.float32), g).mlir_module()
-    for name in ("reduce", "dot_general"):
-      assert (f"stablehlo.{name}" in text) == (name == operation)
+    assert "stablehlo.reduce" in text
+    # CPUs sum rows, and multiply these by ones.
+    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
