@@ -38,7 +38,7 @@ from fidelity_jax.configs import common
 
 STEPS = ("classifier", "oracle", "end_to_end")
 # Caltech-256's classes and its background; the demo's.
-CLASSES = {"": 257, "demo": 16}
+CLASSES = {"": 257, "scratch": 16}
 DEVICES = (1, 2, 4, 8)
 # One thread computes for each device, and no device is called ahead of the others.
 FLAGS = (
@@ -51,7 +51,7 @@ def stage_of(name: str, size: str, fields: dict[str, object]) -> stages.Stage:
 
   Args:
     name: one of `STEPS`.
-    size: "" for the paper's, "demo" for small networks.
+    size: "" for the paper's, "scratch" for small networks.
     fields: of its config, by dotted name, and their values.
   """
   if name == "classifier":
@@ -90,7 +90,7 @@ def row(args: argparse.Namespace) -> dict[str, object]:
     config.model = args.model
     layout = sharding.make_layout(config)
   mesh = layout.mesh
-  size = "demo" if args.dry else ""
+  size = "scratch" if args.dry else ""
   fields = {"precision": args.precision, "batch_size": args.batch}
   stage = stage_of(name, size, fields)
   step = footprint.lower(stage, CLASSES[size], layout)

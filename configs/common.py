@@ -6,8 +6,9 @@ set at the top and inherited: a parent follows it until it is overridden itself.
 
 Every function that fills in a stage takes a size (`SIZES`): "" for the paper's own
 experiment (Caltech-256, 224 px; docs/method.md, section 6); "lite" for the same on
-Caltech-101 with EfficientNet-Lite0, which is pretrained, too, and small; "demo" for the
-embedded photographs. Everything but size stays as it is: the same networks, of which
+Caltech-101 with EfficientNet-Lite0, which is pretrained, too, and small; "demo" for
+that network on the embedded photographs; "scratch" for these and a classifier from
+random weights. Everything but size stays as it is: the same networks, of which
 denoisers have fewer and narrower layers, the same training with fewer epochs and, to
 make up for them, higher rates.
 
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict, config_dict
 from fidelity_jax import data, errors, models, sharding
 
 # And what they are on.
-SIZES = {"": "caltech256", "lite": "folder", "demo": "demo"}
+SIZES = {"": "caltech256", "lite": "folder", "demo": "demo", "scratch": "demo"}
 # What smaller sizes multiply these by where the estimator is trained along, which makes
 # larger steps diverge.
 _ALONG = {"learning_rate": 0.8, "warmup_epochs": 2}
@@ -41,8 +42,9 @@ def experiment(name: str, kind: str, size: str) -> ConfigDict:
   if size not in SIZES:
     raise errors.UsageError(
       f"a config has no variant {size!r}: write ':demo' after its path for the "
-      "embedded photographs, ':lite' for a small pretrained network on Caltech-101, or "
-      "nothing for the paper's own experiment."
+      "embedded photographs, ':scratch' for these without pretrained weights, ':lite' "
+      "for a small pretrained network on Caltech-101, or nothing for the paper's own "
+      "experiment."
     )
   config = ConfigDict()
   config.kind = kind
@@ -148,7 +150,7 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   config.model = ConfigDict(
     {
       # A network of docs/backbones.md; "resnet" is small.
-      "name": {"": "resnet50", "lite": "efficientnet_lite0", "demo": "resnet"}[size],
+      "name": {"": "resnet50", "scratch": "resnet"}.get(size, "efficientnet_lite0"),
       # Fields of these networks; None: the network's own value.
       **{
         name: config_dict.placeholder(field.type)
@@ -165,12 +167,13 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   # Epochs, of all, in which the head trains alone.
   config.head_epochs = 0
   config.optimizer = "sgd"
-  if size == "demo":
+  if size == "scratch":
     _training(config, learning_rate=0.05, batch_size=32, epochs=12, warmup_epochs=3)
-  elif size == "lite":
+  elif size:
     config.model.weights = config.model.name
     config.head_epochs = 1
-    _training(config, learning_rate=0.02, batch_size=32, epochs=5, warmup_epochs=1)
+    epochs = 5 if size == "lite" else 8
+    _training(config, learning_rate=0.02, batch_size=32, epochs=epochs, warmup_epochs=1)
   else:
     config.model.weights = "torchvision"
     _training(config, learning_rate=1e-3, batch_size=64, epochs=120)
@@ -182,8 +185,8 @@ def _stack(config: ConfigDict, size: str) -> None:
   # Each patch has a level of its own.
   config.degradation.level = None
   config.degradation.mixture = "continuous"
-  sides = {"": (50, 25), "lite": (64, 64), "demo": (32, 32)}
-  config.patch_size, config.patch_stride = sides[size]
+  sides = {"": (50, 25), "lite": (64, 64)}
+  config.patch_size, config.patch_stride = sides.get(size, (32, 32))
   config.model = ConfigDict(
     {
       "depth": 5 if size else 20,
@@ -193,19 +196,19 @@ def _stack(config: ConfigDict, size: str) -> None:
     }
   )
   config.optimizer = "adam"
-  if size == "demo":
-    _training(config, learning_rate=4e-3, batch_size=32, warmup_epochs=1)
+  if not size:
+    _training(config, learning_rate=1e-4, batch_size=128, epochs=120)
   elif size == "lite":
     _training(config, learning_rate=2e-3, batch_size=32, epochs=4, warmup_epochs=1)
   else:
-    _training(config, learning_rate=1e-4, batch_size=128, epochs=120)
+    _training(config, learning_rate=4e-3, batch_size=32, warmup_epochs=1)
 
 
 def restorer(config: ConfigDict, size: str) -> ConfigDict:
   """Fills in a restorer stage: DnCNN-20 from scratch, on patches."""
   _stack(config, size)
   config.model.name = "dncnn"
-  if size == "demo":
+  if SIZES[size] == "demo":
     # After fewer, some seeds gain little by restoration; after many more, restored
     # tiles leave the map little to tell about them (docs/notebook.md).
     config.epochs = 12
@@ -216,7 +219,7 @@ def estimator(config: ConfigDict, size: str) -> ConfigDict:
   """Fills in a fidelity map estimator stage: as the restorer, which is its parent."""
   _stack(config, size)
   config.fidelity = ConfigDict({"map": "l1", "estimator_input": "degraded"})
-  if size == "demo":
+  if SIZES[size] == "demo":
     config.epochs = 9
   return config
 
@@ -234,11 +237,11 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
   )
   config.model = ConfigDict(
     {
-      # Hidden units per feature; many in the demo, whose features are few.
-      "ratio": 4.0 if size == "demo" else 0.5,
-      # Two convolutions, as in the demo, are what the released code has.
-      "num_convs": 2 if size == "demo" else 3,
-      "channels": 4 if size == "demo" else 16,
+      # Hidden units per feature; many where features are few.
+      "ratio": 4.0 if size == "scratch" else 0.5,
+      # Two convolutions are what the released code has.
+      "num_convs": 2 if SIZES[size] == "demo" else 3,
+      "channels": 4 if SIZES[size] == "demo" else 16,
       "resize": "bilinear",
       "spatial_multiplication": True,
       "spatial_addition": True,
@@ -255,13 +258,13 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
   config.ensemble = ConfigDict(
     {
       "enabled": True,
-      "learning_rate": 0.02 if size == "demo" else 1e-3,
-      "epochs": {"": 25, "lite": 2, "demo": 6}[size],
+      "learning_rate": 0.02 if size == "scratch" else 1e-3,
+      "epochs": {"": 25, "lite": 2, "demo": 4, "scratch": 6}[size],
       "warmup_epochs": 1 if size else 5,
       "weights": config_dict.placeholder(str),
     }
   )
-  if size == "demo":
+  if size == "scratch":
     # One draw for each of 139 validation tiles is too noisy to tell epochs apart.
     _training(
       config,
@@ -271,11 +274,12 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
       warmup_epochs=4,
       validation_rounds=3,
     )
-  elif size == "lite":
+  elif size:
     # In so few steps SGD does not find its way: with 0.01 it takes two epochs to leave
     # chance, with 0.05 it diverges (docs/notebook.md).
     config.optimizer = "adam"
-    _training(config, learning_rate=1e-3, batch_size=16, epochs=6, warmup_epochs=1)
+    epochs = 6 if size == "lite" else 15
+    _training(config, learning_rate=1e-3, batch_size=16, epochs=epochs, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-3, batch_size=64, epochs=50)
   if size and source == "end_to_end":
@@ -359,10 +363,10 @@ def study(name: str, shows: str, size: str) -> ConfigDict:
 
 
 def narrow(config: ConfigDict) -> None:
-  """Sets fields of a study's demo, so that every network trains in a minute or two.
+  """Sets fields of a small study, so that every network trains in a minute or two.
 
-  From random weights: a quarter of the width, Adam for those without batch norm
-  (docs/notebook.md), and few epochs of calibration.
+  From random weights ("scratch"): a quarter of the width, Adam for those without batch
+  norm (docs/notebook.md), and few epochs of calibration.
   """
   classifier = config.parents.classifier
   classifier.model.width = 16

@@ -6,7 +6,7 @@ r"""The proposed method with the estimator trained along (paper, 5.1.3, Table 5.
 
 The estimator starts from the pretrained one, the calibration modules start fresh. In
 the workdir of another experiment it finds the stages trained there.
-With `:demo` about 13 minutes more than the pretrained one's, on a 2-core VM with
+With `:scratch` about 13 minutes more than the pretrained one's, on a 2-core VM with
 AVX-512 (2026-11-23), and accuracies like the oracle's (docs/notebook.md).
 The paper has 83.2 % on clean images and 58.7 % at sigma 0.5 with the ensemble. Not run
 here yet at that size; no time is known.

@@ -1,12 +1,12 @@
 r"""The paper's main comparison: twelve rows under eight conditions (Table 5.1).
 
-  python -m fidelity_jax.main --config=configs/table_5_1.py:demo --workdir=runs/demo
+  python -m fidelity_jax.main --config=configs/table_5_1.py:scratch --workdir=runs/demo
   python -m fidelity_jax.main --config=configs/table_5_1.py --workdir=runs/paper \
     --config.dataset.path=DIR
 
 Three classifiers, a restorer, an estimator, three calibrated models with ensembles.
-With `:demo` its stages took about 50 minutes one after the other on a 2-core AMD EPYC
-that was busy with other things, the evaluation 3 minutes of processor time
+With `:scratch` its stages took about 50 minutes one after the other on a 2-core AMD
+EPYC that was busy with other things, the evaluation 3 minutes of processor time
 (2026-11-24). With `:lite` they took 3 h 43 min, each on one core, the evaluation half
 an hour on both (2026-11-28). Seed 0 of both is in docs/results.md. The paper's size was
 not run here.

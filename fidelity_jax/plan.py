@@ -134,7 +134,8 @@ def _missing_together() -> Iterator[Noting]:
   if missing:
     raise errors.RunError(
       f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
-      "photographs: write ':demo' after the config's path."
+      "photographs: write ':demo' after the config's path, or ':scratch', which needs "
+      "no weights."
     )
 
 

@@ -7,10 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case ${1-} in
-  cpu) jax=jax package=. ;;
-  cuda) jax='jax[cuda12]' package=. ;;
+  cpu) jax=jax package='.[pretrained]' ;;
+  cuda) jax='jax[cuda12]' package='.[pretrained]' ;;
   # Workdirs and data of Cloud TPU are in gs:// buckets.
-  tpu) jax='jax[tpu]' package='.[gcs]' ;;
+  tpu) jax='jax[tpu]' package='.[gcs,pretrained]' ;;
   *)
     echo "setup.sh: name the variant: cpu, cuda or tpu" >&2
     exit 2

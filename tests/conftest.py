@@ -250,7 +250,7 @@ def command(background):
 def _finished(command, shared, name: str, fields: dict) -> pathlib.Path:
   """Returns a workdir in which the toy has run, to be read only."""
   workdir = shared / name
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={workdir}"]
   # The first process that comes here makes it.
   with open(shared / f"{name}.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -281,7 +281,7 @@ def toy_estimated(toy_run, command, shared) -> pathlib.Path:
   """The same with a pretrained map, logits kept, to be read only."""
   workdir = shared / "toy-estimated"
   fields = TOY | TOY_ESTIMATOR | {"evaluation.keep": "predictions"}
-  arguments = ["--config=configs/pretrained.py:demo", f"--workdir={workdir}"]
+  arguments = ["--config=configs/pretrained.py:scratch", f"--workdir={workdir}"]
   with open(shared / "toy-estimated.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not list(workdir.glob("pretrained-*/report.md")):

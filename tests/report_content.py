@@ -286,7 +286,7 @@ def content(rows, **changes):
     "name": "table_5_1",
     "shows": "The paper's Table 5.1: twelve methods under eight conditions.",
     "sections": ("tables", "claims"),
-    "command": "python -m fidelity_jax.main --config=configs/table_5_1.py:demo "
+    "command": "python -m fidelity_jax.main --config=configs/table_5_1.py:scratch "
     "--workdir=runs/demo",
     "rows": rows,
     "comparisons": [

@@ -386,7 +386,7 @@ def test_what_cannot_be_taken_there_is_kept(bucket, monkeypatch):
   assert bucket.get("runs/a.txt") == b"a"
 
 
-_DEMO = ["--config=configs/oracle.py:demo"]
+_DEMO = ["--config=configs/oracle.py:scratch"]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ _DEMO = ["--config=configs/oracle.py:demo"]
 def test_refusals(refused, bucket, arguments, status, words, tmp_path):
   config = _DEMO
   if any("shard" in argument for argument in arguments):
-    config = ["--config=configs/table_6_1.py:demo"]
+    config = ["--config=configs/table_6_1.py:scratch"]
   arguments = [
     a.replace("=w", f"={tmp_path / 'w'}") if a == "--workdir=w" else a
     for a in arguments

@@ -59,5 +59,5 @@ def test_the_console_script_is_installed():
 
 
 def test_training_is_a_command_too(tmp_path):
-  result = _run("train", "--config=configs/oracle.py:demo", cwd=tmp_path)
+  result = _run("train", "--config=configs/oracle.py:scratch", cwd=tmp_path)
   assert result.returncode == 2 and "--workdir is missing" in one_line(result.stderr)

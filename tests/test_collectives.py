@@ -83,7 +83,7 @@ found = {}
 # As it is on accelerators, without what is special for CPUs.
 with cpu.left_out():
   for name in scaling.STEPS:
-    stage = scaling.stage_of(name, "demo", fields[name])
+    stage = scaling.stage_of(name, "scratch", fields[name])
     step = footprint.lower(stage, 16, sharding.make_layout(size=16))
     seen = footprint.measure(step)
     shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]

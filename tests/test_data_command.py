@@ -12,7 +12,7 @@ from test_data_images import encoded, photograph
 
 from fidelity_jax import checkpoints, models, port
 
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 CALTECH101 = ROOT.parent / "shared" / "caltech101"
 CLASSIFIER = {
   k.removeprefix("parents.classifier.model."): v

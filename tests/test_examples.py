@@ -26,7 +26,7 @@ _SIZE = 16
 
 def _subjects() -> tuple[list[Subject], data.Dataset]:
   """Returns a classifier with random weights on few images, and these."""
-  config = importlib.import_module("fidelity_jax.configs.clean").get_config("demo")
+  config = importlib.import_module("fidelity_jax.configs.clean").get_config("scratch")
   config.dataset.image_size = _SIZE
   config.evaluation.batch_size = 4
   config = config.copy_and_resolve_references()

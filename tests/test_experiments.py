@@ -17,7 +17,7 @@ from test_parity import TinyResNet, reference
 import fidelity_jax
 from fidelity_jax import data, export
 
-_ORACLE = "--config=configs/oracle.py:demo"
+_ORACLE = "--config=configs/oracle.py:scratch"
 # One epoch and one round: does it run, not what it gives.
 _QUICK = TOY | {
   "epochs": 1,
@@ -66,7 +66,7 @@ def test_estimated_maps(toy_copy, command):
   fields = TOY | TOY_ESTIMATOR
   workdir = f"--workdir={toy_copy}"
   for source in ("pretrained", "end_to_end"):
-    config = f"--config=configs/{source}.py:demo"
+    config = f"--config=configs/{source}.py:scratch"
     result = command(config, workdir, *overrides(fields), check=0)
     finished = 2 if source == "pretrained" else 3
     assert result.stderr.count(": finished (") == finished
@@ -95,7 +95,7 @@ def test_estimated_maps(toy_copy, command):
     k: v for k, v in TOY.items() if k.startswith(("dataset", "parents.restorer"))
   }
   alone |= {k.removeprefix("parents.estimator."): v for k, v in TOY_ESTIMATOR.items()}
-  config = "--config=configs/estimator.py:demo"
+  config = "--config=configs/estimator.py:scratch"
   result = command(config, workdir, *overrides(alone), check=0)
   assert result.stderr.count(": finished (") == 2
 
@@ -112,7 +112,7 @@ def test_a_classifier_alone_and_a_restorer_alone(toy_copy, command):
   """Where the oracle's experiment was: nothing is trained, only new is measured."""
   workdir = f"--workdir={toy_copy}"
   run = lambda name, fields: command(
-    f"--config=configs/{name}.py:demo", workdir, *overrides(fields), check=0
+    f"--config=configs/{name}.py:scratch", workdir, *overrides(fields), check=0
   )
   fields = _at_the_top("classifier", ("dataset", "evaluation", "parents.restorer"))
   result = run("clean", fields)
@@ -254,7 +254,7 @@ def test_bfloat16(toy_copy, command):
   """What accelerators compute in by default, through a whole experiment."""
   fields = _QUICK | TOY_ESTIMATOR | {"precision": "bfloat16"}
   fields |= {"parents.estimator.epochs": 1, "parents.classifier.precision": "float32"}
-  config = "--config=configs/end_to_end.py:demo"
+  config = "--config=configs/end_to_end.py:scratch"
   command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
   (stage,) = toy_copy.glob("calibration-end_to_end-*")
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(_variables(stage)["params"])}
@@ -306,7 +306,7 @@ def test_maps_and_resizing(toy_copy, command, fields):
 def test_an_estimator_of_the_cosine_map_on_restored_images(toy_copy, command):
   fields = TOY | TOY_ESTIMATOR
   fields |= {"fidelity.map": "cosine", "fidelity.estimator_input": "restored"}
-  config = "--config=configs/end_to_end.py:demo"
+  config = "--config=configs/end_to_end.py:scratch"
   command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
 
 

@@ -464,7 +464,7 @@ def test_an_experiment_starts_from_an_exported_directory(places, command, tmp_pa
     fields[f"{role}.weights"] = tmp_path / "w"
   fields |= {"ensemble.weights": tmp_path / "w"}
   fields["parents.classifier.model.new_head"] = False
-  config = "--config=configs/oracle.py:demo"
+  config = "--config=configs/oracle.py:scratch"
   command(config, f"--workdir={tmp_path}/again", *overrides(fields), check=0)
   run = runs.find(places["oracle"])
   again = runs.find(experiment(tmp_path / "again"))
@@ -479,7 +479,7 @@ def test_trained_estimators_travel_along(toy_copy, command, tmp_path, source):
   """End-to-end, the estimator is that which trained along, not the one before."""
   fields = overrides(TOY | TOY_ESTIMATOR)
   command(
-    f"--config=configs/{source}.py:demo", f"--workdir={toy_copy}", *fields, check=0
+    f"--config=configs/{source}.py:scratch", f"--workdir={toy_copy}", *fields, check=0
   )
   place = experiment(toy_copy, source)
   run = runs.find(place)
@@ -652,7 +652,7 @@ def test_the_run_of_an_estimator_is_read_back(toy_copy, command, tmp_path):
   fields = {name: value for name, value in TOY.items() if name.startswith(own)}
   fields |= {k.removeprefix("parents.estimator."): v for k, v in TOY_ESTIMATOR.items()}
   fields |= {"fidelity.map": "l2", "fidelity.estimator_input": "restored"}
-  config = "--config=configs/estimator.py:demo"
+  config = "--config=configs/estimator.py:scratch"
   command(config, f"--workdir={toy_copy}", *overrides(fields), check=0)
   place = experiment(toy_copy, "estimator")
   export.export(place, tmp_path / "weights")

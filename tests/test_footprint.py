@@ -28,7 +28,7 @@ def _table(stdout: str) -> dict[str, dict[str, float]]:
 def test_a_plan_says_what_steps_need_on_each_device(command, tmp_path):
   # Large enough for a tenth of a MiB to be seen.
   fields = TOY | {"parents.classifier.model.width": 64, "batch_size": 16}
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path / 'w'}", *PLAN]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path / 'w'}", *PLAN]
   arguments += overrides(fields)
   one = _table(command(*arguments, check=0).stdout)
   eight = _table(command(*arguments, env=EIGHT, check=0).stdout)
@@ -55,7 +55,7 @@ def test_a_plan_says_what_steps_need_on_each_device(command, tmp_path):
 
 
 def test_a_finished_experiment_needs_nothing(toy_run, command):
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={toy_run}", *PLAN]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={toy_run}", *PLAN]
   result = command(*arguments, *overrides(TOY), check=0)
   assert "Nothing is left to train." in result.stdout
 
@@ -63,11 +63,11 @@ def test_a_finished_experiment_needs_nothing(toy_run, command):
 @pytest.mark.slow
 def test_estimated_maps_are_planned_too(command, tmp_path):
   fields = overrides(TOY | TOY_ESTIMATOR)
-  arguments = ["--config=configs/end_to_end.py:demo", f"--workdir={tmp_path}", *PLAN]
+  arguments = ["--config=configs/end_to_end.py:scratch", f"--workdir={tmp_path}", *PLAN]
   stages = _table(command(*arguments, *fields, check=0).stdout)
   assert {"estimator", "calibration"} < set(stages)
 
 
 def test_memory_without_a_dry_run_is_refused(refused, tmp_path):
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path}", "--memory"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path}", "--memory"]
   refused(arguments, 2, "add --dry_run")

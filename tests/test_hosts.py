@@ -109,7 +109,7 @@ class _Job:
       flags = f"--xla_force_host_platform_device_count={devices}"
       variables["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
       words = [sys.executable, "-m", "fidelity_jax.main", f"--workdir={workdir}"]
-      words += ["--config=configs/oracle.py:demo", *overrides(TOY | fields)]
+      words += ["--config=configs/oracle.py:scratch", *overrides(TOY | fields)]
       words += each[i] if each else []
       with open(log, "wb") as file:
         process = subprocess.Popen(

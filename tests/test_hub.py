@@ -208,7 +208,7 @@ def test_weights_are_taken_from_the_hub(server, run, classifier, tmp_path):
   half["a.safetensors"] = b"none"
   server.repos["me/half"] = {"private": False, "branches": {"main": half}}
   server.repos["me/part"] = {"private": False, "branches": {"main": half}}
-  plan = ["train", "--config=configs/clean.py:demo", f"--workdir={tmp_path}/w"]
+  plan = ["train", "--config=configs/clean.py:scratch", f"--workdir={tmp_path}/w"]
   plan += ["--dry_run", "--config.model.name=resnet18"]
   weights = "--config.model.weights="
   results = run(

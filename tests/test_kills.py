@@ -39,7 +39,7 @@ _ENDS = [
 
 
 def _flags(workdir, fields=BEST_FIRST):
-  flags = ["--config=configs/oracle.py:demo", f"--workdir={workdir}"]
+  flags = ["--config=configs/oracle.py:scratch", f"--workdir={workdir}"]
   return [*flags, *overrides(fields), "--config.checkpoint_seconds=0.05"]
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import TOY, experiment, measured, one_line, overrides, results
 
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 
 
 def test_it_leaves_what_it_promises(toy_run):
@@ -147,7 +147,7 @@ def test_what_is_missing_is_named_with_a_way_out(command, tmp_path):
   assert result.returncode == 1, result.stderr
   line = one_line(result.stderr)
   assert "256_ObjectCategories" in line and "resnet50-0676ba61.pth" in line
-  assert ":demo" in line
+  assert "':demo'" in line and "':scratch'" in line
 
 
 def test_configs_are_found_from_any_directory(command, tmp_path):

@@ -36,7 +36,7 @@ from fidelity_jax.port import layouts, parts
 torch = pytest.importorskip("torch")
 PAGE = (ROOT / "docs" / "own_backbone.md").read_text()
 CODE = re.search(r"^```python\n(# my_module.py\n.*?)^```$", PAGE, re.M | re.S)[1]
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 MODEL = "--config.parents.classifier.model"
 
 
@@ -171,11 +171,11 @@ def test_its_fields_are_the_configs(written, monkeypatch):
   assert (backbone.depth, backbone.norm, backbone.width) == (5, False, 16)
   # A study's experiments follow, and its other backbones have no such field.
   flags = [f"{MODEL}.name={name}", f"{MODEL}.depth=7", f"{MODEL}.width=8"]
-  config = _parsed("--config=configs/table_5_1.py:demo", *flags)
+  config = _parsed("--config=configs/table_5_1.py:scratch", *flags)
   found = [study_classifier(e).model for e in study.read(config).experiments]
   assert found and {(m.name, m.depth, m.width) for m in found} == {(name, 7, 8)}
   axis = f"--config.backbones=('resnet', '{name}')"
-  config = _parsed("--config=configs/table_5_1.py:demo", f"{MODEL}.name={name}", axis)
+  config = _parsed("--config=configs/table_5_1.py:scratch", f"{MODEL}.name={name}", axis)
   of = {e.experiment: study_classifier(e) for e in study.read(config).experiments}
   assert {m.model.name for m in of.values()} == {"resnet", name}
   assert any("their_module.MyNet" in one for one in of)
@@ -289,7 +289,7 @@ def test_where_modules_are_looked_for(written, tmp_path, monkeypatch):
   monkeypatch.setattr(users, "PLACES", [])
   (beside / "config.py").write_text((ROOT / "configs" / "oracle.py").read_text())
   monkeypatch.chdir(ROOT)
-  _parsed(f"--config={beside}/config.py:demo")
+  _parsed(f"--config={beside}/config.py:scratch")
   assert users.PLACES == [str(beside)]
   assert users.find(name).file == tmp_path / "their_module.py"
   assert users.find("their_other:MyNet").file == beside / "their_other.py"

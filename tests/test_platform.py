@@ -92,7 +92,7 @@ def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_experiment_compiles_nothing_again(command, toy_run, tmp_path):
-  flags = ["--config=configs/oracle.py:demo", *overrides(TOY)]
+  flags = ["--config=configs/oracle.py:scratch", *overrides(TOY)]
   cache = tmp_path / "cache"
   # "": as if they were not set.
   environment = {"FIDELITY_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": ""}

@@ -24,7 +24,7 @@ from test_data_images import encoded, photograph
 
 from fidelity_jax import main
 
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 
 
 def _listens(pid):

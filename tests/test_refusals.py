@@ -15,9 +15,9 @@ from test_data_images import encoded, photograph
 from fidelity_jax import gallery, main
 from fidelity_jax.models.calibration import MODULES
 
-DEMO = "--config=configs/oracle.py:demo"
-PRETRAINED = "--config=configs/pretrained.py:demo"
-ESTIMATOR = "--config=configs/estimator.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
+PRETRAINED = "--config=configs/pretrained.py:scratch"
+ESTIMATOR = "--config=configs/estimator.py:scratch"
 BLUR = "--config.degradation.kind=gaussian_blur"
 MOTION = "--config.degradation.kind=motion_blur"
 

@@ -12,7 +12,7 @@ from conftest import TOY, flip, overrides
 from fidelity_jax import port
 from fidelity_jax.port.__main__ import main as port_main
 
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 
 
 # Weights for the demo's classifier, each with one fault.

@@ -127,7 +127,7 @@ def test_checksums_do_not_depend_on_how_arrays_are_split(eight):
   ],
 )
 def test_impossible_meshes_are_refused(refused, tmp_path, field, value, said):
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path}"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path}"]
   refused([*arguments, f"--config.mesh.{field}={value}"], 2, said)
 
 
@@ -150,6 +150,6 @@ def test_meshes_give_what_one_device_gives(command, steady_run, tmp_path, name):
   """Losses, parameters, and what is evaluated, of all stages of the toy: 54 steps."""
   count, fields = _MESHES[name]
   fields = TOY | STEADY | {"mesh.min_size": 64} | fields
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path}"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path}"]
   command(*arguments, *overrides(fields), env=_devices(count), check=0)
   check_same(tmp_path, steady_run)

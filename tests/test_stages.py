@@ -11,7 +11,7 @@ import pytest
 from fidelity_jax import checkpoints, degradations, errors, stages, tasks
 
 
-def _config(name="oracle", size="demo"):
+def _config(name="oracle", size="scratch"):
   module = importlib.import_module(f"fidelity_jax.configs.{name}")
   config = module.get_config(size)
   _set(config, {"precision": "float32"})
@@ -189,7 +189,7 @@ def test_parents_follow_the_top_until_overridden():
   assert (config.parents.classifier.seed, config.seed) == (8, 7)
 
 
-@pytest.mark.parametrize("size", ["", "demo"])
+@pytest.mark.parametrize("size", ["", "demo", "scratch"])
 def test_experiments_share_parents(tmp_path, size):
   oracle = _resolve(_config("oracle", size), tmp_path)
   for name in ("pretrained", "end_to_end"):

@@ -23,7 +23,7 @@ _QUICK = TOY | {"evaluation.rounds": 1, "parents.classifier.epochs": 1}
 _QUICK |= {"parents.classifier.warmup_epochs": 0}
 
 
-def _config(name, *fields, size=":demo"):
+def _config(name, *fields, size=":scratch"):
   arguments = [f"--config=configs/{name}.py{size}", "--workdir=unused"]
   flags = [f"--config.{field}" for field in fields]
   return main.parse(["", *arguments, *flags])[0]
@@ -36,7 +36,7 @@ def _experiments(*arguments, **kwargs):
 
 # Which images they are is not said by the configs of this size.
 _PATHS = {":lite": ["dataset.path=there"]}
-_SIZES = ("", ":lite", ":demo")
+_SIZES = ("", ":lite", ":demo", ":scratch")
 
 
 @pytest.mark.parametrize("size", _SIZES)
@@ -166,7 +166,7 @@ def test_only():
 
 
 def _run(command, workdir, fields, *flags, name="setups", **kwargs):
-  arguments = [f"--config=configs/{name}.py:demo", f"--workdir={workdir}", *flags]
+  arguments = [f"--config=configs/{name}.py:scratch", f"--workdir={workdir}", *flags]
   return command(*arguments, *overrides(fields), **kwargs)
 
 
@@ -242,7 +242,7 @@ def test_an_evaluation_goes_on_where_it_was(toy_copy, background, command):
   for path in kept:
     path.unlink()
   fields = TOY | {"evaluation.batch_size": 4, "evaluation.rounds": 60}
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={toy_copy}"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={toy_copy}"]
   run = background(*arguments, *overrides(fields))
   # The first batch is past.
   for line in run.stderr:
@@ -288,7 +288,7 @@ def test_logits_that_one_experiment_keeps(toy_copy, command):
 @pytest.mark.slow
 def test_networks_that_do_not_fit_together(toy_copy, monkeypatch):
   """They are evaluated one after the other, and what they share has one row."""
-  arguments = ["", "--config=configs/table_5_1.py:demo", f"--workdir={toy_copy}"]
+  arguments = ["", "--config=configs/table_5_1.py:scratch", f"--workdir={toy_copy}"]
   arguments += overrides(TOY | TOY_ESTIMATOR | {"only": "clean,oracle"})
   monkeypatch.chdir(ROOT)
   found = []
@@ -321,7 +321,7 @@ def test_a_field_that_stands_against_an_axis_is_refused():
 
 
 def test_a_class_that_is_not_there_is_refused_before_anything_runs(refused, tmp_path):
-  arguments = ["--config=configs/figure_3_4.py:demo", f"--workdir={tmp_path}"]
+  arguments = ["--config=configs/figure_3_4.py:scratch", f"--workdir={tmp_path}"]
   refused([*arguments, "--config.class_name=astronat"], 2, "'astronaut")
   assert not list(tmp_path.glob("*-*"))
 
@@ -333,7 +333,7 @@ def test_every_demo_can_be_planned(name, monkeypatch, tmp_path, capsys):
   monkeypatch.chdir(ROOT)
   sys.modules.pop("config_config", None)
   place = f"--workdir={tmp_path / 'w'}"
-  assert main.main(["", f"--config=configs/{name}.py:demo", place, "--dry_run"]) == 0
+  assert main.main(["", f"--config=configs/{name}.py:scratch", place, "--dry_run"]) == 0
   assert "Experiments: " in capsys.readouterr().out
   assert not (tmp_path / "w").exists()
 

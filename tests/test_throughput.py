@@ -399,7 +399,7 @@ def test_memory_is_that_of_the_fullest_device():
 def test_a_stage_with_a_trace_is_finished(toy_copy, command):
   (stage,) = toy_copy.glob("ensemble-*")
   shutil.rmtree(stage)
-  arguments = ["--config=configs/oracle.py:demo", f"--workdir={toy_copy}"]
+  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={toy_copy}"]
   arguments += [*overrides(TOY), "--config.profile.steps=(2,3)"]
   result = command(*arguments, check=0)
   assert _traced(stage) == [[2, 3]]

@@ -10,7 +10,7 @@ from conftest import ROOT, TOY, experiment, flip, overrides, results
 
 from fidelity_jax import main
 
-DEMO = "--config=configs/oracle.py:demo"
+DEMO = "--config=configs/oracle.py:scratch"
 
 
 def _stage(workdir, kind):
