@@ -32,6 +32,7 @@ from fidelity_jax import (
   streams,
   study,
   tasks,
+  timing,
   train,
   workdirs,
 )
@@ -39,6 +40,8 @@ from fidelity_jax.datasets import Datasets
 
 # Seconds between looks at what other processes have finished.
 _PATIENCE = 2.0
+# Beside a report: where the time of each run went.
+_TIMES = "times.jsonl"
 
 
 def run(
@@ -79,6 +82,7 @@ def run(
     return
   platform.keep_compiled()
   with contextlib.ExitStack() as held:
+    held.enter_context(timing.run())
     if remote:
       place = held.enter_context(mirror.Mirror(workdir))
     else:
@@ -92,19 +96,24 @@ def run(
     files.check_directory(place / measurements.DIRECTORY, write=True)
     where = workdirs.results_directory(place, work.name, planned, tests)
     report.check(where)
+    files.check_file(where / _TIMES)
     signals.work_begins()
     missing = _train(work, planned, datasets, place)
     with _one_at_a_time(work, place):
       with errors.while_doing(f"making the directory {where}"):
         where.mkdir(exist_ok=True)
       hosts.wait("results")
-      content = results.gather(work, planned, tests, missing, where, place, command)
+      with timing.part("evaluation"):
+        content = results.gather(work, planned, tests, missing, where, place, command)
+      with timing.part("report"):
+        if hosts.first():
+          if content is not None:
+            report.write(where, content)
+          workdirs.write_experiments(where, planned, datasets)
+          workdirs.write_index(place)
+        hosts.wait("report")
       if hosts.first():
-        if content is not None:
-          report.write(where, content)
-        workdirs.write_experiments(where, planned, datasets)
-        workdirs.write_index(place)
-      hosts.wait("report")
+        progress.say(timing.remember(where / _TIMES, command))
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")
     if missing:
@@ -215,7 +224,8 @@ def _train(
         waiting.remove(stage)
         done = len(everything) - len(waiting)
         try:
-          complete(stage, datasets, f"[{done}/{len(everything)}] ")
+          with timing.part(stage.name):
+            complete(stage, datasets, f"[{done}/{len(everything)}] ")
         except Exception as error:  # Any failure of one stage.
           # Of several processes, one alone may have failed.
           if work.lone or hosts.several():

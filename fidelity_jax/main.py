@@ -50,12 +50,13 @@ def _run(arguments: list[str]) -> None:
     print(__doc__)
     return
   config, workdir, dry_run, memory = parse(arguments)
-  from fidelity_jax import experiment, hosts, platform
+  from fidelity_jax import experiment, hosts, platform, timing
 
   signals.interrupt("while it looked at its inputs", "nothing is lost")
   hosts.join(shlex.join(arguments[1:]))
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
+  timing.count_start_up()
   experiment.run(config, workdir, command, dry_run, memory)
 
 

@@ -31,6 +31,7 @@ from fidelity_jax import (
   sharding,
   signals,
   throughput,
+  timing,
   tracing,
 )
 from fidelity_jax.tasks import Task
@@ -354,10 +355,12 @@ class Trainer:
     """
     saved = checkpoints.Checkpoints(self.directory / "checkpoints")
     try:
-      state, progress_ = self._run(saved)
-      saved.wait()
-      hosts.wait(f"{self.title} is trained")
-      product = saved.check_product(progress_.best_step, state.variables())
+      with timing.kind("steps"):
+        state, progress_ = self._run(saved)
+      with timing.kind("checkpoints"):
+        saved.wait()
+        hosts.wait(f"{self.title} is trained")
+        product = saved.check_product(progress_.best_step, state.variables())
     except BaseException:
       # A failed write must not hide the failure that led here.
       with contextlib.suppress(Exception):
@@ -448,7 +451,7 @@ class Trainer:
         if improved or stopping or overdue or step == self.total_steps:
           if within:
             self._check_finite(state)
-          with meter.paused():
+          with meter.paused(), timing.kind("checkpoints"):
             saved.save(step, state.variables(), state.training(), done)
           last_save = time.monotonic()
         if stopping:
@@ -490,7 +493,8 @@ class Trainer:
   ) -> checkpoints.Progress:
     """Validates and records; returns `done` with this epoch, begun at `start`."""
     # The last bit may differ from host to host, and decides what is the best.
-    validation = hosts.agree(self.validate(state))
+    with timing.kind("validation"):
+      validation = hosts.agree(self.validate(state))
     for name, value in validation.items():
       if not math.isfinite(value):
         raise errors.RunError(

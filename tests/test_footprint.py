@@ -28,7 +28,11 @@ def _table(stdout: str) -> dict[str, dict[str, float]]:
 def test_a_plan_says_what_steps_need_on_each_device(command, tmp_path):
   # Large enough for a tenth of a MiB to be seen.
   fields = TOY | {"parents.classifier.model.width": 64, "batch_size": 16}
-  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path / 'w'}", *PLAN]
+  arguments = [
+    "--config=configs/oracle.py:scratch",
+    f"--workdir={tmp_path / 'w'}",
+    *PLAN,
+  ]
   arguments += overrides(fields)
   one = _table(command(*arguments, check=0).stdout)
   eight = _table(command(*arguments, env=EIGHT, check=0).stdout)
@@ -69,5 +73,9 @@ def test_estimated_maps_are_planned_too(command, tmp_path):
 
 
 def test_memory_without_a_dry_run_is_refused(refused, tmp_path):
-  arguments = ["--config=configs/oracle.py:scratch", f"--workdir={tmp_path}", "--memory"]
+  arguments = [
+    "--config=configs/oracle.py:scratch",
+    f"--workdir={tmp_path}",
+    "--memory",
+  ]
   refused(arguments, 2, "add --dry_run")

@@ -175,7 +175,9 @@ def test_its_fields_are_the_configs(written, monkeypatch):
   found = [study_classifier(e).model for e in study.read(config).experiments]
   assert found and {(m.name, m.depth, m.width) for m in found} == {(name, 7, 8)}
   axis = f"--config.backbones=('resnet', '{name}')"
-  config = _parsed("--config=configs/table_5_1.py:scratch", f"{MODEL}.name={name}", axis)
+  config = _parsed(
+    "--config=configs/table_5_1.py:scratch", f"{MODEL}.name={name}", axis
+  )
   of = {e.experiment: study_classifier(e) for e in study.read(config).experiments}
   assert {m.model.name for m in of.values()} == {"resnet", name}
   assert any("their_module.MyNet" in one for one in of)

@@ -1,0 +1,68 @@
+"""Where a run's time goes: every moment is charged once."""
+
+import shlex
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fidelity_jax import files, timing
+
+
+def test_every_moment_is_charged_once():
+  inner = jax.jit(lambda x: jnp.sin(x) @ x)
+  with timing.run() as clock:
+    start = time.perf_counter()
+    with timing.part("a"):
+      with timing.kind("steps"):
+        time.sleep(0.05)
+        # Its trace lies within that of the outer one, and is not counted twice.
+        jax.jit(lambda x: inner(x) + inner(2 * x))(jnp.ones((64, 64)))
+        with timing.kind("validation"):
+          time.sleep(0.02)
+      time.sleep(0.03)
+    clock.settle()
+    took = time.perf_counter() - start
+  assert list(clock.parts) == ["start-up", "a"]
+  spent = clock.parts["a"]
+  assert set(spent) == {"compilation", "steps", "validation", "other"}
+  assert sum(spent.values()) == pytest.approx(took, abs=0.01)
+  assert spent["compilation"] > 0.005
+  assert 0.05 <= spent["steps"] <= took - 0.05 - spent["compilation"] + 0.01
+  assert 0.02 <= spent["validation"] < spent["steps"]
+  # Nothing is timed outside of a run.
+  with timing.part("b"), timing.kind("steps"):
+    jax.jit(lambda x: x + 1)(1.0)
+  assert "b" not in clock.parts
+
+
+def test_a_run_tells_and_remembers_where_its_time_went(command, toy_copy):
+  """Of its first run all; the second, which trains nothing, has a line of its own."""
+  (path,) = toy_copy.glob("oracle-*/times.jsonl")
+  (first,) = files.read_json_lines(path)
+  names = [s.parent.name for s in toy_copy.glob("*/finished.json")]
+  assert set(first["seconds"]) == {"start-up", *names, "evaluation", "report"}
+  for name in names:
+    assert first["seconds"][name].keys() >= {"compilation", "steps", "checkpoints"}
+    assert first["seconds"][name]["compilation"] > 0.1
+  assert "configs/oracle.py" in first["command"] and first["hardware"]
+
+  # The command as it was.
+  start = time.monotonic()
+  words = shlex.split(first["command"])[3:]
+  words = [w for w in words if not w.startswith("--workdir")]
+  result = command(*words, f"--workdir={toy_copy}", check=0)
+  took = time.monotonic() - start
+  _, second = files.read_json_lines(path)
+  told = sum(sum(part.values()) for part in second["seconds"].values())
+  assert 0.5 * took < told < took
+  head, *rows = result.stderr[result.stderr.index("where the time went") :].splitlines()
+  assert head.split()[4:] == [
+    "seconds",
+    *("compilation", "steps", "validation", "checkpoints", "other"),
+  ]
+  assert [row.split()[0] for row in rows[:-1]][-1] in {"report", "in"}
+  total = next(row for row in rows if row.startswith("in all"))
+  assert float(total.split()[2]) == pytest.approx(told, abs=0.3)
+  assert "validation" not in second["seconds"][names[0]]
