@@ -87,7 +87,7 @@ def evaluation(config: ConfigDict, size: str) -> None:
   config.evaluation = ConfigDict(
     {
       # Draws of noise per test image.
-      "rounds": 3 if size else 10,
+      "rounds": {"": 10, "demo": 2}.get(size, 3),
       # Of the noise: the same for all seeds of training, so that these stand apart.
       "seed": 0,
       "batch_size": 64,
@@ -172,7 +172,7 @@ def classifier(config: ConfigDict, size: str, source: str = "clean") -> ConfigDi
   elif size:
     config.model.weights = config.model.name
     config.head_epochs = 1
-    epochs = 5 if size == "lite" else 8
+    epochs = 5 if size == "lite" else 6
     _training(config, learning_rate=0.02, batch_size=32, epochs=epochs, warmup_epochs=1)
   else:
     config.model.weights = "torchvision"
@@ -208,7 +208,9 @@ def restorer(config: ConfigDict, size: str) -> ConfigDict:
   """Fills in a restorer stage: DnCNN-20 from scratch, on patches."""
   _stack(config, size)
   config.model.name = "dncnn"
-  if SIZES[size] == "demo":
+  if size == "demo":
+    config.epochs = 8
+  elif size == "scratch":
     # After fewer, some seeds gain little by restoration; after many more, restored
     # tiles leave the map little to tell about them (docs/notebook.md).
     config.epochs = 12
@@ -259,7 +261,7 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
     {
       "enabled": True,
       "learning_rate": 0.02 if size == "scratch" else 1e-3,
-      "epochs": {"": 25, "lite": 2, "demo": 4, "scratch": 6}[size],
+      "epochs": {"": 25, "lite": 2, "demo": 3, "scratch": 6}[size],
       "warmup_epochs": 1 if size else 5,
       "weights": config_dict.placeholder(str),
     }
@@ -278,7 +280,7 @@ def calibration(config: ConfigDict, size: str, source: str) -> ConfigDict:
     # In so few steps SGD does not find its way: with 0.01 it takes two epochs to leave
     # chance, with 0.05 it diverges (docs/notebook.md).
     config.optimizer = "adam"
-    epochs = 6 if size == "lite" else 15
+    epochs = 6 if size == "lite" else 10
     _training(config, learning_rate=1e-3, batch_size=16, epochs=epochs, warmup_epochs=1)
   else:
     _training(config, learning_rate=1e-3, batch_size=64, epochs=50)

@@ -113,7 +113,8 @@ def run(
           workdirs.write_index(place)
         hosts.wait("report")
       if hosts.first():
-        progress.say(timing.remember(where / _TIMES, command))
+        for line in timing.remember(where / _TIMES, command):
+          progress.say(line)
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")
     if missing:

@@ -115,7 +115,7 @@ def kind(name: str) -> contextlib.AbstractContextManager[None]:
   return _clock.spending(None, name) if _clock else contextlib.nullcontext()
 
 
-def remember(path: pathlib.Path, command: str) -> str:
+def remember(path: pathlib.Path, command: str) -> list[str]:
   """Adds where the time of the run under way went to a file of such records.
 
   Args:
@@ -123,7 +123,7 @@ def remember(path: pathlib.Path, command: str) -> str:
     command: the run's, for the record.
 
   Returns:
-    The same as a table.
+    The same as lines of a table.
 
   Raises:
     RunError: the file cannot be written.
@@ -144,8 +144,8 @@ def remember(path: pathlib.Path, command: str) -> str:
   return table(parts)
 
 
-def table(parts: dict[str, dict[str, float]]) -> str:
-  """Returns seconds by part and kind as a table, with sums.
+def table(parts: dict[str, dict[str, float]]) -> list[str]:
+  """Returns seconds by part and kind as lines of a table, with sums.
 
   Args:
     parts: a clock's.
@@ -160,4 +160,4 @@ def table(parts: dict[str, dict[str, float]]) -> str:
     lines.append((name, *(f"{s:.1f}" for s in (sum(seconds), *seconds))))
   first = max(len(line[0]) for line in lines)
   rest = lambda line: "".join(cell.rjust(13) for cell in line[1:])
-  return "\n".join(line[0].ljust(first) + rest(line) for line in lines)
+  return [line[0].ljust(first) + rest(line) for line in lines]
