@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ from fidelity_jax import boundary, errors, signals
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
+# When the command began, all but.
+_BEGAN = time.monotonic()
 _CONFIGS = os.path.join(os.path.dirname(__file__), "configs")
 
 
@@ -56,7 +59,7 @@ def _run(arguments: list[str]) -> None:
   hosts.join(shlex.join(arguments[1:]))
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
-  timing.count_start_up()
+  timing.count_start_up(time.monotonic() - _BEGAN)
   experiment.run(config, workdir, command, dry_run, memory)
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 
 import jax
-import psutil
 
 from fidelity_jax import environment, files
 
@@ -80,14 +79,14 @@ class Clock:
 
 
 _clock: Clock | None = None
-# Of the process, before the run that is timed next.
+# Seconds that were spent on a run before it could be timed.
 _before = 0.0
 
 
-def count_start_up() -> None:
-  """Has the next run's start-up count from when the process began: with the imports."""
+def count_start_up(seconds: float) -> None:
+  """Has the next run's start-up begin so many seconds ago: with the imports."""
   global _before
-  _before = time.time() - psutil.Process().create_time()
+  _before = seconds
 
 
 @contextlib.contextmanager
