@@ -100,6 +100,25 @@ def test_estimated_maps(toy_copy, command):
   assert result.stderr.count(": finished (") == 2
 
 
+@pytest.mark.slow
+def test_the_demo_s_classifier_is_pretrained(command, tmp_path):
+  """The README's first command, of one epoch: its head alone is trained, and knows."""
+  trained = ("", "ensemble.", "parents.classifier.", "parents.restorer.")
+  fields = {f"{stage}epochs": 1 for stage in trained} | {"evaluation.rounds": 1}
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path}"]
+  result = command(*arguments, *overrides(fields), check=0)
+  assert "where the time went" in result.stderr
+  (path,) = tmp_path.glob("oracle-*/results.json")
+  rows = json.loads(path.read_text())["rows"]
+  (clean,) = (
+    row["accuracy"]
+    for row in rows
+    if row["condition"]["name"] == "clean" and not row["source"] and not row["restorer"]
+  )
+  # One of sixteen is right by chance.
+  assert clean > 50
+
+
 def _at_the_top(role, chosen=("dataset", "evaluation")):
   """Returns the toy's fields for an experiment that ends in a stage of this role."""
   own = {k: v for k, v in TOY.items() if k.startswith(f"parents.{role}.")}
