@@ -37,7 +37,7 @@ from fidelity_jax import cpu, footprint, plan, sharding, stages, tasks, throughp
 from fidelity_jax.configs import common
 
 STEPS = ("classifier", "oracle", "end_to_end")
-# Caltech-256's classes and its background; the demo's.
+# Caltech-256's classes and its background; the embedded photographs'.
 CLASSES = {"": 257, "scratch": 16}
 DEVICES = (1, 2, 4, 8)
 # One thread computes for each device, and no device is called ahead of the others.
@@ -214,7 +214,7 @@ def parse() -> argparse.Namespace:
   counts = lambda text: [int(n) for n in text.split(",")]
   parser.add_argument("--steps", type=names, default=list(STEPS))
   parser.add_argument("--devices", type=counts, default=list(DEVICES))
-  parser.add_argument("--dry", action="store_true", help="the demo's networks")
+  parser.add_argument("--dry", action="store_true", help="the networks of :scratch")
   parser.add_argument("--batch", type=int, help="images in the global batch")
   parser.add_argument("--precision", choices=("float32", "bfloat16"))
   parser.add_argument("--repeats", type=int, default=5)

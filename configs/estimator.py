@@ -6,7 +6,7 @@ r"""The fidelity map estimator alone, with the restorer it needs (paper, 5.1).
 
 It is the stage that configs/pretrained.py and configs/end_to_end.py build on. It is
 not evaluated on test images; the result is its loss on validation patches.
-With `:demo` about 3 minutes where the restorer is trained already, on a 2-core AMD
+With `:scratch` about 3 minutes where the restorer is trained already, on a 2-core AMD
 EPYC beside tests (2026-11-24): a validation loss of 0.030. The paper gives none, and
 the full size was not run here yet.
 """

@@ -7,9 +7,10 @@ r"""Four further degradations, on every network (paper, Figure A.2), and the met
 Classifiers trained on clean images, with and without restoration; and, which the paper
 leaves to future research, the whole method trained for each degradation, on one of the
 networks.
-With `:scratch` the networks are narrow, 16 channels wide at their first convolution; it
-took 70 minutes of training and 15 of evaluation on a 2-core AMD EPYC, beside other work
-that took most of it (2026-11-24). The paper's size was not run here.
+With `:scratch`, which `:demo` is too, the networks are narrow, 16 channels wide at
+their first convolution; it took 70 minutes of training and 15 of evaluation on a 2-core
+AMD EPYC, beside other work that took most of it (2026-11-24). The paper's size was not
+run here.
 """
 
 from fidelity_jax.configs import common
@@ -17,7 +18,7 @@ from fidelity_jax.configs import common
 
 def get_config(size: str = ""):
   if size == "demo":
-    # Without a network, there are no weights for these.
+    # No package has weights for these networks.
     size = "scratch"
   shows = "Other degradations: classifiers on every network, and the whole method"
   config = common.study("figure_a_2", shows, size)

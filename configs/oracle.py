@@ -4,7 +4,7 @@ r"""The proposed method on the oracle fidelity map (paper, 5.1.1, Table 5.1).
   python -m fidelity_jax.main --config=configs/oracle.py --workdir=runs/paper \
     --config.dataset.path=DIR
 
-`:demo` needs no network: the embedded photographs, EfficientNet-Lite0 with ImageNet
+`:demo` needs no download: the embedded photographs, EfficientNet-Lite0 with ImageNet
 weights from the extra `pretrained`, a shallow DnCNN. 4 minutes on a 2-core AMD EPYC
 (2026-11-28). `:scratch` needs no weights: a small ResNet, about 7 minutes (2026-11-24).
 With both the oracle map leads restoration alone at every noise level (docs/results.md).

@@ -6,7 +6,7 @@ r"""The restorer alone: DnCNN, trained on noisy patches (paper, 3.2.1).
 
 It is the stage that all other experiments build on. The result is the PSNR of the test
 images with and without restoration.
-With `:demo` about 2 minutes on a 2-core AMD EPYC beside tests (2026-11-24). Seed 0:
+With `:scratch` about 2 minutes on a 2-core AMD EPYC beside tests (2026-11-24). Seed 0:
 24.1 dB at sigma 0.3, from 12.0 dB. The paper gives no PSNR, and the full size was not
 run here yet.
 """

@@ -266,7 +266,7 @@ def check(
       raise errors.UsageError(f"{what}: {error}") from error
     raise errors.UsageError(
       f"{what} holds another network than the config describes, with "
-      f"{', '.join(differing)}."
+      f"{', '.join(differing)}: set model.weights to that network's own, or to None."
     ) from error
 
 
@@ -275,8 +275,11 @@ def _differing(
 ) -> list[str]:
   """Returns where the description of weights differs from a stage's network."""
   if "model" in described:
-    # A classifier's own error names tensors.
-    return []
+    # A classifier's own error names tensors: for another network's it would be all.
+    theirs, ours = described["model"].get("name"), config.model.name
+    if theirs is None or theirs == ours:
+      return []
+    return [f"model.name {theirs!r} (the config's is {ours!r})"]
   differing = []
   for name, value in described.items():
     wanted = config.model.get(name, getattr(network, name, None))

@@ -258,11 +258,12 @@ def pixel_sums(*features: jax.Array) -> tuple[jax.Array, ...]:
   """Returns what `models.layers.pixel_sums` does: sums of rows, and then of these.
 
   A row's pixels lie side by side, and are read once for all sums. XLA's sum over all
-  pixels reads memory many times as slowly.
+  pixels reads memory many times as slowly. Features may have any rank from 2 up.
   """
   zeros = tuple(jnp.zeros((), x.dtype) for x in features)
   add = lambda a, b: tuple(map(jnp.add, a, b))
-  rows = [r.reshape(-1, r.shape[-1]) for r in lax.reduce(features, zeros, add, (2,))]
+  rows = lax.reduce(features, zeros, add, (features[0].ndim - 2,))
+  rows = [r.reshape(-1, r.shape[-1]) for r in rows]
   return tuple(jnp.ones(len(r), r.dtype) @ r for r in rows)
 
 

@@ -40,7 +40,7 @@ from fidelity_jax.datasets import Datasets
 
 # Seconds between looks at what other processes have finished.
 _PATIENCE = 2.0
-# Beside a report: where the time of each run went.
+# Beside a report: where the time of each run went that came to its end.
 _TIMES = "times.jsonl"
 
 
@@ -65,6 +65,18 @@ def run(
     RunError: something fails on the way.
     Stopped: on SIGTERM or SIGINT, once everything is saved.
   """
+  with timing.run() as clock:
+    _run(clock, config, workdir, command, dry_run, memory)
+
+
+def _run(
+  clock: timing.Clock,
+  config: ConfigDict,
+  workdir: str,
+  command: str,
+  dry_run: bool,
+  memory: bool,
+) -> None:
   work = study.read(config)
   for experiment in work.experiments:
     plan.resolve(experiment)
@@ -82,7 +94,6 @@ def run(
     return
   platform.keep_compiled()
   with contextlib.ExitStack() as held:
-    held.enter_context(timing.run())
     if remote:
       place = held.enter_context(mirror.Mirror(workdir))
     else:
@@ -98,6 +109,7 @@ def run(
     report.check(where)
     files.check_file(where / _TIMES)
     signals.work_begins()
+    held.enter_context(timing.part("between stages"))
     missing = _train(work, planned, datasets, place)
     with _one_at_a_time(work, place):
       with errors.while_doing(f"making the directory {where}"):
@@ -113,8 +125,10 @@ def run(
           workdirs.write_index(place)
         hosts.wait("report")
       if hosts.first():
-        for line in timing.remember(where / _TIMES, command):
+        clock.settle()
+        for line in timing.table(clock.parts):
           progress.say(line)
+        timing.remember(where / _TIMES, clock.parts, command)
     what = "experiment.json" if content is None else "report.html, tables and pictures"
     progress.say(f"{what}: in {where}.")
     if missing:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
 # When the command began, all but.
-_BEGAN = time.monotonic()
+_BEGAN = time.perf_counter()
 _CONFIGS = os.path.join(os.path.dirname(__file__), "configs")
 
 
@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> None:
   hosts.join(shlex.join(arguments[1:]))
   platform.set_up()
   command = shlex.join(["python", "-m", "fidelity_jax.main", *arguments[1:]])
-  timing.count_start_up(time.monotonic() - _BEGAN)
+  timing.count_from(_BEGAN)
   experiment.run(config, workdir, command, dry_run, memory)
 
 

@@ -132,8 +132,9 @@ def _missing_together() -> Iterator[Noting]:
 
   yield noting
   if missing:
+    parts = [part.rstrip(".") for part in missing]
     raise errors.RunError(
-      f"{'. Also, '.join(missing)}. Without them, try the experiment on the embedded "
+      f"{'. Also, '.join(parts)}. Without them, try the experiment on the embedded "
       "photographs: write ':demo' after the config's path, or ':scratch', which needs "
       "no weights."
     )

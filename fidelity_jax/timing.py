@@ -30,14 +30,16 @@ class Clock:
   """Seconds by part and kind.
 
   Attributes:
+    began: when the first part did, as `time.perf_counter` has it; None: now.
     parts: seconds by kind, of each part, in the order in which they began.
   """
 
+  began: dataclasses.InitVar[float | None] = None
   parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self) -> None:
+  def __post_init__(self, began: float | None) -> None:
     self._part, self._kind = "start-up", OTHER
-    self._since = time.perf_counter()
+    self._since = time.perf_counter() if began is None else began
     self._compiled: list[tuple[float, float]] = []
     self._thread = threading.get_ident()
 
@@ -53,7 +55,7 @@ class Clock:
     self.add(now - self._since)
     self._since = now
 
-  def note(self, event: str, seconds: float, **_) -> None:
+  def note(self, event: str, seconds: float, **_: object) -> None:
     """Takes the duration of one of JAX's events, which has just ended."""
     if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:
       return
@@ -79,29 +81,35 @@ class Clock:
 
 
 _clock: Clock | None = None
-# Seconds that were spent on a run before it could be timed.
-_before = 0.0
+# When the process's first run began, if that was before it could be timed.
+_began: float | None = None
+_first = True
 
 
-def count_start_up(seconds: float) -> None:
-  """Has the next run's start-up begin so many seconds ago: with the imports."""
-  global _before
-  _before = seconds
+def count_from(instant: float) -> None:
+  """Has the process's first run begin earlier, with the imports.
+
+  Args:
+    instant: when, as `time.perf_counter` has it.
+  """
+  global _began
+  _began = instant if _first else None
 
 
 @contextlib.contextmanager
 def run() -> Iterator[Clock]:
   """Times a run: gives the clock that `part` and `kind` charge meanwhile."""
-  global _clock, _before
-  before, clock = _clock, Clock()
-  clock.add(_before)
-  _clock, _before = clock, 0.0
+  global _clock, _began, _first
+  before, clock = _clock, Clock(_began)
+  _clock, _began, _first = clock, None, False
   jax.monitoring.register_event_duration_secs_listener(clock.note)
   try:
     yield clock
   finally:
-    jax.monitoring.unregister_event_duration_listener(clock.note)
     _clock = before
+    # Somebody else may have removed all listeners.
+    with contextlib.suppress(AssertionError, ValueError):
+      jax.monitoring.unregister_event_duration_listener(clock.note)
 
 
 def part(name: str) -> contextlib.AbstractContextManager[None]:
@@ -114,33 +122,30 @@ def kind(name: str) -> contextlib.AbstractContextManager[None]:
   return _clock.spending(None, name) if _clock else contextlib.nullcontext()
 
 
-def remember(path: pathlib.Path, command: str) -> list[str]:
-  """Adds where the time of the run under way went to a file of such records.
+def remember(
+  path: pathlib.Path, parts: dict[str, dict[str, float]], command: str
+) -> None:
+  """Adds where a run's time went to a file of such records, JSON lines.
 
   Args:
-    path: the file, JSON lines; it need not be there.
+    path: the file; it need not be there.
+    parts: a clock's, settled.
     command: the run's, for the record.
-
-  Returns:
-    The same as lines of a table.
 
   Raises:
     RunError: the file cannot be written.
   """
-  _clock.settle()
-  parts = {
-    name: {kind: round(seconds, 3) for kind, seconds in found.items()}
-    for name, found in _clock.parts.items()
-  }
   record = {
-    "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     "command": command,
     "hardware": environment.hardware(),
-    "seconds": parts,
+    "seconds": {
+      name: {kind: round(seconds, 3) for kind, seconds in found.items()}
+      for name, found in parts.items()
+    },
   }
   lines = [json.dumps(line) for line in [*files.read_json_lines(path), record]]
   files.write_bytes(path, ("\n".join(lines) + "\n").encode())
-  return table(parts)
 
 
 def table(parts: dict[str, dict[str, float]]) -> list[str]:

@@ -377,9 +377,10 @@ class Trainer:
       state, done = self.initial_state(), checkpoints.Progress()
     else:
       like = self._state_shapes
-      variables, training, done = saved.restore(
-        start, like.variables(), like.training()
-      )
+      with timing.kind("checkpoints"):
+        variables, training, done = saved.restore(
+          start, like.variables(), like.training()
+        )
       state = TrainState(
         # Where the first step has it, or the next step would be compiled again.
         step=self.layout.place(jnp.int32(start)),
@@ -393,7 +394,8 @@ class Trainer:
     if start is None and self.total_steps == 0:
       record = {"epoch": 0}
       done = self._finish_epoch(0, state, done, writer, record, time.monotonic())
-      saved.save(0, state.variables(), state.training(), done)
+      with timing.kind("checkpoints"):
+        saved.save(0, state.variables(), state.training(), done)
     start = start or 0
     bar = progress.Progress(self.title, self.total_steps, start)
     settings = self.settings

@@ -1,7 +1,8 @@
 """The directory that experiments share: what lies where, and an index of it.
 
 - `KIND-WHAT-DIGEST/`: a stage; see `stages`.
-- `NAME-DIGEST/`: results, pictures and report of an experiment or a study.
+- `NAME-DIGEST/`: results, pictures and report of an experiment or a study, and where
+  the time of the runs went that made them; see `timing`.
 - `measurements/`: values per image that rows are made of; see `measurements`.
 - `index.md`: all of it, in tables.
 """

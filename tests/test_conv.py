@@ -198,6 +198,13 @@ def test_bias_and_its_gradient_match_float64(dtype):
   assert relative(to_bias, g.sum((0, 1, 2))) < limit
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (2, 3, 4, 5, 6)])
+def test_a_bias_of_features_of_any_rank(shape):
+  g = np.random.default_rng(0).standard_normal(shape, np.float32)
+  _, vjp = jax.vjp(conv.add_bias, jnp.asarray(g), jnp.zeros(6))
+  assert relative(vjp(jnp.asarray(g))[1], g.reshape(-1, 6).sum(0)) < 1e-6
+
+
 @pytest.mark.parametrize(
   "options",
   [

@@ -336,6 +336,17 @@ def test_batch_norm_with_a_large_mean():
   assert reference.relative_error(of_params["bias"], norm.bias.grad) < 1e-6
 
 
+def test_batch_norm_keeps_dtypes():
+  """Of what is kept for the backward pass, and of gradients; the sums are float32."""
+  x = jax.random.normal(jax.random.key(0), (2, 3, 3, 4), jnp.bfloat16)
+  scale, bias = jnp.ones(4), jnp.zeros(4)
+  y, pull = jax.vjp(lambda *a: layers.normalize(*a, 1e-5)[0], x, scale, bias)
+  assert y.dtype == jnp.float32
+  kept = [a.dtype for a in jax.tree.leaves(pull) if a.shape == x.shape]
+  assert kept == [jnp.bfloat16]
+  assert [g.dtype for g in pull(y)] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_dncnn(batch_norm):
   module = models.DnCNN(depth=5, width=8, batch_norm=batch_norm)

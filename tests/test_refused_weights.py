@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TOY, flip, overrides
+from conftest import TOY, flip, one_line, overrides
 
 from fidelity_jax import port
 from fidelity_jax.port.__main__ import main as port_main
@@ -198,3 +198,18 @@ def test_safetensors(refused, tmp_path):
   state = {"conv1.weight": np.ones((8, 3, 7, 7), np.complex64)}
   safetensors.numpy.save_file(state, path)
   refused([path, f"--to={tmp_path / 't'}"], 2, "a.safetensors", command=port_main)
+
+
+@pytest.mark.slow
+def test_the_demo_with_another_classifier(command, tmp_path):
+  """Weights of another network are told from damaged ones; its own may be kept."""
+  arguments = ["--config=configs/oracle.py:demo", f"--workdir={tmp_path / 'w'}"]
+  fields = {"parents.classifier.model.name": "resnet18"}
+  result = command(*arguments, *overrides(fields), "--dry_run", check=2)
+  assert "model.name 'efficientnet_lite0' (the config's is 'resnet18')" in one_line(
+    result.stderr
+  )
+  # Whose head is not trained at all, though the demo's is trained alone first.
+  fields = {"parents.classifier.epochs": 0}
+  result = command(*arguments, *overrides(fields), "--dry_run", check=0)
+  assert "classifier-efficientnet_lite0" in result.stdout

@@ -327,13 +327,14 @@ def test_a_class_that_is_not_there_is_refused_before_anything_runs(refused, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", ["demo", "scratch"])
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_demo_can_be_planned(name, monkeypatch, tmp_path, capsys):
+def test_every_demo_can_be_planned(name, size, monkeypatch, tmp_path, capsys):
   """At its own size, not at the tests'."""
   monkeypatch.chdir(ROOT)
   sys.modules.pop("config_config", None)
   place = f"--workdir={tmp_path / 'w'}"
-  assert main.main(["", f"--config=configs/{name}.py:scratch", place, "--dry_run"]) == 0
+  assert main.main(["", f"--config=configs/{name}.py:{size}", place, "--dry_run"]) == 0
   assert "Experiments: " in capsys.readouterr().out
   assert not (tmp_path / "w").exists()
 

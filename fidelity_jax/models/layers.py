@@ -142,18 +142,22 @@ def _normalize_forward(x, scale, bias, epsilon):
   mean = pixel_sums(y)[0] / count
   var = pixel_sums(jnp.square(y - mean))[0] / count
   y = (y - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
-  return (y, mean, var), (x, scale, mean, var)
+  return (y, mean, var), (x, scale, bias, mean, var)
 
 
 def _normalize_backward(epsilon, residuals, gradients):
-  (x, scale, mean, var), (g, _, _) = residuals, gradients
+  (x, scale, bias, mean, var), (g, _, _) = residuals, gradients
   count = math.prod(x.shape[:3])
   centred = _exact(x) - mean
   inverse = jax.lax.rsqrt(var + epsilon)
   of_bias, products = pixel_sums(g, g * centred)
   of_scale = products * inverse
   of_x = g - of_bias / count - centred * (inverse * of_scale / count)
-  return ((scale * inverse) * of_x).astype(x.dtype), of_scale, of_bias
+  of_x = (scale * inverse) * of_x
+  return tuple(
+    of.astype(a.dtype)
+    for of, a in zip((of_x, of_scale, of_bias), (x, scale, bias), strict=True)
+  )
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)

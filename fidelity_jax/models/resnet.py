@@ -141,7 +141,7 @@ def _build(
 
 
 _VARIANTS = {
-  # Of any size; the defaults are the demo's.
+  # Of any size; the defaults are `:scratch`'s.
   "resnet": dict(stage_sizes=(1, 1, 1, 1), width=24, block="basic"),
   "resnet18": dict(stage_sizes=(2, 2, 2, 2), width=64, block="basic"),
   "resnet50": dict(stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck"),

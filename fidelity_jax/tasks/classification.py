@@ -137,7 +137,8 @@ def _material(config) -> dict[str, Any]:
     del model[name]
   if config.model.weights is not None:
     model["new_head"] = config.model.new_head
-  held = {} if config.get("head_epochs") else {"head_epochs": None}
+  held = config.epochs and config.get("head_epochs")
+  held = {} if held else {"head_epochs": None}
   clean = {"degradation": None, "validation_rounds": None}
   return {"model": model} | held | (clean if config.source == "clean" else {})
 
@@ -145,7 +146,8 @@ def _material(config) -> dict[str, Any]:
 def _check(config, where: str) -> None:
   registry.check(config.model, config.dataset.image_size)
   held = config.get("head_epochs", 0)
-  if held > config.epochs:
+  # What is not trained has no head to train alone, whatever its config says.
+  if config.epochs and held > config.epochs:
     raise rules.refusal(
       where, "head_epochs", held, f"must be at most epochs ({config.epochs})"
     )
