@@ -101,4 +101,9 @@ def test_a_second_experiment_compiles_nothing_again(command, toy_run, tmp_path):
     command(*flags, f"--workdir={tmp_path / name}", env=environment, check=0)
     kept.append({p.name for p in cache.rglob("*-cache")})
     assert measured(results(tmp_path / name)) == measured(results(toy_run))
-  assert kept[0] and kept[0] == kept[1]
+  first, second = kept
+  steps = ("jit_train_step", "jit_eval_step")
+  assert len([name for name in first if name.startswith(steps)]) >= 4
+  # What takes half a second or so to compile may be kept by one run and not by another.
+  assert first <= second and len(second - first) <= 3
+  assert not any(name.startswith(steps) for name in second - first)
