@@ -29,6 +29,9 @@ _TO_ONE = 32
 # The kernel's gradient is faster so with up to this many channels out and at least
 # this many in.
 _FEW_OUT, _ENOUGH_IN = 4, 16
+# With fewer images than this, those of up to so many bytes in all are cut into strips
+# for the kernel's gradient.
+_MANY_IMAGES, _CHEAP_TO_COPY = 8, 4 * 2**20
 
 
 # Cached, so that JAX traces what is called again with equal shapes only once.
@@ -225,13 +228,35 @@ def _input_gradient(x, g, kernel, strides, pads) -> jax.Array:
 
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   """Returns the gradient of the kernel by the algorithm measured fastest."""
+  # XLA wants x in another layout here. Left to itself it rearranges x in the forward
+  # pass, and keeps both.
+  x = _after(g, x)
   if _is_pointwise(kernel, pads):
     return _product(x[:, :: strides[0], :: strides[1]], g)[None, None]
   few = kernel.shape[3] <= _FEW_OUT and kernel.shape[2] >= _ENOUGH_IN
   if few and _is_small(kernel, strides):
     return _kernel_gradient_of_few(x, g, kernel, pads)
+  x, g, pads = _strips(x, g, kernel, strides, pads)
   to_kernel = jax.linear_transpose(lambda k: _convolve(x, k, strides, pads), kernel)
   return to_kernel(g)[0]
+
+
+def _strips(x, g, kernel, strides, pads) -> tuple[jax.Array, jax.Array, Pads]:
+  """Returns x, g and pads with images cut into strips of rows, each an image.
+
+  Eigen copies values of one place in all images at a time, which are faster to copy if
+  there are as many as a vector has. The kernel's gradient is the same.
+  """
+  count, parts = len(x), -(-_MANY_IMAGES // len(x))
+  if parts == 1 or g.shape[1] % parts or x.nbytes > _CHEAP_TO_COPY:
+    return x, g, pads
+  rows, (above_and_below, beside) = g.shape[1] // parts, pads
+  border = [(0, 0, 0), (*above_and_below, 0), (0, 0, 0), (0, 0, 0)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), border)
+  step, seen = rows * strides[0], (rows - 1) * strides[0] + kernel.shape[0]
+  x = jnp.stack([x[:, i * step : i * step + seen] for i in range(parts)], 1)
+  x, g = (a.reshape(count * parts, -1, *a.shape[-2:]) for a in (x, g))
+  return x, g, ((0, 0), beside)
 
 
 def _kernel_gradient_of_few(x, g, kernel, pads) -> jax.Array:
@@ -449,8 +474,7 @@ def rematerialized(
   """Returns a function whose backward pass calls it again.
 
   `jax.checkpoint` separates the two calls by an optimization barrier. XLA drops that
-  on CPUs, recognizes the second call as the first, and keeps everything after all. So
-  the input of the second call is made to depend on the gradient that comes in.
+  on CPUs, recognizes the second call as the first, and keeps everything after all.
 
   Args:
     function: of parameters and features [N, H, W, C] to features of the same rank.
@@ -458,14 +482,20 @@ def rematerialized(
 
   def backward(residuals, g):
     params, x = residuals
-    # Changes x only where the gradient is not finite, which is an error in any case.
-    known = jnp.isfinite(g[:, :1, :1, :1])
-    _, pull = jax.vjp(function, params, jnp.where(known, x, 0))
-    return pull(g)
+    return jax.vjp(function, params, _after(g, x))[1](g)
 
   result = jax.custom_vjp(function)
   result.defvjp(lambda params, x: (function(params, x), (params, x)), backward)
   return result
+
+
+def _after(gradient: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns x, not to be had before the gradient is known; both [N, ., ., .].
+
+  An optimization barrier says nothing to XLA on CPUs. This changes x only where the
+  gradient is not finite, which is an error in any case.
+  """
+  return jnp.where(jnp.isfinite(gradient[:, :1, :1, :1]), x, 0)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

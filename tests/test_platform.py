@@ -54,6 +54,21 @@ def test_accelerators_have_no_options(monkeypatch):
   assert platform.compiler_options() is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps it")
+def test_what_compiling_took_is_given_back():
+  def resident():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if "VmRSS" in line).split()[1]) * 1024
+
+  platform.set_up()
+  # Blocks of a size that glibc keeps; of those let go, each is between two others.
+  blocks = [np.ones(10_000, np.uint8) for _ in range(20_000)]
+  del blocks[:-1:2], blocks[:-1:2]
+  before = resident()
+  jax.monitoring.record_event_duration_secs(platform._BACKEND_COMPILED, 1.0)
+  assert resident() < before - 50e6
+
+
 @pytest.mark.parametrize(
   ("backend", "expected"),
   [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")],
