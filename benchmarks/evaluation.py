@@ -11,7 +11,7 @@ same random weights:
 - "torch": eager PyTorch as the authors' released code goes about it, row by row and
   condition by condition: a DataLoader whose two workers decode and degrade image by
   image, then restore, map and classify, everything anew for each row. Where the level
-  varies over the image it is degraded by the loops of benchmarks/degradations.py. The
+  varies over the image it is degraded by the loops of benchmarks/plain.py. The
   workers live on from condition to condition, which spares them their start.
 
 Only the rows' classification is timed; what an evaluation measures besides (PSNR, SSIM,
@@ -34,18 +34,18 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import side_by_side
 import torch
 import torch_method
 import torch_reference
-from degradations import Plain
 from torch.utils.flop_counter import FlopCounterMode
 
 from fidelity_jax import (
@@ -134,13 +134,8 @@ class Reference:
     if name in SETUPS:
       features, head = self._classifiers[name]
       images = self._restore(degraded) if what else degraded
-      return head(features(_normalized(images)).flatten(1))
-    method = self._methods[name]
-    restored, confidence = method.inputs(degraded, clean)
-    features = self._calibrated(method, restored, confidence)
-    if what:
-      features = method.blend(features, method.plain_features(restored), confidence)
-    return method.classifier(features)
+      return head(features(plain.normalized(images)).flatten(1))
+    return plain.steered(self._methods[name], degraded, clean, bool(what))
 
   def _restore(self, degraded):
     return (degraded - self._restorer(degraded)).clamp(0, 1)
@@ -174,12 +169,6 @@ def _stack(depth: int, seed: int) -> torch_method.Stack:
   return stack.eval()
 
 
-def _normalized(images: torch.Tensor) -> torch.Tensor:
-  mean = images.new_tensor([0.485, 0.456, 0.406])[:, None, None]
-  std = images.new_tensor([0.229, 0.224, 0.225])[:, None, None]
-  return (images - mean) / std
-
-
 class _Degraded(torch.utils.data.Dataset):
   """(condition, index) -> a degraded image and the clean one, [3, H, W] in [0, 1]."""
 
@@ -192,32 +181,7 @@ class _Degraded(torch.utils.data.Dataset):
     # Not torchvision's, which may differ by a grey level: logits are compared.
     data.crops.central(self._dataset.picture(index).pixels(), pixels)
     clean = torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
-    return self._degrade(condition, clean), clean
-
-  def _degrade(self, condition, image):
-    if condition.kind == "clean":
-      return image.clone()
-    level = condition.level
-    top = level if condition.vary is None else max(level)
-    plain = Plain(condition.kind, top, self._size)
-    if condition.vary is None:
-      return plain.uniform(image)
-    return plain.vary_1d(image) if condition.vary == "1d" else plain.vary_2d(image)
-
-
-class _Places(torch.utils.data.Sampler):
-  """Batches of (condition, index), of the condition that is set."""
-
-  def __init__(self, count: int, batch: int):
-    self.condition: degradations.Condition | None = None
-    self._count, self._batch = count, batch
-
-  def __iter__(self) -> Iterator[list[tuple[degradations.Condition, int]]]:
-    for start in range(0, self._count, self._batch):
-      yield [(self.condition, start + i) for i in range(self._batch)]
-
-  def __len__(self) -> int:
-    return self._count // self._batch
+    return plain.degrade(condition, clean), clean
 
 
 class Theirs:
@@ -231,7 +195,7 @@ class Theirs:
     """Starts the workers."""
     self._reference, self._rounds = reference, args.rounds
     self.waited = 0.0
-    self._places = _Places(len(dataset), args.batch)
+    self._places = plain.Places(len(dataset), args.batch)
     self._loader = torch.utils.data.DataLoader(
       _Degraded(dataset, args.size),
       batch_sampler=self._places,
@@ -252,26 +216,19 @@ class Theirs:
     for row in rows:
       self._reference.logits(row, degraded, clean)
 
-  @torch.inference_mode()
   def run(
     self, rows: Sequence[str], conditions: Sequence[degradations.Condition]
   ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """Returns seconds by row and condition, and logits of clean images by row."""
     seconds, logits = {row: {} for row in rows}, {}
-    self.waited = 0.0
-    for row in rows:
-      for condition in conditions:
-        start, networks_ = time.perf_counter(), 0.0
-        for _ in range(condition.rounds_needed(self._rounds)):
-          found = []
-          for degraded, clean in self._batches(condition):
-            before = time.perf_counter()
-            found.append(self._reference.logits(row, degraded, clean).numpy())
-            networks_ += time.perf_counter() - before
-        seconds[row][condition.name] = time.perf_counter() - start
-        self.waited += seconds[row][condition.name] - networks_
-        if condition.kind == "clean":
-          logits[row] = np.concatenate(found)
+    passes = plain.by_row(
+      rows, conditions, self._rounds, self._batches, self._reference.logits
+    )
+    for done in passes:
+      seconds[done.row][done.condition.name] = done.seconds
+      if done.condition.kind == "clean":
+        logits[done.row] = done.logits
+    self.waited = sum(done.seconds - sum(done.calls) for done in passes)
     return seconds, logits
 
 
@@ -439,13 +396,15 @@ def profile(ours: Ours) -> dict[str, Any]:
   return {"total_seconds": total, "seconds": seconds, "calls": dict(calls.count)}
 
 
-def check_agreement(what: str, value: np.ndarray, reference: np.ndarray) -> float:
+def check_agreement(
+  what: str, value: np.ndarray, reference: np.ndarray, tolerance: float = TOLERANCE
+) -> float:
   """Returns the relative error of logits; exits if it shows another computation."""
   error = torch_reference.relative_error(value, reference)
-  if not error <= TOLERANCE:
+  if not error <= tolerance:
     raise SystemExit(
       f"{what}: the sides compute different things (relative error {error:.2g}, more "
-      f"than {TOLERANCE})."
+      f"than {tolerance})."
     )
   return error
 

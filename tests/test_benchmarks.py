@@ -119,6 +119,61 @@ def test_evaluation_refuses_to_compare_different_work(monkeypatch):
 
 
 @pytest.mark.slow
+def test_end_to_end(command, tmp_path):
+  small = ("--backbone=resnet18", "--depth=3", "--images=2", "--tested=2", "--photos=")
+  results = _run(command, tmp_path, "end_to_end", *small, *SMALL)
+  assert results["classes"] == 2
+  assert all(value > 0 for value in results["ratio"]["jax"].values())
+  assert set(results["relative_error"]) == {"torch", "torch, trained"}
+  for seconds in results["sides"].values():
+    for phase in ("start-up", "networks taken over", "training", "evaluation"):
+      assert 0 < seconds[phase] < seconds["in all"], phase
+  assert results["sides"]["jax"]["compilation"] > 1
+
+
+def test_end_to_end_charges_every_second_once(monkeypatch):
+  benchmark = _imported(monkeypatch, "end_to_end")
+  parts = {
+    "start-up": {"other": 2.0},
+    "between stages": {"other": 0.5},
+    "classifier-clean-12345678": {"compilation": 8.0, "validation": 1.0},
+    "calibration-oracle-12345678": {
+      **{"compilation": 16.0, "steps": 4.0, "validation": 0.25},
+      **{"checkpoints": 0.125, "other": 0.375},
+    },
+    "evaluation": {"compilation": 32.0, "other": 10.0},
+    "report": {"other": 3.0},
+  }
+  phases = benchmark.phases_of(parts, drawn=2.0, total=80.0)
+  assert list(phases) == list(benchmark.PHASES)
+  # The process takes longer than its run, and what no phase names is start-up.
+  rest = {"start-up": 80 - 56 - 4 - 0.25 - 0.125 - 1 - 8 - 5, "networks taken over": 1}
+  assert phases == {
+    **rest,
+    **{"compilation": 56, "training": 4, "validation": 0.25, "checkpoints": 0.125},
+    **{"evaluation": 8, "report": 5},
+  }
+
+
+def test_end_to_end_refuses_to_compare_different_work(monkeypatch):
+  benchmark = _imported(monkeypatch, "end_to_end")
+  logits = 100 + np.arange(6, dtype=np.float32).reshape(2, 3) % 4
+  find = lambda labels, name, logits: benchmark.Found(
+    {}, np.array(labels), {"classifier": {name}}, {"classifier": logits}, 0.0
+  )
+  found = find([0, 1], "clean", logits)
+  assert benchmark.check_same_work("torch", found, found) == 0
+  for other in (
+    find([0, 2], "clean", logits),
+    find([0, 1], "awgn-0.1", logits),
+    # Nearly the same, but of other images.
+    find([0, 1], "clean", logits[::-1]),
+  ):
+    with pytest.raises(SystemExit, match="different"):
+      benchmark.check_same_work("torch", found, other)
+
+
+@pytest.mark.slow
 def test_scaling(command, tmp_path):
   small = ("--dry", "--steps=classifier", "--devices=1,2", "--batch=2", "--repeats=1")
   one, two = _run(command, tmp_path, "scaling", *small)["rows"]["classifier"]
