@@ -106,18 +106,9 @@ def lower(stage: stages.Stage, num_classes: int, layout: sharding.Layout) -> Ste
   tx = optimizer.create(config.optimizer, lambda step: config.learning_rate)
   init = train.make_initial_state(task, tx, size)
   state = jax.eval_shape(init, jax.random.key(0), task.initial)
-  batch = {
-    "image": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
-    **{
-      name: jax.ShapeDtypeStruct((images,), jnp.int32)
-      for name in ("label", "index", "epoch")
-    },
-    "mask": jax.ShapeDtypeStruct((images,), jnp.float32),
-  }
   where = train.state_sharding(state, tx, layout)
   state, frozen = sharding.placed(state, where), layout.shapes(task.frozen)
-  split = layout.images(images)
-  batch = sharding.placed(batch, jax.tree.map(lambda _: split, batch))
+  batch = train.batch_shapes(images, size, layout.images(images))
   step = train.make_train_step(task, tx, jax.random.key(0))
   step = jax.jit(step, donate_argnums=0, out_shardings=where)
   return Step(step.lower(state, frozen, batch), state, frozen, batch, layout.mesh.size)

@@ -4,6 +4,7 @@ It knows tasks, batches and checkpoints, and does not depend on what a task trai
 step is one compiled function; the host feeds it and reads numbers from time to time.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -175,6 +176,24 @@ def make_eval_step(task: Task):
   return eval_step
 
 
+def batch_shapes(
+  images: int, size: int, where: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a batch of validation; training's has no "mask".
+
+  Args:
+    images: in a batch, over all hosts.
+    size: side of the images, pixels.
+    where: they live.
+  """
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=where)
+  return {
+    "image": shape((images, size, size, 3), jnp.uint8),
+    **{name: shape((images,), jnp.int32) for name in ("label", "index", "epoch")},
+    "mask": shape((images,), jnp.float32),
+  }
+
+
 def make_initial_state(task: Task, tx: optax.GradientTransformation, image_size: int):
   """Returns (key, task.initial) -> the state before the first step, to be jitted.
 
@@ -288,8 +307,8 @@ class Trainer:
       out_shardings=self._state_sharding,
       compiler_options=options,
     )
-    eval_step = jax.jit(make_eval_step(task), compiler_options=options)
-    self.eval_step = platform.in_turn(eval_step)
+    self.eval_step = jax.jit(make_eval_step(task), compiler_options=options)
+    self._compiling: concurrent.futures.Future | None = None
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step, on the devices."""
@@ -329,8 +348,21 @@ class Trainer:
     size = self.settings.images_per_step
     return size * max(1, least // size)
 
+  def _compile_validation(self) -> None:
+    """Compiles the validation step for where `validate` will look for it."""
+    shapes = self._state_shapes
+    size, where = self.settings.image_size, self.batch_sharding
+    batch = batch_shapes(self._validation_size, size, where)
+    self.eval_step.lower(
+      shapes.params, shapes.model_state, self.frozen, batch, 0
+    ).compile()
+
   def validate(self, state: TrainState) -> dict[str, float]:
     """Returns the validation metrics; every epoch draws the same degradations."""
+    if self._compiling:
+      with timing.kind(timing.COMPILATION):
+        self._compiling.result()
+    eval_step = platform.in_turn(self.eval_step)
     batches = data.eval_iterator(
       self.validation_data,
       image_size=self.settings.image_size,
@@ -341,7 +373,7 @@ class Trainer:
     total = None
     for batch in data.prefetch_to_device(batches, self.batch_sharding):
       for i in range(self.settings.validation_rounds):
-        part = self.eval_step(state.params, state.model_state, self.frozen, batch, i)
+        part = eval_step(state.params, state.model_state, self.frozen, batch, i)
         total = part if total is None else metrics.merge(total, part)
     return metrics.compute(total, "validation/")
 
@@ -373,7 +405,13 @@ class Trainer:
   def _run(
     self, saved: checkpoints.Checkpoints
   ) -> tuple[TrainState, checkpoints.Progress]:
-    if (start := hosts.agree(saved.latest())) is None:
+    start = hosts.agree(saved.latest())
+    if start is None or start < self.total_steps:
+      # XLA compiles with one core on CPUs: the training step has another.
+      pool = concurrent.futures.ThreadPoolExecutor(1)
+      self._compiling = pool.submit(self._compile_validation)
+      pool.shutdown(wait=False)
+    if start is None:
       state, done = self.initial_state(), checkpoints.Progress()
     else:
       like = self._state_shapes

@@ -60,10 +60,12 @@ def _compiled():
 
   handler, logger = Handler(), logging.getLogger("jax")
   logger.addHandler(handler)
+  # Not jax.log_compiles, which is of one thread.
+  jax.config.update("jax_log_compiles", True)
   try:
-    with jax.log_compiles():
-      yield names
+    yield names
   finally:
+    jax.config.update("jax_log_compiles", False)
     logger.removeHandler(handler)
 
 
