@@ -112,13 +112,16 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
       bad_step=jnp.int32(-1),
     )
   ]
+  # All on a named device, as the step returns it, or the second call compiles anew.
+  device = jax.devices()[0]
+  state[0] = jax.device_put(state[0], device)
   step = jax.jit(
     train.make_train_step(task, tx, jax.random.key(0)),
     donate_argnums=0,
     compiler_options=platform.compiler_options(),
   )
-  batch = jax.device_put(batch)
-  frozen = jax.device_put(task.frozen)
+  batch = jax.device_put(batch, device)
+  frozen = jax.device_put(task.frozen, device)
 
   def run():
     state[0] = jax.block_until_ready(step(state[0], frozen, batch))
