@@ -15,7 +15,8 @@ Three parts, each with a figure:
 This package and eager PyTorch take turns in one process; medians are printed. Memory
 is what a process of its own takes at most, beyond what it had before: of a step one for
 each point, compilation included; of evaluation one for each side, in which numbers of
-conditions follow one another, PyTorch's loaders not counted.
+conditions follow one another after an evaluation that compiles, PyTorch's loaders not
+counted.
 
 What bounds each point: the arithmetic (PyTorch's count of convolutions and matrix
 products, shared work counted once, at the measured rate of a matrix product), what does
@@ -25,6 +26,7 @@ dotted line. Results are saved after each point.
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import json
@@ -212,6 +214,7 @@ def print_memory(side: str, args: argparse.Namespace) -> None:
   """Prints the peaks of a side's evaluation in bytes, as a JSON list."""
   with tempfile.TemporaryDirectory() as directory:
     evaluations = Evaluations(pathlib.Path(directory), args)
+    getattr(evaluations, side)(1)
     before, peaks = _fresh_peak(), []
     for conditions in args.conditions:
       _fresh_peak()
@@ -222,6 +225,9 @@ def print_memory(side: str, args: argparse.Namespace) -> None:
 
 def _fresh_peak() -> int:
   """Forgets this process's largest resident size so far; returns the present one."""
+  gc.collect()
+  # Else what follows is hidden in memory that glibc holds back: it took 4 for 98 MB.
+  ctypes.CDLL(None).malloc_trim(0)
   pathlib.Path("/proc/self/clear_refs").write_text("5")
   return train_step.resident()
 
@@ -245,11 +251,11 @@ def bounds(points: list[dict[str, Any]], part: Part, peak: float) -> Iterator[st
   for side in SIDES:
     seconds = np.array([point[side]["seconds"] for point in points])
     each, fixed = _line(work, seconds)
-    line = f"{side}: {fixed:.3f} s + {each:.4f} s per {part.unit}"
+    line = f"{side}: {fixed:.3f} s {each:+.4f} s per {part.unit}"
     memory = [point[side].get("peak_bytes") for point in points]
     if None not in memory:
       grows, stays = _line(work, np.array(memory) / 2**30)
-      line += f"; {stays:.2f} GiB + {grows:.4f} GiB per {part.unit}"
+      line += f"; {stays:.2f} GiB {grows:+.4f} GiB per {part.unit}"
     yield line
     arithmetic = np.array([point[side]["flops"] for point in points]) / peak
     for point, total, least in zip(points, seconds, arithmetic, strict=True):
@@ -257,7 +263,7 @@ def bounds(points: list[dict[str, Any]], part: Part, peak: float) -> Iterator[st
       shares["rest"] = max(0.0, 1 - sum(shares.values()))
       listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
       bound = max(shares, key=shares.get)
-      yield f"  {part.key} {point[part.key]}: {listed}; most of it: {bound}"
+      yield f"  {part.key} {point[part.key]}: {listed}; largest: {bound}"
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -298,7 +304,9 @@ def _gib(times: dict[str, float]) -> float:
 
 
 def _finish(axes: Axes, x: list[int], part: Part) -> None:
-  axes.set_xscale("log", base=2)
+  if part.key == "batch":
+    # The others in proportion, which shows what grows with them as a straight line.
+    axes.set_xscale("log", base=2)
   axes.set_xticks(x, [str(value) for value in x])
   axes.set_xlabel(part.label)
   axes.minorticks_off()

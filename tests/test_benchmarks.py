@@ -225,3 +225,38 @@ def test_inference_refuses_to_compare_different_work(monkeypatch):
     sides["jit"] = lambda images, factor=factor: (logits, factor * logits)
     with pytest.raises(SystemExit, match="compute different things"):
       benchmark.check_agreement(sides, None)
+
+
+@pytest.mark.slow
+def test_growth(command, tmp_path):
+  small = ("--backbone=resnet18", "--depth=3", "--images=1", f"--figures={tmp_path}")
+  points = ("--batches=1,2", "--sizes=64", "--conditions=1,2")
+  results = _run(command, tmp_path, "growth", *points, *small, *SMALL)
+  growth = results["growth"]
+  assert {name: len(found) for name, found in growth.items()} == dict(
+    batches=2, sizes=1, conditions=2
+  )
+  one, two = growth["batches"]
+  for side in ("jax", "eager"):
+    assert two[side]["flops"] == 2 * one[side]["flops"]
+    assert all(point[side]["peak_bytes"] > 2**20 for point in (one, two))
+  # Of two rows, one's work is part of the other's.
+  alone = growth["conditions"][0]
+  assert alone["jax"]["flops"] < alone["eager"]["flops"]
+  drawn = [tmp_path / f"growth-{name}.png" for name in growth]
+  assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_growth_tells_what_bounds(monkeypatch):
+  """Ten seconds, and two for an image, of which arithmetic is one."""
+  benchmark = _imported(monkeypatch, "growth")
+  points = [
+    {"batch": n}
+    | {side: {"seconds": 10 + 2 * n, "flops": n} for side in benchmark.SIDES}
+    for n in (1, 2, 45)
+  ]
+  lines = list(benchmark.bounds(points, benchmark.PARTS["batches"], peak=1))
+  assert lines[0] == "jax: 10.000 s +2.0000 s per image"
+  shares = "arithmetic 8%, fixed 83%, rest 8%; largest: fixed"
+  assert lines[1] == f"  batch 1: {shares}"
+  assert lines[3].endswith("arithmetic 45%, fixed 10%, rest 45%; largest: arithmetic")
