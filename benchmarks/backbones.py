@@ -1,9 +1,12 @@
-"""Backbones: frozen inference and a training step against PyTorch, eager.
+"""Backbones: frozen inference and a training step against PyTorch.
 
   python benchmarks/backbones.py [--nets=resnet50,vgg16] [--batch=4] [--json=out.json]
 
-PyTorch's side is torchvision, and efficientnet_lite_pytorch for EfficientNet-Lite0.
-Same batch, same machine, one run; the two sides alternate and medians are printed.
+PyTorch's side is torchvision, and efficientnet_lite_pytorch for EfficientNet-Lite0, as
+it comes ("eager") and through `torch.compile` at its defaults ("compiled": the network,
+not loss and optimizer; `--no_compiled` leaves it out). Same batch, same machine, one
+run; the sides take turns and medians are printed. First calls, in which JAX and
+`torch.compile` compile, are told apart.
 "forward" is inference of the frozen network, batch norm folded on the JAX side, as the
 frozen stages run it. "train" is forward, backward and an SGD step in training mode,
 dropout and auxiliary heads included. float32 on a CPU; on a GPU bfloat16 against
@@ -71,7 +74,9 @@ def jax_sides(name: str, images: np.ndarray, labels: np.ndarray, dtype: jnp.dtyp
   }
 
 
-def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
+def torch_sides(
+  name: str, images: np.ndarray, labels: np.ndarray, device: str, compiled: bool
+):
   """Returns the same two functions for its publisher's network."""
   options = {"init_weights": True} if name == "googlenet" else {}
   network = torch_reference.make(name, CLASSES, **options).to(device)
@@ -80,6 +85,8 @@ def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
   optimizer = torch.optim.SGD(
     network.parameters(), lr=1e-3, momentum=0.9, nesterov=True
   )
+  if compiled:
+    network = side_by_side.compiled(network)
 
   def done():
     if device == "cuda":
@@ -108,8 +115,10 @@ def torch_sides(name: str, images: np.ndarray, labels: np.ndarray, device: str):
 
 
 def main() -> None:
-  """Prints a line per network and measurement, and writes --json."""
-  args = side_by_side.parser(__doc__, "nets", NETS).parse_args()
+  """Prints two lines per network and measurement, and writes --json."""
+  parser = side_by_side.parser(__doc__, "nets", NETS)
+  side_by_side.add_no_compiled(parser)
+  args = parser.parse_args()
   gpu = side_by_side.has_gpu()
   device, dtype = ("cuda", jnp.bfloat16) if gpu else ("cpu", jnp.float32)
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -119,21 +128,21 @@ def main() -> None:
   results = {"device": side_by_side.device_name(), **vars(args), "times": {}}
   print(f"{results['device']}; batch {args.batch}, {args.size} px; seconds")
   for name in args.nets:
-    mine = jax_sides(name, images, labels, dtype)
-    theirs = torch_sides(name, images, labels, device)
+    of_side = {"jax": jax_sides(name, images, labels, dtype)}
+    for side in side_by_side.chosen(args)[1:]:
+      compiled = side == side_by_side.COMPILED
+      of_side[side] = torch_sides(name, images, labels, device, compiled)
     results["times"][name] = {}
-    for what in mine:
-      sides = {"jax": mine[what], "torch": theirs[what]}
+    for what in of_side["jax"]:
+      sides = {side: functions[what] for side, functions in of_side.items()}
       times = side_by_side.interleave(sides, args.repeats)
       row = results["times"][name][what] = side_by_side.with_ratios(times)
-      print(
-        f"{name:18} {what:8} jax {row['jax']['seconds']:7.3f} "
-        f"torch {row['torch']['seconds']:7.3f} ratio {row['ratio']:5.2f} "
-        f"(CPU time {row['cpu_ratio']:5.2f})",
-        flush=True,
-      )
-  side_by_side.save(results, args.json)
+      seconds = " ".join(f"{side} {t['seconds']:7.3f}" for side, t in times.items())
+      print(f"{name:18} {what:8} {seconds} {side_by_side.ratios(row)}")
+      print(f"{name:18} {what:8} {side_by_side.firsts(row)}", flush=True)
+    side_by_side.save(results, args.json)
 
 
 if __name__ == "__main__":
-  main()
+  with side_by_side.nothing_compiled():
+    main()

@@ -1,16 +1,18 @@
-"""The whole method as it is deployed, against eager PyTorch: images per second.
+"""The whole method as it is deployed, against PyTorch: images per second.
 
   python benchmarks/inference.py [--batches=1,8,32] [--repeats=5] [--json=FILE]
 
 From a degraded image to logits and the fidelity map: restore, estimate the map, steer
 the backbone by it, blend with the plain feature, classify. ResNet-50, DnCNN-20, 224
-pixels, ensemble, float32. Five sides with the same weights: the package's own function
+pixels, ensemble, float32. Six sides with the same weights: the package's own function
 under `jax.jit`; the .jax file that `fidelity_jax export` writes; the .onnx file in
 onnxruntime; eager PyTorch in inference mode (tests/torch_method.py), with its usual
-memory format and with channels last. What all say of the same images is compared before
+memory format and with channels last; the former through `torch.compile` at its defaults
+(`--no_compiled` leaves it out). What all say of the same images is compared before
 anything is timed; they take turns in one process, and medians are printed, in brackets
-the ratio to the faster side of PyTorch. Without jax2onnx and onnxruntime the .onnx file
-is left out.
+the ratios to the faster eager side of PyTorch and to the compiled one. First calls, in
+which some compile, are told apart. Without jax2onnx and onnxruntime the .onnx file is
+left out.
 """
 
 import argparse
@@ -119,11 +121,14 @@ def make_sides(args) -> dict[str, Side]:
     sides["onnx_file"] = of_onnx
   sides["torch"] = of_torch(theirs, torch.contiguous_format)
   sides["torch_nhwc"] = of_torch(copy.deepcopy(theirs), torch.channels_last)
+  if not args.no_compiled:
+    network = side_by_side.compiled(copy.deepcopy(theirs))
+    sides[side_by_side.COMPILED] = of_torch(network, torch.contiguous_format)
   return sides
 
 
-def of_torch(method: Deployed, layout: torch.memory_format) -> Side:
-  """Returns a side of PyTorch, its tensors in one memory format."""
+def of_torch(method: torch.nn.Module, layout: torch.memory_format) -> Side:
+  """Returns a side of PyTorch, a `Deployed`, its tensors in one memory format."""
   method.to(memory_format=layout)
 
   def call(images):
@@ -164,29 +169,49 @@ def main() -> None:
   parser.add_argument("--depth", type=int, default=20, help="of both DnCNNs")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--json", type=pathlib.Path, help="file for the results")
+  side_by_side.add_no_compiled(parser)
   args = parser.parse_args()
   results = {"device": side_by_side.device_name(), **vars(args), "batches": {}}
   sides = make_sides(args)
   print(f"{results['device']}; {args.backbone}, DnCNN-{args.depth}, {args.size} px")
-  print(f"| images a second, batch | {' | '.join(sides)} |")
-  print(f"|---|{'---|' * len(sides)}")
+  names = list(sides)
+  print(f"| images a second, batch | {' | '.join(names)} |")
+  print(f"|---|{'---|' * len(names)}")
   rng = np.random.default_rng(0)
   for batch in args.batches:
     images = rng.random((batch, args.size, args.size, 3), np.float32)
-    far = check_agreement(sides, images)
     runs_of = {k: functools.partial(side, images) for k, side in sides.items()}
+    first = side_by_side.first_calls(runs_of)
+    # A side that fails does so for good.
+    sides = {name: sides[name] for name in first}
+    far = check_agreement(sides, images)
+    runs_of = {name: runs_of[name] for name in sides}
     row = side_by_side.interleave(runs_of, args.repeats)
     for name, times in row.items():
       times["images_per_second"] = batch / times["seconds"]
       times["difference"] = far[name]
-    best = max(row[name]["images_per_second"] for name in row if "torch" in name)
+      times["first_seconds"] = first[name]
+    eager = max(row[name]["images_per_second"] for name in row if "torch" in name)
+    compiled = row.get(side_by_side.COMPILED, {}).get("images_per_second")
     for times in row.values():
-      times["ratio"] = times["images_per_second"] / best
+      times["ratio"] = times["images_per_second"] / eager
+      if compiled:
+        times["compiled_ratio"] = times["images_per_second"] / compiled
     results["batches"][str(batch)] = row
-    cells = [f"{t['images_per_second']:.2f} ({t['ratio']:.2f})" for t in row.values()]
+    cells = [_cell(row[name]) if name in row else "" for name in names]
     print(f"| {batch} | {' | '.join(cells)} |", flush=True)
+  for batch, row in results["batches"].items():
+    taken = [f"{name} {times['first_seconds']:.1f} s" for name, times in row.items()]
+    print(f"batch {batch}, first call: {', '.join(taken)}")
   side_by_side.save(results, args.json)
 
 
+def _cell(times: dict[str, float]) -> str:
+  ratios = [times[k] for k in ("ratio", "compiled_ratio") if k in times]
+  listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+  return f"{times['images_per_second']:.2f} ({listed})"
+
+
 if __name__ == "__main__":
-  main()
+  with side_by_side.nothing_compiled():
+    main()

@@ -1,18 +1,22 @@
-"""One training step of the method against eager PyTorch, ResNet-50 at 224 pixels.
+"""One training step of the method against PyTorch, ResNet-50 at 224 pixels.
 
   python benchmarks/train_step.py [--modes=oracle,end_to_end] [--batch=4] [--json=FILE]
 
 From a uint8 batch to updated parameters: flip, noise (sigma from the discrete mixture),
 restore, fidelity map, confidence, steered backbone, channel modules, loss, backward,
-SGD. The JAX side is the project's own task in its own jitted step; the PyTorch side is
-the method written plainly (tests/torch_method.py), eager, frozen parts detached.
-The two alternate in one process; medians are printed. float32 on a CPU; on a GPU
-bfloat16 against PyTorch's float32 (TF32 allowed).
+SGD. The JAX side is the project's own task in its own jitted step; PyTorch's is the
+method written plainly (tests/torch_method.py), frozen parts detached, as it comes
+("eager") and with all from the batch to the loss, and back, through `torch.compile` at
+its defaults ("compiled"; `--no_compiled` leaves it out). The sides take turns in one
+process; medians are printed. First calls, in which JAX and `torch.compile` compile, are
+told apart. float32 on a CPU; on a GPU bfloat16 against PyTorch's float32 (TF32
+allowed).
 
 Peak memory is that of a process of its own that runs the step twice: on a CPU its
-largest resident size less its size before, on a GPU what its allocator counted. FLOPs
-are PyTorch's count of the step's convolutions and matrix products; the rate is set
-against a measured matrix product.
+largest resident size less its size before, on a GPU what its allocator counted. JAX
+compiles in it; `torch.compile` finds what it compiled for the times, and calls the C++
+compiler in other processes anyway. FLOPs are PyTorch's count of the step's
+convolutions and matrix products; the rate is set against a measured matrix product.
 """
 
 import argparse
@@ -43,7 +47,6 @@ from fidelity_jax import (
 from fidelity_jax.method import Method
 
 MODES = ("oracle", "pretrained", "end_to_end")
-SIDES = ("jax", "torch")
 CLASSES = 257
 SIGMAS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 
@@ -109,13 +112,16 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
       bad_step=jnp.int32(-1),
     )
   ]
+  # All on a named device, as the step returns it, or the second call compiles anew.
+  device = jax.devices()[0]
+  state[0] = jax.device_put(state[0], device)
   step = jax.jit(
     train.make_train_step(task, tx, jax.random.key(0)),
     donate_argnums=0,
     compiler_options=platform.compiler_options(),
   )
-  batch = jax.device_put(batch)
-  frozen = jax.device_put(task.frozen)
+  batch = jax.device_put(batch, device)
+  frozen = jax.device_put(task.frozen, device)
 
   def run():
     state[0] = jax.block_until_ready(step(state[0], frozen, batch))
@@ -123,8 +129,10 @@ def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   return run
 
 
-def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
-  """Returns the same for plain, eager PyTorch."""
+def torch_step(
+  mode: str, batch: dict[str, np.ndarray], device: str, compiled: bool = False
+):
+  """Returns the same for plain PyTorch, eager or through `torch.compile`."""
   network = torchvision().models.resnet50(num_classes=CLASSES)
   backbone, head = torch_method.split(network)
   source = "oracle" if mode == "oracle" else "degraded"
@@ -140,7 +148,7 @@ def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
   labels = torch.from_numpy(batch["label"]).long().to(device)
   sigmas = torch.tensor(SIGMAS, device=device)
 
-  def run():
+  def loss():
     clean = images.permute(0, 3, 1, 2).float() / 255
     flip = torch.rand(len(clean), device=device) < 0.5
     clean = torch.where(flip[:, None, None, None], clean.flip(3), clean)
@@ -150,9 +158,15 @@ def torch_step(mode: str, batch: dict[str, np.ndarray], device: str):
     wrong = 0.1 / (CLASSES - 1)
     target = torch.full_like(logits, wrong)
     target[torch.arange(len(labels)), labels] = 0.9
-    loss = functional.cross_entropy(logits, target)
+    return functional.cross_entropy(logits, target)
+
+  if compiled:
+    loss = side_by_side.compiled(loss)
+
+  def run():
+    value = loss()
     sgd.zero_grad()
-    loss.backward()
+    value.backward()
     sgd.step()
     if device == "cuda":
       torch.cuda.synchronize()
@@ -171,7 +185,7 @@ def peak_bytes(side: str, make) -> int:
   """Returns the peak memory in bytes of making and running two steps, in this process.
 
   Args:
-    side: "jax" or "torch".
+    side: one of `side_by_side.SIDES`.
     make: returns that side's step.
   """
   before = resident()
@@ -180,9 +194,9 @@ def peak_bytes(side: str, make) -> int:
   step()
   if not side_by_side.has_gpu():
     return resident() - before
-  if side == "torch":
-    return torch.cuda.max_memory_allocated()
-  return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+  if side == "jax":
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+  return torch.cuda.max_memory_allocated()
 
 
 def measure_memory(side: str, mode: str, args: argparse.Namespace) -> int:
@@ -204,18 +218,23 @@ def main() -> None:
     "--remat", action="store_true", help="rematerialize the estimator (end_to_end)"
   )
   parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
-  parser.add_argument("--memory_of", choices=SIDES, help="only print a side's memory")
+  parser.add_argument(
+    "--memory_of", choices=side_by_side.SIDES, help="only print a side's memory"
+  )
+  side_by_side.add_no_compiled(parser)
   args = parser.parse_args()
   gpu = side_by_side.has_gpu()
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
   batch = make_batch(args.batch, args.size)
-  make = {
-    "jax": lambda mode: jax_step(mode, batch, args.remat),
-    "torch": lambda mode: torch_step(mode, batch, "cuda" if gpu else "cpu"),
-  }
+
+  def make(side: str, mode: str):
+    if side == "jax":
+      return jax_step(mode, batch, args.remat)
+    compiled = side == side_by_side.COMPILED
+    return torch_step(mode, batch, "cuda" if gpu else "cpu", compiled)
+
   if args.memory_of:
-    side = args.memory_of
-    print(peak_bytes(side, lambda: make[side](args.modes[0])))
+    print(peak_bytes(args.memory_of, lambda: make(args.memory_of, args.modes[0])))
     return
 
   peak = side_by_side.matmul_rate(jnp.bfloat16 if gpu else jnp.float32)
@@ -226,26 +245,25 @@ def main() -> None:
     f"{args.batch}, {args.size} px"
   )
   for mode in args.modes:
-    sides = {name: make[name](mode) for name in SIDES}
+    sides = {side: make(side, mode) for side in side_by_side.chosen(args)}
+    times = side_by_side.interleave(sides, args.repeats)
+    row = results["steps"][mode] = side_by_side.with_ratios(times)
     with FlopCounterMode(display=False) as counter:
-      sides["torch"]()
-    row = side_by_side.with_ratios(side_by_side.interleave(sides, args.repeats))
+      sides["eager"]()
     row["flops"] = counter.get_total_flops()
-    results["steps"][mode] = row
-    for name in SIDES:
+    for name in times:
       rate = row["flops"] / row[name]["seconds"]
-      line = f"{mode:11} {name:6} {row[name]['seconds']:7.2f} s {rate / 1e9:7.0f}"
+      line = f"{mode:11} {name:9} {row[name]['seconds']:7.2f} s {rate / 1e9:7.0f}"
       line += f" GFLOP/s ({rate / peak:4.0%} of matrix product)"
       if not args.no_memory:
         row[name]["peak_bytes"] = measure_memory(name, mode, args)
         line += f" {row[name]['peak_bytes'] / 2**30:5.2f} GiB"
       print(line, flush=True)
-    print(
-      f"{mode:11} ratio {row['ratio']:.2f} (CPU time {row['cpu_ratio']:.2f})",
-      flush=True,
-    )
-  side_by_side.save(results, args.json)
+    print(f"{mode:11} {side_by_side.ratios(row)}")
+    print(f"{mode:11} {side_by_side.firsts(row)}", flush=True)
+    side_by_side.save(results, args.json)
 
 
 if __name__ == "__main__":
-  main()
+  with side_by_side.nothing_compiled():
+    main()

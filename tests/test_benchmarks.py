@@ -26,17 +26,43 @@ def _run(command, tmp_path, name, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["oracle", "pretrained", "end_to_end"])
 def test_train_step(command, tmp_path, mode):
-  results = _run(command, tmp_path, "train_step", f"--modes={mode}", *SMALL)
+  # Compiling the rest with PyTorch would take minutes.
+  options = () if mode == "oracle" else ("--no_compiled",)
+  results = _run(command, tmp_path, "train_step", f"--modes={mode}", *options, *SMALL)
   step = results["steps"][mode]
-  assert step["ratio"] > 0
+  others = ("eager",) if options else ("eager", "compiled")
+  assert tuple(step["ratio"]) == others
+  assert min(step["ratio"].values()) > 0
   assert step["flops"] > 1e9
-  assert all(step[side]["peak_bytes"] > 2**20 for side in ("jax", "torch"))
+  assert all(step[side]["peak_bytes"] > 2**20 for side in ("jax", *others))
 
 
 @pytest.mark.slow
 def test_backbones(command, tmp_path):
   results = _run(command, tmp_path, "backbones", "--nets=alexnet", *SMALL)
-  assert "alexnet" in json.dumps(results)
+  for row in results["times"]["alexnet"].values():
+    assert row["ratio"].keys() == {"eager", "compiled"}
+    # It is there, and not what eager does.
+    assert row["compiled"]["first_seconds"] > 1 + row["compiled"]["seconds"]
+
+
+def test_what_cannot_be_compiled_is_left_out(monkeypatch, capsys):
+  shared = _imported(monkeypatch, "side_by_side")
+
+  def fails():
+    text = (
+      "backend='inductor' raised:\nCppCompileError\n\nf.cpp:1: fatal error: Python.h"
+    )
+    raise RuntimeError(text)
+
+  times = shared.interleave({"jax": int, "eager": int, "compiled": fails}, 1)
+  assert times.keys() == {"jax", "eager"}
+  said = capsys.readouterr().out
+  assert said.startswith("torch.compile is left out: ")
+  assert said.endswith("fatal error: Python.h\n")
+  assert shared.with_ratios(times)["ratio"].keys() == {"eager"}
+  with pytest.raises(RuntimeError, match="inductor"):
+    shared.interleave({"jax": fails, "eager": int}, 1)
 
 
 @pytest.mark.slow
@@ -241,7 +267,7 @@ def test_inference(command, tmp_path):
   batches = _run(command, tmp_path, "inference", *small)["batches"]
   assert batches.keys() == {"1", "2"}
   for row in batches.values():
-    assert {"jit", "jax_file", "torch", "torch_nhwc"} <= row.keys()
+    assert {"jit", "jax_file", "torch", "torch_nhwc", "compiled"} <= row.keys()
     assert all(side["difference"] < 1e-3 for side in row.values())
     assert max(row[k]["ratio"] for k in ("torch", "torch_nhwc")) == 1
 
@@ -254,3 +280,38 @@ def test_inference_refuses_to_compare_different_work(monkeypatch):
     sides["jit"] = lambda images, factor=factor: (logits, factor * logits)
     with pytest.raises(SystemExit, match="compute different things"):
       benchmark.check_agreement(sides, None)
+
+
+@pytest.mark.slow
+def test_growth(command, tmp_path):
+  small = ("--backbone=resnet18", "--depth=3", "--images=1", f"--figures={tmp_path}")
+  points = ("--batches=1,2", "--sizes=64", "--conditions=1,2")
+  results = _run(command, tmp_path, "growth", *points, *small, *SMALL)
+  growth = results["growth"]
+  assert {name: len(found) for name, found in growth.items()} == dict(
+    batches=2, sizes=1, conditions=2
+  )
+  one, two = growth["batches"]
+  for side in ("jax", "eager"):
+    assert two[side]["flops"] == 2 * one[side]["flops"]
+    assert all(point[side]["peak_bytes"] > 2**20 for point in (one, two))
+  # Of two rows, one's work is part of the other's.
+  alone = growth["conditions"][0]
+  assert alone["jax"]["flops"] < alone["eager"]["flops"]
+  drawn = [tmp_path / f"growth-{name}.png" for name in growth]
+  assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_growth_tells_what_bounds(monkeypatch):
+  """Ten seconds, and two for an image, of which arithmetic is one."""
+  benchmark = _imported(monkeypatch, "growth")
+  points = [
+    {"batch": n}
+    | {side: {"seconds": 10 + 2 * n, "flops": n} for side in benchmark.SIDES}
+    for n in (1, 2, 45)
+  ]
+  lines = list(benchmark.bounds(points, benchmark.PARTS["batches"], peak=1))
+  assert lines[0] == "jax: 10.000 s +2.0000 s per image"
+  shares = "arithmetic 8%, fixed 83%, rest 8%; largest: fixed"
+  assert lines[1] == f"  batch 1: {shares}"
+  assert lines[3].endswith("arithmetic 45%, fixed 10%, rest 45%; largest: arithmetic")

@@ -4,6 +4,7 @@ Modules carry the names of the authors' released checkpoints, so that one state 
 serves this reference, the port and the recorded parity case. Tensors are NCHW.
 """
 
+import functools
 import math
 
 import torch
@@ -101,6 +102,10 @@ class Method(nn.Module):
       and "inception" not in name
       and "aux" not in name
     ]
+    # Once and for all: `torch.compile` cannot follow hooks that come and go.
+    self._chains = None
+    for i, pool in enumerate(self.pools, 1):
+      pool.register_forward_pre_hook(functools.partial(self._steer_pooled, i))
     taps = 1 + len(self.pools)
     stacks = lambda: nn.ModuleList(conv_stack(num_convs, channels) for _ in range(taps))
     hidden = int(feature_size * ratio)
@@ -151,35 +156,35 @@ class Method(nn.Module):
       following = following + previous
     return interpolate(following, size, self.resize)
 
+  def _steer(self, index, feature):
+    size = feature.shape[-2:]
+    weight, bias = self._chains
+    weight = self.chain("cnn_layers_weight", index, weight, size)
+    bias = self.chain("cnn_layers_bias", index, bias, size)
+    self._chains = weight, bias
+    if weight is not None:
+      feature = 2 * torch.sigmoid(weight) * feature
+    if bias is not None:
+      feature = feature + bias
+    return feature
+
+  def _steer_pooled(self, index, _, args):
+    """A pool's hook; the backbone also runs unsteered, and for other methods."""
+    return None if self._chains is None else (self._steer(index, args[0]),)
+
   def steered_features(self, images, confidence):
-    weight = bias = confidence
-
-    def steer(index, feature):
-      nonlocal weight, bias
-      size = feature.shape[-2:]
-      weight = self.chain("cnn_layers_weight", index, weight, size)
-      bias = self.chain("cnn_layers_bias", index, bias, size)
-      if weight is not None:
-        feature = 2 * torch.sigmoid(weight) * feature
-      if bias is not None:
-        feature = feature + bias
-      return feature
-
-    hooks = [
-      pool.register_forward_pre_hook(lambda _, args, i=i: (steer(i, args[0]),))
-      for i, pool in enumerate(self.pools, 1)
-    ]
     rescales = getattr(self.feature_extractor, "transform_input", False)
     if rescales and not self.transform_steered:
       # The released code calls the network's children one by one; torchvision's
       # `_transform_input` is none of them.
       self.feature_extractor.transform_input = False
+    self._chains = confidence, confidence
     try:
-      return self.feature_extractor(steer(0, images)).flatten(1)
+      return self.feature_extractor(self._steer(0, images)).flatten(1)
     finally:
-      self.feature_extractor.transform_input = rescales
-      for hook in hooks:
-        hook.remove()
+      self._chains = None
+      if rescales:
+        self.feature_extractor.transform_input = True
 
   def plain_features(self, images):
     return self.feature_extractor(images).flatten(1)
