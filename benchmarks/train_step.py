@@ -65,6 +65,7 @@ def make_batch(count: int, size: int) -> dict[str, np.ndarray]:
 
 def jax_step(mode: str, batch: dict[str, np.ndarray], remat: bool):
   """Returns a function that runs one training step, on the project's own modules."""
+  platform.set_up()
   size = batch["image"].shape[1]
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   classifier = models.create({"name": "resnet50"}, CLASSES, dtype).folded()
