@@ -31,11 +31,14 @@ methods what they have in common.
 Where the time went is each side's own account: `times.jsonl` in the workdir, and the
 program's results.json. "Start-up" is all that neither names: interpreter, imports,
 plan. "Compilation" is by how much the first call of the networks took longer than the
-others where nothing is compiled. Both sides have to evaluate the same images under the
-same conditions, and their logits of clean images have to agree as far as they can: of
-the frozen classifier those of the runs themselves, where grey levels may differ by one;
-of all four methods those of the weights that PyTorch trained, on pixels that are the
-same, computed by this package once the clock has stopped.
+others where nothing is compiled. PyTorch waits for the first batch of each of its 32
+passes; with more --tested that is less of its time.
+
+Both sides have to evaluate the same images under the same conditions, and their logits
+of clean images have to agree as far as they can: of the frozen classifier those of the
+runs themselves, where grey levels may differ by one; of all four methods those of the
+weights that PyTorch trained, on pixels that are the same,
+computed by this package once the clock has stopped.
 """
 
 import argparse
@@ -288,6 +291,9 @@ def run_theirs(
     command, place / "theirs.txt", TORCHINDUCTOR_CACHE_DIR=str(out / "kept")
   )
   results = json.loads((out / "results.json").read_text())
+  for what, asked in (("trained", args.images), ("tested", args.tested)):
+    if results[what] != asked:
+      raise SystemExit(f"PyTorch's program {what} {results[what]} images, not {asked}")
   arrays = np.load(out / "logits.npz")
   told = {name: results["seconds"].get(name, 0.0) for name in PHASES}
   told["networks taken over"] = results["seconds"]["networks"]

@@ -114,7 +114,7 @@ def make_method(args) -> torch_method.Method:
     getattr(method, name).requires_grad_(True)
   if args.compiled:
     stages = [getattr(features, f"layer{i}") for i in range(1, 5)]
-    # The backbone in one piece has hooks that come and go.
+    # They take nearly all of the time, and each is compiled once.
     for module in (method.restoration, *stages):
       module.compile()
   return method

@@ -109,7 +109,8 @@ def conv2d(
   1x1 kernels become matrix products; kernels with one channel in or out, sums of
   shifted images; 3x3 kernels on images smaller than themselves, products of patches.
   The input's gradient goes by patches on small images of many channels and for strided
-  kernels, the kernel's by products with few channels out. The rest is XLA's.
+  kernels, the kernel's by products with few channels out, and of few images by strips.
+  The rest is XLA's. Inputs that the kernel's gradient needs wait for it in one layout.
   """
   return _fast_convolve(x, kernel, strides, pads)
 
@@ -228,6 +229,8 @@ def _input_gradient(x, g, kernel, strides, pads) -> jax.Array:
 
 def _kernel_gradient(x, g, kernel, strides, pads) -> jax.Array:
   """Returns the gradient of the kernel by the algorithm measured fastest."""
+  if not g.size:
+    return jnp.zeros_like(kernel)
   # XLA wants x in another layout here. Left to itself it rearranges x in the forward
   # pass, and keeps both.
   x = _after(g, x)
@@ -492,10 +495,10 @@ def rematerialized(
 def _after(gradient: jax.Array, x: jax.Array) -> jax.Array:
   """Returns x, not to be had before the gradient is known; both [N, ., ., .].
 
-  An optimization barrier says nothing to XLA on CPUs. This changes x only where the
-  gradient is not finite, which is an error in any case.
+  An optimization barrier says nothing to XLA on CPUs. This changes x only where an
+  image's first gradient is not finite, to what comes of that: not a number.
   """
-  return jnp.where(jnp.isfinite(gradient[:, :1, :1, :1]), x, 0)
+  return jnp.where(jnp.isfinite(gradient[:, :1, :1, :1]), x, jnp.nan)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

@@ -17,10 +17,12 @@ from fidelity_jax import errors, files
 _COMPILED = 2 * 2**30
 # JAX's own event.
 _BACKEND_COMPILED = "/jax/core/compile/backend_compile_duration"
+# Compiling that took less than so many seconds took little memory.
+_LONG = 0.5
 
 
 def set_up() -> None:
-  """Quiets libraries and finds the devices.
+  """Quiets libraries, finds the devices, and has the compiler's memory given back.
 
   Raises:
     UsageError: the platform that is asked for is not there.
@@ -50,7 +52,7 @@ def _watch_compilation() -> None:
     return
 
   def compiled(event: str, seconds: float, **_: object) -> None:
-    if event == _BACKEND_COMPILED and seconds > 0.5:
+    if event == _BACKEND_COMPILED and seconds > _LONG:
       trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -44,6 +45,8 @@ PyTree = Any
 _VALIDATION_IMAGES, _VALIDATION_PATCHES = 32, 128
 # Of several hosts, between looks at whether it is time to save.
 _LOOK_SECONDS = 5.0
+# At most, for a program that is being compiled when a run stops.
+_COMPILING_SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,8 +409,9 @@ class Trainer:
     self, saved: checkpoints.Checkpoints
   ) -> tuple[TrainState, checkpoints.Progress]:
     start = hosts.agree(saved.latest())
-    if start is None or start < self.total_steps:
-      # XLA compiles with one core on CPUs: the training step has another.
+    left = start is None or start < self.total_steps
+    if left and jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1:
+      # XLA compiles with one core there: the training step has another.
       pool = concurrent.futures.ThreadPoolExecutor(1)
       self._compiling = pool.submit(self._compile_validation)
       pool.shutdown(wait=False)
@@ -516,6 +520,9 @@ class Trainer:
           facts |= throughput.facts(meter.read("line"))
           bar.update(step, **facts)
     finally:
+      if self._compiling:
+        # What is compiled is kept: let it be written to its end.
+        concurrent.futures.wait([self._compiling], _COMPILING_SECONDS)
       tracer.close()
       bar.close()
       writer.close()

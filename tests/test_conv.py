@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from fidelity_jax import cpu
 from fidelity_jax.models import conv
 
 # (x shape, kernel shape, strides, padding): one per way that a convolution or one of
@@ -130,6 +131,29 @@ def test_what_is_left_to_xla(case, own):
 def test_what_reflection_is_not_for_is_refused(x, kernel, strides):
   with pytest.raises(ValueError, match="padding by reflection is for 3x3 kernels"):
     conv.conv2d(jnp.ones(x), jnp.ones(kernel), strides, "REFLECT")
+
+
+@pytest.mark.parametrize(
+  ("x", "rows", "images"),
+  [
+    ((1, 16, 7, 3), 16, 8),
+    ((4, 16, 7, 3), 16, 8),
+    ((4, 16, 7, 3), 15, 4),  # Rows that do not divide.
+    ((8, 16, 7, 3), 16, 8),
+    ((4, 128, 128, 32), 128, 4),  # Too large to copy.
+  ],
+)
+def test_few_images_are_cut_into_strips(x, rows, images):
+  x, g, kernel = jnp.zeros(x), jnp.zeros((x[0], rows, 7, 4)), jnp.zeros((3, 3, 3, 4))
+  pads = ((1, 1), (1, 1))
+  x, g, _ = cpu._strips(x, g, kernel, (1, 1), pads)
+  assert len(x) == len(g) == images
+
+
+def test_nothing_has_a_gradient_of_zero():
+  kernel = jnp.ones((3, 3, 3, 4))
+  loss = lambda kernel: conv.conv2d(jnp.ones((0, 8, 8, 3)), kernel).sum()
+  np.testing.assert_array_equal(jax.grad(loss)(kernel), jnp.zeros_like(kernel))
 
 
 def test_features_are_kept_once_for_kernel_gradients():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import TOY, measured, overrides, results
+from jax._src import dispatch
 
 from fidelity_jax import platform
 
@@ -61,7 +62,8 @@ def test_what_compiling_took_is_given_back():
     return int(next(line for line in lines if "VmRSS" in line).split()[1]) * 1024
 
   platform.set_up()
-  # Blocks of a size that glibc keeps; of those let go, each is between two others.
+  assert platform._BACKEND_COMPILED == dispatch.BACKEND_COMPILE_EVENT
+  # Blocks of a size that glibc keeps; those that are let go lie between others.
   blocks = [np.ones(10_000, np.uint8) for _ in range(20_000)]
   del blocks[:-1:2], blocks[:-1:2]
   before = resident()
