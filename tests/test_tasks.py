@@ -235,7 +235,7 @@ def test_rematerialization_changes_memory_not_gradients():
   again, less = measure(
     lambda params: models.dncnn.apply_rematerialized(stack, params, x)
   )
-  assert less < 0.6 * kept
+  assert less < 0.65 * kept
   before = cpu.choose.cache_info().misses
   jax.eval_shape(functools.partial(models.dncnn.apply_rematerialized, stack), params, x)
   assert cpu.choose.cache_info().misses == before
