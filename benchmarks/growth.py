@@ -277,9 +277,10 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def figure(
   points: list[dict[str, Any]], part: Part, peak: float
 ) -> matplotlib.figure.Figure:
-  """Returns time and memory of both sides as curves."""
-  result = matplotlib.figure.Figure(figsize=(7.5, 3), layout="constrained")
-  time, memory = result.subplots(1, 2)
+  """Returns time and, where it was measured, memory of both sides as curves."""
+  panels = 1 + any("peak_bytes" in point[side] for point in points for side in SIDES)
+  result = matplotlib.figure.Figure(figsize=(3.75 * panels, 3), layout="constrained")
+  time, *memory = result.subplots(1, panels, squeeze=False)[0]
   x = [point[part.key] for point in points]
   for i, side in enumerate(SIDES):
     colour, style = pictures.COLOURS[i], {"label": NAMES[side]}
@@ -290,10 +291,11 @@ def figure(
     # One line where both do the same.
     label = "arithmetic alone" if i == 0 else None
     time.plot(x, least, ":", color=colour, linewidth=1, label=label)
-    memory.plot(x, [_gib(point[side]) for point in points], **style)
+    for axes in memory:
+      axes.plot(x, [_gib(point[side]) for point in points], **style)
+      axes.set_title("Peak memory, GiB")
   time.set_title(f"Seconds for {part.each}")
-  memory.set_title("Peak memory, GiB")
-  for axes in (time, memory):
+  for axes in (time, *memory):
     _finish(axes, x, part)
   time.legend(fontsize=8)
   return result
