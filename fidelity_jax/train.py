@@ -208,11 +208,7 @@ def make_initial_state(task: Task, tx: optax.GradientTransformation, image_size:
 
   def init(key: jax.Array, initial: PyTree) -> TrainState:
     params, model_state = task.init(key, initial)
-    batch = {
-      "image": jnp.zeros((1, image_size, image_size, 3), jnp.uint8),
-      **{name: jnp.zeros(1, jnp.int32) for name in ("label", "index", "epoch")},
-      "mask": jnp.ones(1),
-    }
+    batch = batch_shapes(1, image_size)
     values = jax.eval_shape(
       make_eval_step(task), params, model_state, task.frozen, batch, 0
     )
